@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,6 @@ SIZES = {
     **{"embedding_size": 4, "hidden_size": 5, "num_layers": 2, "vocabulary_size": 7},
     "tie_embeddings": 0,
 }
-
-
-def serve(make: Any) -> list[Any]:
-    """Return the times of a turn of a contestant."""
-    import side_by_side
-
-    ours, theirs = multiprocessing.Pipe()
-    ours.send("run")
-    ours.send("")
-    side_by_side._serve(theirs, make, argparse.Namespace(**SIZES, dtype="float32"))
-    device, reason = ours.recv()
-    assert device and not reason
-    return list(ours.recv())
-
-
-@pytest.mark.slow
-def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    import peers
-    import side_by_side
-    import train_step
-
-    calls: list[str] = []
-    monkeypatch.setattr(side_by_side.memory, "keep_freed_memory", lambda: calls.append("kept"))
-    flax = functools.partial(train_step.make_peer, peers.MODELS["Flax OptimizedLSTMCell"])
-    assert len(serve(flax)) == 1
-    assert calls == ["kept"]
-    pytest.importorskip("torch")
-    assert len(serve(train_step.make_torch)) == 1
-    assert calls == ["kept", "kept"]
 
 
 @pytest.mark.slow
@@ -88,19 +58,6 @@ def test_every_library_runs_the_same_layer(
     )
     for results in ours[1:]:
         jax.tree.map(compare, results, ours[0])
-
-
-@pytest.mark.slow
-def test_layers_are_compared_with_the_lstm(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import layers
-
-    sizes = ["--batch_size=2", "--window_length=3", "--hidden_size=16", "--rounds=1"]
-    monkeypatch.setattr(sys, "argv", ["", *sizes, "--only=rnn scan"])
-    layers.main()
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert rows[0].startswith("| lstm xla |") and rows[1].startswith("| rnn scan |")
 
 
 @pytest.mark.slow
@@ -164,9 +121,6 @@ def test_a_row_of_results_is_trained_and_compared(
     known = results.Stated(3.0, 0.2)
     assert results.compare((3.5,), known) == "no, 2.5 deviations away"
     assert results.compare((3.2, 3.8), known) == "yes, 1.2 deviations away"
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--config.sample.length=7"])
-    with pytest.raises(SystemExit, match="was trained with .*: use another directory"):
-        results.main()
 
 
 @pytest.mark.slow
