@@ -6,7 +6,7 @@
 
 XLA's own compilers run: that of libtpu (`pip install -e '.[tpu]'`) and that of the CUDA plugin
 (`pip install -e '.[cuda]'`). Neither needs a device. A row says that a program compiles, and how
-much memory, how many FLOP and what communication it needs on each device. It says nothing about
+much memory, how many FLOP and how many collectives it needs on each device. It says nothing about
 times, or whether results are right. Batches grow with the number of devices.
 """
 
@@ -68,8 +68,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "step 2 microbatches": {"optimizer.microbatches": 2},
 }
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
-COLUMNS = ("MiB a device", "GFLOP of matmuls", "their MiB", "collectives", "their MiB")
+COLUMNS = ("MiB a device", "GFLOP of matmuls", "collectives")
 
 
 def main() -> None:
@@ -218,59 +217,40 @@ def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], tex
 
 
 def describe(traced: Any, platform: str) -> list[str]:
-    """Return the columns of a row: memory, FLOP and communication on each device."""
+    """Return the columns of a row: memory, FLOP and collectives on each device, and kernels."""
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     devices = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
-    flops, read = (total / devices for total in count_matmuls(traced.jaxpr.jaxpr))
-    number, moved = count_collectives(text)
-    numbers = f"{size / 2**20:,.1f}", f"{flops / 1e9:,.1f}", f"{read / 2**20:,.0f}", str(number)
+    flops = count_flops(traced.jaxpr.jaxpr) / devices
+    collectives = len(re.findall(rf"= .*? (?:{'|'.join(_COLLECTIVES)})(?:-done)?\(", text))
     loops = ", ".join(f"{kernels} x {trips}" for trips, kernels in count_kernels(text))
-    return [*numbers, f"{moved / 2**20:,.2f}", loops or "-"]
+    return [f"{size / 2**20:,.1f}", f"{flops / 1e9:,.1f}", str(collectives), loops or "-"]
 
 
-def count_matmuls(jaxpr: Any) -> tuple[float, float]:
-    """Return the FLOP of all matmuls of a traced program, and the bytes that they read and write.
-
-    Loops have known lengths. What a Pallas kernel multiplies lies in its own memory: its operands
-    are read once.
-    """
-    total = np.zeros(2)
+def count_flops(jaxpr: Any) -> float:
+    """Return the FLOP of all matmuls of a traced program. Loops have known lengths."""
+    total = 0.0
     for equation in jaxpr.eqns:
-        primitive, params = equation.primitive.name, equation.params
-        arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
-        moved = sum(x.size * x.dtype.itemsize for x in arrays if hasattr(x, "dtype"))
+        primitive, params, times = equation.primitive.name, equation.params, 1.0
         if primitive == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            depth = math.prod(arrays[0].shape[axis] for axis in contracted)
-            total += 2 * depth * arrays[-1].size, moved
-        times = np.array([params["length"] if primitive == "scan" else 1.0] * 2)
-        if primitive == "pallas_call":
-            total += 0, moved
-            times = np.array([math.prod(params["grid_mapping"].grid), 0])
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * equation.outvars[0].aval.size
+        elif primitive == "scan":
+            times = params["length"]
+        elif primitive == "pallas_call":
+            times = math.prod(params["grid_mapping"].grid)
         elif primitive == "shard_map":
-            times = times * params["mesh"].size
+            times = params["mesh"].size
         elif primitive.startswith("lstm_jax_"):  # A layer of `ops`.
             run = functools.partial(equation.primitive.impl, **params)
-            total += count_matmuls(jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr)
+            total += count_flops(jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr)
         for value in jax.tree.leaves(list(params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                total += times * count_matmuls(inner)
-    return float(total[0]), float(total[1])
-
-
-def count_collectives(text: str) -> tuple[int, float]:
-    """Return the number of collectives of a compiled program, and the bytes of their results."""
-    number, total = 0, 0.0
-    pattern = rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\("
-    for line in text.splitlines():
-        if match := re.search(pattern, line):
-            number += 1
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match.group(1)):
-                total += _BYTES.get(dtype, 4) * math.prod(map(int, filter(None, shape.split(","))))
-    return number, total
+                total += times * count_flops(inner)
+    return total
 
 
 def count_kernels(text: str) -> list[tuple[str, int]]:

@@ -251,8 +251,7 @@ def test_layers_that_torch_lacks_raise_an_error(fields: dict[str, object]) -> No
     model = config.default().model
     torch_weights.check_model(model)
     model.update(fields)
-    field, value = next(iter(fields.items()))
-    with pytest.raises(UserError, match=f"has no layers with model.{field}={value!r}"):
+    with pytest.raises(UserError, match="PyTorch has only the cells lstm and gru"):
         torch_weights.check_model(model)
 
 
@@ -278,7 +277,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     workdir.save_config(tmp_path / "mogrifier", changed)
     for directory, target, message in (
         ("nothing", "new.safetensors", "there is no trained model in"),
-        ("mogrifier", "new.safetensors", "can't be converted: .* has no layers"),
+        ("mogrifier", "new.safetensors", "can't be converted: PyTorch has only"),
         (trained, "broken.safetensors", "broken.safetensors exists"),
         (trained, "nothing/new.safetensors", "can't write"),
     ):
