@@ -12,12 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Integer
 
 from lstm_jax.matmul import round_factor
 from lstm_jax.ops import choice, in_c
 
 # The inputs, the rounded kernel, and the derivatives of each loss by its logits.
-_Residuals = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[
+    Float[Array, "n features"],
+    Float[Array, "_ _"],
+    Float[Array, "n vocabulary"] | Float[Array, "0 0"],
+]
 
 
 class _Options(NamedTuple):
@@ -27,38 +32,35 @@ class _Options(NamedTuple):
 
 
 def compute_cross_entropy(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    targets: jax.Array,
+    inputs: Float[Array, "n features"],
+    kernel: Float[Array, "features vocabulary"] | Float[Array, "vocabulary features"],
+    bias: Float[Array, " vocabulary"],
+    targets: Integer[Array, " n"],
     is_transposed: bool = False,
     dtype: str = "float32",
-) -> jax.Array:
-    """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, [n], in nats.
+) -> Float[Array, " n"]:
+    """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, in nats.
 
-    `inputs` are [n, features], `kernel` is [features, vocabulary], or [vocabulary, features] if
-    `is_transposed`, `bias` [vocabulary] and `targets` int32 [n]. Factors of matmuls are rounded to
-    `dtype`. The gradient can't be differentiated again.
+    `kernel` is [features, vocabulary], or [vocabulary, features] if `is_transposed`. Factors of
+    matmuls are rounded to `dtype`. The gradient can't be differentiated again.
     """
     uses_c = inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
     return _compute(inputs, kernel, bias, targets, _Options(is_transposed, dtype, uses_c))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _compute(
-    inputs: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, options: _Options
-) -> jax.Array:
+def _compute(inputs: Array, kernel: Array, bias: Array, targets: Array, options: _Options) -> Array:
     return _forward(inputs, kernel, bias, targets, options, differentiable=False)[0]
 
 
 def _forward(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    targets: jax.Array,
+    inputs: Array,
+    kernel: Array,
+    bias: Array,
+    targets: Array,
     options: _Options,
     differentiable: bool = True,
-) -> tuple[jax.Array, _Residuals]:
+) -> tuple[Array, _Residuals]:
     low, rounded = _round(inputs, options), _round(kernel, options)
     if options.uses_c:
         losses, d_logits = in_c.compute_cross_entropy(
@@ -74,8 +76,8 @@ def _forward(
 
 
 def _backward(
-    options: _Options, residuals: _Residuals, d_losses: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    options: _Options, residuals: _Residuals, d_losses: Array
+) -> tuple[Array, Array, Array, None]:
     inputs, kernel, d_logits = residuals
     d_inputs = _multiply(d_logits, kernel, False, not options.is_transposed, options)
     # The cotangents of the losses scale the inputs: the derivatives need no second copy.
@@ -89,13 +91,11 @@ def _backward(
 _compute.defvjp(_forward, _backward)
 
 
-def _round(x: jax.Array, options: _Options) -> jax.Array:
+def _round(x: Array, options: _Options) -> Array:
     return round_factor(x, options.dtype, native=options.uses_c)
 
 
-def _multiply(
-    a: jax.Array, b: jax.Array, transpose_a: bool, transpose_b: bool, options: _Options
-) -> jax.Array:
+def _multiply(a: Array, b: Array, transpose_a: bool, transpose_b: bool, options: _Options) -> Array:
     """Return a @ b for rounded matrices, each of which can be transposed first."""
     if options.uses_c:
         return in_c.matmul(a, b, transpose_a, transpose_b)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lstm_jax import controls as controls_lib
 from lstm_jax.controls import ControlArrays, Controls, Stops, StopSearch, adjust_logits, make_stops
@@ -14,9 +15,12 @@ from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
-# Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
-# next token, float32 [batch, vocabulary]; returns the logits to use instead.
-BatchLogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Called before each token is drawn, with the ids so far, and the logits of the next token; returns
+# the logits to use instead.
+BatchLogitsProcessor = Callable[
+    [Int[np.ndarray, "batch time"], Float[np.ndarray, "batch vocabulary"]],
+    Float[np.ndarray, "batch vocabulary"],
+]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
@@ -30,11 +34,11 @@ _SEARCHED_CHUNK = 64
 class State(NamedTuple):
     """The state of a batch of texts, from which generation continues."""
 
-    logits: jax.Array  # Of the next token, float32 [batch, vocabulary].
+    logits: Float[Array, "batch vocabulary"]  # Of the next token.
     carry: Carry  # The model's.
-    last_seen: jax.Array  # Position of each token's last occurrence, int32 [batch, vocabulary].
-    position: jax.Array  # The number of tokens so far, int32 [].
-    ended: jax.Array  # Which texts have ended, bool [batch].
+    last_seen: Int[Array, "batch vocabulary"]  # Position of each token's last occurrence.
+    position: Int[Array, ""]  # The number of tokens so far.
+    ended: Bool[Array, " batch"]  # Which texts have ended.
 
 
 @jax.jit(static_argnames="model")
@@ -56,8 +60,10 @@ def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -
     )
 
 
-def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.ndarray) -> State:
-    """Read ids [batch, time] of any length, with arrays from `prepare_params`.
+def read_tokens(
+    model: LanguageModel, arrays: Prepared, state: State, ids: Integer[np.ndarray, "batch time"]
+) -> State:
+    """Read ids of any length, with arrays from `prepare_params`.
 
     All lengths up to the same power of two share one compiled function.
     """
@@ -73,22 +79,29 @@ def round_length(time: int) -> int:
 
 @jax.jit(static_argnames="model")
 def _read(
-    model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array
+    model: LanguageModel,
+    arrays: Prepared,
+    state: State,
+    ids: Integer[Array, "batch time"],
+    count: Int[Array, ""],
 ) -> State:
-    """Read the first `count` of the ids [batch, time]."""
+    """Read the first `count` of the ids."""
     return jax.lax.fori_loop(
         0, count, lambda t, state: _read_one(model, arrays, state, ids[:, t]), state
     )
 
 
-def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array) -> State:
-    """Read one token of each text, ids [batch]."""
+def _read_one(
+    model: LanguageModel, arrays: Prepared, state: State, ids: Integer[Array, " batch"]
+) -> State:
+    """Read one token of each text."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
     return State(logits.astype(jnp.float32), carry, last_seen, state.position + 1, state.ended)
 
 
-_Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
+# Ids, the number of tokens generated, the state.
+_Loop = tuple[Int[Array, "batch size"], Int[Array, ""], State]
 
 
 @jax.jit(static_argnames=("model", "size"))
@@ -96,19 +109,19 @@ def _generate(
     model: LanguageModel,
     arrays: Prepared,
     state: State,
-    key: jax.Array,
+    key: Array,
     controls: ControlArrays,
-    stop_id: jax.Array,
-    count: jax.Array,
+    stop_id: Int[Array, ""],
+    count: Int[Array, ""],
     size: int,
 ) -> _Loop:
-    """Generate `count` tokens, or fewer if all texts end earlier; ids are [batch, size]."""
+    """Generate `count` tokens, or fewer if all texts end earlier."""
     batch_size = len(state.logits)
     # Drawing all at once is nearly free. In the loop, on a CPU, it would take half as long as a
     # step of a model with 1,024 hidden units.
     uniform = draw_uniform(key, batch_size, state.position + jnp.arange(size))
 
-    def is_unfinished(loop: _Loop) -> jax.Array:
+    def is_unfinished(loop: _Loop) -> Array:
         _, t, state = loop
         return (t < count) & ~state.ended.all()
 
@@ -126,10 +139,12 @@ def _generate(
     return jax.lax.while_loop(is_unfinished, generate_one, start)
 
 
-def draw_uniform(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.Array:
-    """Draw the uniform random numbers that determine the tokens at `positions`, int32 [n].
+def draw_uniform(
+    key: Array, batch_size: int, positions: Int[Array, " n"]
+) -> Float[Array, "batch n"]:
+    """Draw the uniform random numbers that determine the tokens at `positions`.
 
-    They are float32 [batch_size, n] in [0, 1). Each depends only on the key, its index in the
+    They are in [0, 1). Each depends only on the key, its index in the
     batch, and its position, counted from the start of the prompt.
     """
     fold_all = jax.vmap(jax.random.fold_in, (None, 0))
@@ -137,11 +152,12 @@ def draw_uniform(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.A
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys)
 
 
-def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+def draw_tokens(
+    logits: Float[Array, "batch vocabulary"], uniform: Float[Array, " batch"]
+) -> Int[Array, " batch"]:
     """Draw tokens by inverse transform sampling.
 
-    The logits, float32 [batch, vocabulary], are those of `adjust_logits`; the uniform random
-    numbers are float32 [batch], in [0, 1).
+    The logits are those of `adjust_logits`; the uniform random numbers are in [0, 1).
     """
     probabilities = jnp.exp(logits)
     # A parallel sum may not be monotonic: it could pass the number at a token of probability 0.
@@ -153,8 +169,8 @@ def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 def generate_chunks(
     model: LanguageModel,
     params: Params,
-    prompts: np.ndarray,
-    key: jax.Array,
+    prompts: Integer[np.ndarray, "batch time"],
+    key: Array,
     controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,
     length: int,
@@ -163,7 +179,7 @@ def generate_chunks(
     process_logits: BatchLogitsProcessor | None = None,
     longest: int = _CHUNK,
 ) -> Iterator[np.ndarray]:
-    """Continue prompts, int32 [batch, time], chunk by chunk, by up to `length` tokens each.
+    """Continue prompts chunk by chunk, by up to `length` tokens each.
 
     Without `stops` from `make_stops` no text ends before `length`. With several samples, the only
     prompt has that number of continuations. The tokens of text b depend on `key`, b and the
@@ -245,24 +261,24 @@ def _process_logits(
 def generate_tokens(
     model: LanguageModel,
     params: Params,
-    prompts: np.ndarray,
-    key: jax.Array,
+    prompts: Integer[np.ndarray, "batch time"],
+    key: Array,
     controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,
     length: int,
     stops: Stops = controls_lib.NO_STOPS,
-) -> np.ndarray:
-    """Continue prompts, int32 [batch, time]; see `generate_chunks`.
+) -> Int[np.ndarray, "batch n"]:
+    """Continue prompts; see `generate_chunks`.
 
-    Return the tokens without the prompts, int32 [batch, n]. n is `length`, or less if all texts end
+    Return the tokens without the prompts. n is `length`, or less if all texts end
     earlier. A text that has ended is padded with id 0.
     """
     chunks = generate_chunks(model, params, prompts, key, controls, length=length, stops=stops)
     return np.concatenate([*chunks] or [prompts[:, :0]], axis=1)
 
 
-def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
-    """Return the ids of a prompt, int32 [n].
+def encode_prompt(vocabulary: Vocabulary, prompt: str) -> Int[np.ndarray, " n"]:
+    """Return the ids of a prompt.
 
     For a model of documents, the prompt begins one, after a stop token. For another model, an empty
     prompt becomes a token that can precede a text: a line break, or else the first token of the
@@ -280,7 +296,7 @@ def stream_texts(
     model: LanguageModel,
     params: Params,
     vocabulary: Vocabulary,
-    key: jax.Array,
+    key: Array,
     *,
     prompt: str = "",
     length: int,
@@ -330,7 +346,7 @@ def generate_texts(
     model: LanguageModel,
     params: Params,
     vocabulary: Vocabulary,
-    key: jax.Array,
+    key: Array,
     *,
     prompt: str = "",
     **options: Any,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids, TextSize
@@ -19,8 +20,8 @@ LONGEST_IN_ONE = 2**14
 _STREAMS, _STREAMS_CHUNK = 64, 64
 _WARM_UP = 512  # Tokens before its start that each stream reads first, uncounted.
 
-# Inputs and targets, int32 [batch, time], and which of the targets count, bool [batch, time].
-Chunk = tuple[Any, Any, Any]
+# Inputs and targets, and which of the targets count.
+Chunk = tuple[Integer[Any, "batch time"], Integer[Any, "batch time"], Bool[Any, "batch time"]]
 
 
 def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
@@ -39,8 +40,8 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
 
 def compute_token_losses(
     model: LanguageModel, params: Params, ids: Ids, context: int | None = None
-) -> np.ndarray:
-    """Compute the loss of each token of a text but the first, in nats: float32 [n - 1] for n ids.
+) -> Float[np.ndarray, " losses"]:
+    """Compute the loss of each token of a text but the first, in nats.
 
     Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
@@ -54,14 +55,14 @@ def compute_token_losses(
 
 
 def read_chunks(
-    read: Callable[..., tuple[jax.Array, Carry]],
+    read: Callable[..., tuple[Shaped[Array, "batch time ..."], Carry]],
     model: LanguageModel,
     params: Params,
     chunks: Iterable[Chunk],
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "n ..."]:
     """Return the results of `read`, a function like `read_chunk`, for the targets that count.
 
-    They are in the order of the text, [n, ...]. The carry is kept from chunk to chunk.
+    They are in the order of the text. The carry is kept from chunk to chunk.
     """
     carry, results, counted = None, [], []
     for chunk in chunks:
@@ -101,7 +102,12 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     return _cut_chunks(ids, np.maximum(bounds[:-1] - _WARM_UP, 0), bounds, length)
 
 
-def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:
+def _cut_chunks(
+    ids: Ids,
+    begins: Integer[np.ndarray, " streams"],
+    bounds: Integer[np.ndarray, " streams+1"],
+    length: int,
+) -> Iterator[Chunk]:
     """Yield chunks of parallel streams.
 
     Stream s reads from begins[s] on, and its targets from bounds[s] to bounds[s + 1] count.
@@ -119,8 +125,8 @@ def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -
 @jax.jit(static_argnames="model")
 def read_chunk(
     model: LanguageModel, params: Params, chunk: Chunk, carry: Carry
-) -> tuple[jax.Array, Carry]:
-    """Return the losses of a chunk in nats, [batch, time], 0 for targets that do not count.
+) -> tuple[Float[Array, "batch time"], Carry]:
+    """Return the losses of a chunk in nats, 0 for targets that do not count.
 
     Also return the carry after its inputs.
     """

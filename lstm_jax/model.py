@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import ops
@@ -45,12 +47,12 @@ Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
 Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 
-# Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
-# last, for the outputs of the last layer. `regularization.draw_masks` draws them.
-Masks = Sequence[jax.Array | None]
+# Dropout masks, the same at every step, or None, for the inputs of each layer and, last, for the
+# outputs of the last layer. `regularization.draw_masks` draws them.
+Masks = Sequence[Float[Array, "batch _"] | None]
 
 # The gates, activations and outputs of a layer after a step.
-Record = tuple[Gates, jax.Array, jax.Array]
+Record = tuple[Gates, Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
 
 _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
 # Larger parameters count as infinite: sums of their squares overflow float32.
@@ -76,8 +78,10 @@ class Dense(nn.Module):
             self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
 
-    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Return inputs [batch, time, input_size] @ kernel + bias: [batch, time, output_size]."""
+    def __call__(
+        self, inputs: Float[Array, "batch time features"], kernel: Float[Array, "features outputs"]
+    ) -> Float[Array, "batch time outputs"]:
+        """Return inputs @ kernel + bias."""
         batch, time, features = inputs.shape
         # One matmul, feature-major like the recurrence, whose outputs then need no transpose.
         flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
@@ -191,26 +195,27 @@ class LanguageModel(nn.Module):
         carry = tuple(cell.initial_carry(batch_size) for cell in self.make_cells())
         return jax.tree.map(jnp.array, carry)  # Copies: a training step donates each array.
 
-    def __call__(self, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
-        """Predict the token after each of `ids`, int32 [batch, time].
+    def __call__(
+        self, ids: Integer[Array, "batch time"], carry: Carry
+    ) -> tuple[Float[Array, "batch time vocabulary"], Carry]:
+        """Predict the token after each of `ids`.
 
-        Return logits, float32 [batch, time, vocabulary_size], where logits[:, t] predict the token
-        after ids[:, t]; and the carry after the last id. `carry` is the one after the preceding
-        text, or `initial_carry`.
+        Return logits, where logits[:, t] predict the token after ids[:, t]; and the carry after the
+        last id. `carry` is the one after the preceding text, or `initial_carry`.
         """
         outputs, carry = self.run(ids, carry)
         return self.predict(outputs), carry
 
     def run(
-        self, ids: jax.Array, carry: Carry, masks: Masks | None = None
-    ) -> tuple[jax.Array, Carry]:
-        """Run the recurrent layers over ids [batch, time].
+        self, ids: Integer[Array, "batch time"], carry: Carry, masks: Masks | None = None
+    ) -> tuple[Float[Array, "batch time features"], Carry]:
+        """Run the recurrent layers.
 
-        Return the outputs of the last layer [batch, time, features], to which the last of `masks`
-        is not applied yet, and the carry.
+        Return the outputs of the last layer, to which the last of `masks` is not applied yet, and
+        the carry.
         """
         starts = self.find_starts(ids)
-        below: jax.Array | None = None
+        below: Array | None = None
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
@@ -232,9 +237,13 @@ class LanguageModel(nn.Module):
         return is_small and self.runs_gated_layers and self.recurrence not in ("scan", "cudnn")
 
     def run_first_layer(
-        self, cell: nn.Module, carry: Any, ids: jax.Array, starts: jax.Array | None
-    ) -> tuple[Any, jax.Array]:
-        """Run a gated layer over the embeddings of ids [batch, time].
+        self,
+        cell: nn.Module,
+        carry: Any,
+        ids: Integer[Array, "batch time"],
+        starts: Bool[Array, "batch time"] | None,
+    ) -> tuple[Any, Float[Array, "batch time hidden"]]:
+        """Run a gated layer over the embeddings of ids.
 
         The embedding table is multiplied by the input kernel once, and the matmul of a step selects
         a row of the result by a one-hot input. So the backward pass needs no matmul for the
@@ -246,29 +255,33 @@ class LanguageModel(nn.Module):
         name = "auto" if self.recurrence == "parallel" else self.recurrence
         options: Any = {"dtype": self.dtype, "implementation": name}
 
-        def run(carry: Any, rows: jax.Array, starts: jax.Array | None) -> tuple[Any, jax.Array]:
+        def run(carry: Any, rows: Array, starts: Array | None) -> tuple[Any, Array]:
             layer = params._replace(input_kernel=table)
             return ops.run(layer, rows, carry, reset=starts, **options)
 
         return run_in_chunks(run, carry, rows, starts, self.rematerialize)
 
     def run_layer(
-        self, cell: nn.Module, carry: Any, inputs: jax.Array, starts: jax.Array | None
-    ) -> tuple[Any, jax.Array]:
-        """Run a layer over inputs [batch, time, features]; return the carry and all outputs."""
+        self,
+        cell: nn.Module,
+        carry: Any,
+        inputs: Float[Array, "batch time features"],
+        starts: Bool[Array, "batch time"] | None,
+    ) -> tuple[Any, Float[Array, "batch time hidden"]]:
+        """Run a layer over inputs; return the carry and all outputs."""
 
-        def run(carry: Any, inputs: jax.Array, starts: jax.Array | None) -> tuple[Any, jax.Array]:
+        def run(carry: Any, inputs: Array, starts: Array | None) -> tuple[Any, Array]:
             return run_cell(cell, carry, inputs, self.recurrence, starts)
 
         return run_in_chunks(run, carry, inputs, starts, self.rematerialize)
 
     def run_step(
-        self, ids: jax.Array, carry: Carry, records: list[Record] | None = None
-    ) -> tuple[jax.Array, Carry]:
-        """Run the recurrent layers over one token of each text, ids [batch].
+        self, ids: Integer[Array, " batch"], carry: Carry, records: list[Record] | None = None
+    ) -> tuple[Float[Array, "batch features"], Carry]:
+        """Run the recurrent layers over one token of each text.
 
-        Return the outputs of the last layer [batch, features] and the next carry. If `records` is a
-        list, append to it the gates, activations and outputs of each cell.
+        Return the outputs of the last layer and the next carry. If `records` is a list, append to
+        it the gates, activations and outputs of each cell.
         """
         below, carries = self.embedding.embedding[ids], []
         starts = self.find_starts(ids)
@@ -282,15 +295,18 @@ class LanguageModel(nn.Module):
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
 
-    def predict(self, outputs: jax.Array) -> jax.Array:
-        """Return the logits [batch, time, vocabulary_size] for outputs [batch, time, features]."""
+    def predict(
+        self, outputs: Float[Array, "batch time features"]
+    ) -> Float[Array, "batch time vocabulary"]:
+        """Return the logits for outputs of the last layer."""
         return self.dense(outputs, self.head_kernel())
 
-    def compute_losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """Return the cross-entropy of each target, [batch, time], in nats.
+    def compute_losses(
+        self, outputs: Float[Array, "batch time features"], targets: Integer[Array, "batch time"]
+    ) -> Float[Array, "batch time"]:
+        """Return the cross-entropy of each target, in nats.
 
-        `outputs` are [batch, time, features]. The result is that of `predict`; for a large
-        vocabulary, it is computed faster.
+        The result is that of `predict`; for a large vocabulary, it is computed faster.
         """
         if self.vocabulary_size < _LARGE_VOCABULARY:
             return cross_entropy(self.predict(outputs), targets)
@@ -301,18 +317,19 @@ class LanguageModel(nn.Module):
         losses = compute_cross_entropy(*arguments, self.tie_embeddings, self.dtype)
         return losses.reshape(targets.shape[::-1]).T
 
-    def head_kernel(self) -> jax.Array:
-        """Return the kernel of the dense layer, [features, vocabulary_size]."""
+    def head_kernel(self) -> Float[Array, "features vocabulary"]:
+        """Return the kernel of the dense layer."""
         return self.embedding.embedding.T if self.tie_embeddings else self.dense.kernel
 
     @nn.nowrap
     def measure(
-        self, params: Params, inputs: jax.Array, targets: jax.Array, carry: Carry
-    ) -> tuple[jax.Array, Carry]:
-        """Run the model over inputs; return the loss of each target, [batch, time], and the carry.
-
-        Inputs and targets are ids [batch, time].
-        """
+        self,
+        params: Params,
+        inputs: Integer[Array, "batch time"],
+        targets: Integer[Array, "batch time"],
+        carry: Carry,
+    ) -> tuple[Float[Array, "batch time"], Carry]:
+        """Run the model over inputs; return the loss of each target and the carry."""
         bound = self.bind({"params": params})
         outputs, carry = bound.run(inputs, carry)
         return bound.compute_losses(outputs, targets), carry
@@ -330,10 +347,12 @@ class LanguageModel(nn.Module):
         return prepare_step(self.gating, table, layers, *head, *options, self.int8_steps)
 
     @nn.nowrap
-    def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
-        """Run the model over one token of each text, ids [batch], faster than `apply`.
+    def apply_step(
+        self, arrays: Prepared, ids: Integer[Array, " batch"], carry: Carry
+    ) -> tuple[Float[Array, "batch vocabulary"], Carry]:
+        """Run the model over one token of each text, faster than `apply`.
 
-        Return logits, float32 [batch, vocabulary_size], and the next carry.
+        Return logits and the next carry.
         """
         if isinstance(arrays, StepArrays):
             before = restart(self, carry, self.find_starts(ids))
@@ -344,13 +363,15 @@ class LanguageModel(nn.Module):
         return bound.predict(outputs[:, None])[:, 0], carry
 
     @nn.nowrap
-    def find_starts(self, ids: jax.Array) -> jax.Array | None:
-        """Return at which ids a document begins, bool of the same shape; None without documents."""
+    def find_starts(self, ids: Integer[Array, "*shape"]) -> Bool[Array, "*shape"] | None:
+        """Return at which ids a document begins; None without documents."""
         return None if self.stop_id is None else ids == self.stop_id
 
 
-def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Multiply x [batch, time, features] by a mask [batch, features], the same at every step."""
+def apply_mask(
+    x: Float[Array, "batch time features"], mask: Float[Array, "batch features"] | None
+) -> Float[Array, "batch time features"]:
+    """Multiply x by a mask, the same at every step."""
     if mask is None:
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
@@ -358,12 +379,12 @@ def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def run_in_chunks(
-    run: Callable[..., tuple[Any, jax.Array]],
+    run: Callable[..., tuple[Any, Array]],
     carry: Any,
-    inputs: jax.Array,
-    starts: jax.Array | None,
+    inputs: Float[Array, "batch time features"],
+    starts: Bool[Array, "batch time"] | None,
     chunk: int,
-) -> tuple[Any, jax.Array]:
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer in chunks of time; the backward pass stores only the carries between them.
 
     It recomputes the steps of a chunk. Memory then grows with time / chunk + chunk instead of time,
@@ -375,7 +396,7 @@ def run_in_chunks(
     run = jax.checkpoint(run)
     whole = time - time % chunk
 
-    def cut(x: jax.Array) -> jax.Array:
+    def cut(x: Array) -> Array:
         parts = x[:, :whole].reshape(len(x), -1, chunk, *x.shape[2:])
         return parts.swapaxes(0, 1)
 
@@ -449,7 +470,9 @@ def check_cells(model: LanguageModel) -> None:
         )
 
 
-def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
+def init_params(
+    model: LanguageModel, key: Array, counts: Integer[np.ndarray, " vocabulary"] | None = None
+) -> Params:
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
     Embeddings are uniform in ±`initial_embedding`. In an `LSTMCell`, kernels are Glorot uniform,
@@ -457,8 +480,8 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     `initial_bias` "frequencies" an untrained model predicts the frequencies of the tokens in the
     training text.
 
-    `counts` holds the number of occurrences of each token in the training text, int
-    [vocabulary_size]. Without it the dense layer's bias is zero.
+    `counts` holds the number of occurrences of each token in the training text. Without it the
+    dense layer's bias is zero.
     """
     # LAPACK makes the orthogonal kernels. Its threads spin while they wait for each other: if
     # another process occupies the cores, 0.2 s become 15 s.
@@ -474,7 +497,7 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
 
 
 @jax.jit(static_argnames="model")
-def _draw_params(model: LanguageModel, key: jax.Array) -> Params:
+def _draw_params(model: LanguageModel, key: Array) -> Params:
     return model.init(key, jnp.zeros((1, 1), jnp.int32), model.initial_carry(1))["params"]
 
 
@@ -488,15 +511,15 @@ def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
     return model.initial_carry(batch_size)
 
 
-def is_finite(params: Params) -> jax.Array:
-    """Return whether all parameters are finite, and small enough to compute with: bool []."""
+def is_finite(params: Params) -> Bool[Array, ""]:
+    """Return whether all parameters are finite, and small enough to compute with."""
     small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)
     return jax.tree.reduce(jnp.logical_and, small)
 
 
 def apply(
-    model: LanguageModel, params: Params, ids: jax.typing.ArrayLike, carry: Carry
-) -> tuple[jax.Array, Carry]:
-    """Run the model over ids [batch, time]; see `LanguageModel.__call__`."""
-    outputs: Any = model.apply({"params": params}, ids, carry)
+    model: LanguageModel, params: Params, ids: Integer[ArrayLike, "batch time"], carry: Carry
+) -> tuple[Float[Array, "batch time vocabulary"], Carry]:
+    """Run the model over ids; see `LanguageModel.__call__`."""
+    outputs: Any = model.apply({"params": params}, jnp.asarray(ids), carry)
     return outputs

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Integer
 
 from lstm_jax import model as model_lib
 from lstm_jax import regularization
@@ -33,13 +34,13 @@ class TrainState(NamedTuple):
     average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
     opt_state: optax.OptState
     carry: model_lib.Carry  # After the last batch.
-    key: jax.Array  # The PRNG key of all random draws in training.
-    step: jax.Array  # int32 [], training steps done.
-    loss_sum: jax.Array  # float32 [], nats per token, summed since the last log line.
-    norm_sum: jax.Array  # float32 [], the same sum of the gradients' norms before clipping.
-    loss_steps: jax.Array  # int32 [], the number of steps in these sums.
-    skipped: jax.Array  # int32 [], the number of steps skipped because a number was not finite.
-    first_skipped: jax.Array  # int32 [], the first of them not yet reported; 0 if none.
+    key: Array  # The PRNG key of all random draws in training.
+    step: Int[Array, ""]  # Training steps done.
+    loss_sum: Float[Array, ""]  # Nats per token, summed since the last log line.
+    norm_sum: Float[Array, ""]  # The same sum of the gradients' norms before clipping.
+    loss_steps: Int[Array, ""]  # The number of steps in these sums.
+    skipped: Int[Array, ""]  # The number of steps skipped because a number was not finite.
+    first_skipped: Int[Array, ""]  # The first of them not yet reported; 0 if none.
 
     @property
     def evaluated(self) -> model_lib.Params:
@@ -78,12 +79,12 @@ TrainStep = Callable[[TrainState, Batch], TrainState]
 def init_state(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    key: jax.Array,
+    key: Array,
     batch_size: int,
     averaged: bool = False,
     trained: model_lib.Params | None = None,
     mesh: Mesh | None = None,
-    counts: np.ndarray | None = None,
+    counts: Integer[np.ndarray, " vocabulary"] | None = None,
 ) -> TrainState:
     """Return the state before the first step, on the devices of `mesh` or on the default device.
 
@@ -184,7 +185,7 @@ def make_step(
         if jax.default_backend() == "cpu" and is_elementwise and size >= _LARGE:
             # Compute the update again, in place: to store the new arrays beside the old ones, which
             # are needed if it is not finite, takes longer.
-            def update_in_place(i: jax.Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
+            def update_in_place(i: Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
                 # XLA must not compute terms of the gradients before the loop.
                 return update(old, jax.lax.optimization_barrier((grads, i))[0])
 
@@ -232,11 +233,15 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
 
     def loss_fn(
         params: model_lib.Params,
-        key: jax.Array | None,
-        batch: tuple[jax.Array, jax.Array, jax.Array | None],
+        key: Array | None,
+        batch: tuple[
+            Int[Array, "batch time"],
+            Int[Array, "batch time"],
+            Float[Array, "batch time vocabulary"] | None,
+        ],
         carry: model_lib.Carry,
         masks: model_lib.Masks | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
         """Return the loss to minimize, with teachers and penalties; and (the loss, the carry)."""
         read = params if key is None else regularization.drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
@@ -252,7 +257,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         penalty = regularization.compute_penalty(rates, outputs, dropped, starts)
         return objective + penalty, (loss, carry)
 
-    def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
+    def compute_grads(params: model_lib.Params, key: Array | None, *divided: Any) -> Any:
         def compute_part(*part: Any) -> Any:
             grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, key, *part)
             return (grads, loss), carry

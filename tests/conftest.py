@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import jax
 import jaxlib
+import jaxtyping
 import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
@@ -151,6 +152,14 @@ def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
         yield
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Do not check arrays against annotations: a user's arrays aren't."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_k
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
@@ -45,36 +45,36 @@ class Cell(SizedCell):
             self.input_scale = self.param("input_scale", nn.initializers.ones, (size,))
             self.recurrent_scale = self.param("recurrent_scale", nn.initializers.ones, (size,))
 
-    def project_inputs(self, inputs: jax.Array) -> jax.Array:
+    def project_inputs(self, inputs: Float[Array, "batch inputs"]) -> Float[Array, "batch sums"]:
         """Return x W + b: [batch, gates * hidden_size]."""
         projected = matmul(inputs, self.input_kernel, self.dtype)
         scaled = normalize(projected) * self.input_scale[None] if self.layer_norm else projected
         return scaled + self.bias[None]
 
-    def project_hidden(self, hidden: jax.Array) -> jax.Array:
+    def project_hidden(self, hidden: Float[Array, "batch hidden"]) -> Float[Array, "batch sums"]:
         """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""
         projected = matmul(hidden, self.recurrent_kernel, self.dtype)
         return normalize(projected) * self.recurrent_scale[None] if self.layer_norm else projected
 
-    def activation(self, carry: Any) -> jax.Array:
-        """Return the activations of the hidden units, in [-1, 1], [batch, hidden_size]."""
+    def activation(self, carry: Any) -> Float[Array, "batch hidden"]:
+        """Return the activations of the hidden units, in [-1, 1]."""
         return carry.hidden
 
 
-def forget_bias(gates: int, opened: float | jax.Array) -> Initializer:
+def forget_bias(gates: int, opened: float | Array) -> Initializer:
     """Return an initializer of the biases of gates, the second of which is a forget gate.
 
     Its biases are `opened`, one number or one for each hidden unit, so that it remembers at first.
     All others are 0.
     """
 
-    def initialize(key: jax.Array, shape: tuple[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    def initialize(key: Array, shape: tuple[int], dtype: DTypeLike = jnp.float32) -> Array:
         biases = jnp.zeros((gates, shape[0] // gates), dtype)
         return biases.at[1].set(jnp.asarray(opened, dtype)).reshape(shape)
 
     return initialize
 
 
-def normalize(x: jax.Array) -> jax.Array:
+def normalize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Normalize to mean 0, variance 1 over the last axis (Ba et al. 2016), without gain or bias."""
     return nn.standardize(x, axis=-1, epsilon=1e-5)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from lstm_jax.cells.protocol import Gates, get_gates, run_cell
 from lstm_jax.matmul import matmul
@@ -16,7 +17,7 @@ _EXPANSION = 2  # The ratio of the MLP's hidden units to hidden_size.
 class BlockCarry(NamedTuple):
     """The carry of a block."""
 
-    before: jax.Array  # The last inputs of the convolution: [batch, _WIDTH - 1, hidden].
+    before: Float[Array, "batch 3 hidden"]  # The last inputs of the convolution.
     cell: Any  # The carry of the cell.
 
 
@@ -55,16 +56,21 @@ class Block(nn.Module):
         self.mlp_kernel = self.param("mlp_kernel", glorot, (size, 2 * _EXPANSION * size))
         self.output_kernel = self.param("output_kernel", glorot, (_EXPANSION * size, size))
 
-    def __call__(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(
+        self, carry: BlockCarry, inputs: Float[Array, "batch inputs"]
+    ) -> tuple[BlockCarry, Float[Array, "batch hidden"]]:
+        """Return the next carry and the outputs."""
         x, before, u = self._convolve(carry, inputs[:, None])
         cell, outputs = self.cell(carry.cell, u[:, 0])
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(
-        self, carry: BlockCarry, inputs: jax.Array, starts: jax.Array | None
-    ) -> tuple[BlockCarry, jax.Array]:
-        """Return the last carry and all outputs, for inputs [batch, time, input_size].
+        self,
+        carry: BlockCarry,
+        inputs: Float[Array, "batch time inputs"],
+        starts: Bool[Array, "batch time"] | None,
+    ) -> tuple[BlockCarry, Float[Array, "batch time hidden"]]:
+        """Return the last carry and all outputs.
 
         Only a cell without a parallel form runs step by step.
         """
@@ -73,8 +79,15 @@ class Block(nn.Module):
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
-        self, carry: BlockCarry, inputs: jax.Array, starts: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self,
+        carry: BlockCarry,
+        inputs: Float[Array, "batch time inputs"],
+        starts: Bool[Array, "batch time"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch time hidden"],
+        Float[Array, "batch 3 hidden"],
+        Float[Array, "batch time hidden"],
+    ]:
         """Return x, the next inputs to keep for the convolution, and u; see the equations."""
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:
@@ -92,13 +105,13 @@ class Block(nn.Module):
         taps = [part * self.convolution[j, None, None] for j, part in enumerate(parts)]
         return x, after, sum(taps, self.convolution_bias[None, None])
 
-    def _add_mlp(self, y: jax.Array) -> jax.Array:
+    def _add_mlp(self, y: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """Return y with the gated MLP added, of one or all steps."""
         sums = matmul(normalize_rms(y, self.mlp_scale), self.mlp_kernel, self.dtype)
         gate, value = jnp.split(sums, 2, axis=-1)
         return y + matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
 
-    def gates(self, carry: BlockCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: BlockCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of the cell."""
         _, _, u = self._convolve(carry, inputs[:, None])
         return get_gates(self.cell, carry.cell, u[:, 0])
@@ -109,7 +122,9 @@ class Block(nn.Module):
         return BlockCarry(before, self.cell.initial_carry(batch_size))
 
 
-def normalize_rms(x: jax.Array, scale: jax.Array) -> jax.Array:
+def normalize_rms(
+    x: Float[Array, "*batch features"], scale: Float[Array, " features"]
+) -> Float[Array, "*batch features"]:
     """Divide by the root mean square over the last axis, and scale (Zhang & Sennrich 2019)."""
     normalized = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
     return normalized * jnp.broadcast_to(scale, x.shape)

@@ -3,8 +3,8 @@
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import Cell, forget_bias, normalize
 from lstm_jax.cells.protocol import Gates
@@ -36,22 +36,24 @@ class LSTMCell(Cell):
             self.cell_scale = self.param("cell_scale", nn.initializers.ones, (self.hidden_size,))
             self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
 
-    def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(
+        self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]
+    ) -> tuple[LSTMCarry, Float[Array, "batch hidden"]]:
+        """Return the next carry and the outputs."""
         gates = self.gates(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
         hidden = gates["output"] * self.activation(carry._replace(cell=cell))
         return LSTMCarry(cell, hidden), hidden
 
-    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
         i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
         return {"input": i, "forget": f, "candidate": g, "output": o}
 
-    def activation(self, carry: LSTMCarry) -> jax.Array:
-        """Return the activation of the cell state, in [-1, 1], [batch, hidden_size]."""
+    def activation(self, carry: LSTMCarry) -> Float[Array, "batch hidden"]:
+        """Return the activation of the cell state, in [-1, 1]."""
         if self.layer_norm:
             return jnp.tanh(normalize(carry.cell) * self.cell_scale[None] + self.cell_bias[None])
         return jnp.tanh(carry.cell)

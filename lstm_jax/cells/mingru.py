@@ -1,8 +1,8 @@
 """The minGRU cell."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.protocol import Gates
@@ -27,18 +27,20 @@ class MinGRUCell(LinearCell):
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
-    def coefficients(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def coefficients(
+        self, inputs: Float[Array, "*batch inputs"]
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
         """Return 1 - z and z * n of one or all steps."""
         gates = self.gates(None, inputs)
         return 1 - gates["update"], gates["update"] * gates["candidate"]
 
-    def gates(self, carry: HiddenCarry | None, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: Float[Array, "*batch inputs"]) -> Gates:
         """Return the gates of one or all steps, which do not depend on the carry."""
         sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         z, n = jnp.split(sums, 2, axis=-1)
         return {"update": nn.sigmoid(z), "candidate": make_positive(n)}
 
 
-def make_positive(x: jax.Array) -> jax.Array:
+def make_positive(x: Array) -> Array:
     """Return g(x): x + 1/2 for x >= 0, and sigmoid(x) below (Feng et al. 2024, appendix B)."""
     return jnp.where(x >= 0, x + 0.5, nn.sigmoid(x))

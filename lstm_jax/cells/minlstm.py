@@ -1,8 +1,8 @@
 """The minLSTM cell."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.mingru import make_positive
@@ -28,12 +28,14 @@ class MinLSTMCell(LinearCell):
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
-    def coefficients(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def coefficients(
+        self, inputs: Float[Array, "*batch inputs"]
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
         """Return f / (f + i) and i / (f + i) * n of one or all steps."""
         gates = self.gates(None, inputs)
         return gates["forget"], gates["input"] * gates["candidate"]
 
-    def gates(self, carry: HiddenCarry | None, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: Float[Array, "*batch inputs"]) -> Gates:
         """Return the gates of one or all steps, with forget and input gate divided by their sum."""
         sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         f, i, n = jnp.split(sums, 3, axis=-1)

@@ -1,8 +1,8 @@
 """The mLSTM cell."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from lstm_jax import ops
 from lstm_jax.cells.base import SizedCell, forget_bias
@@ -43,27 +43,32 @@ class MLSTMCell(SizedCell):
         remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))
         self.gate_bias = self.param("gate_bias", remembering, (2 * self.heads,))
 
-    def __call__(self, carry: MLSTMCarry, inputs: jax.Array) -> tuple[MLSTMCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(
+        self, carry: MLSTMCarry, inputs: Float[Array, "batch inputs"]
+    ) -> tuple[MLSTMCarry, Float[Array, "batch hidden"]]:
+        """Return the next carry and the outputs."""
         q, k, v, o, i, log_f = self._project(inputs)
         carry, found = step_mlstm(carry, q, k, v, i, log_f)
         return carry, (o * found).reshape(len(inputs), -1)
 
     def run_parallel(
-        self, carry: MLSTMCarry, inputs: jax.Array, starts: jax.Array | None
-    ) -> tuple[MLSTMCarry, jax.Array]:
-        """Return the last carry and all outputs, for inputs [batch, time, input_size]."""
+        self,
+        carry: MLSTMCarry,
+        inputs: Float[Array, "batch time inputs"],
+        starts: Bool[Array, "batch time"] | None,
+    ) -> tuple[MLSTMCarry, Float[Array, "batch time hidden"]]:
+        """Return the last carry and all outputs."""
         return ops.mlstm(self._params(), inputs, carry, reset=starts, dtype=self.dtype)
 
     def _params(self) -> MLSTMParams:
         return MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
 
-    def _project(self, inputs: jax.Array) -> list[jax.Array]:
+    def _project(self, inputs: Array) -> list[Array]:
         """Return q, k, v, o [batch, heads, d], and log i, log f [batch, heads] of a step."""
         parts = project_mlstm(self._params(), inputs[:, None], self.heads, self.dtype)
         return [x[:, :, 0] for x in parts]
 
-    def gates(self, carry: MLSTMCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: MLSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         *_, o, i, log_f = self._project(inputs)
         f, i, _ = stabilize(carry.stabilizer, i, log_f)

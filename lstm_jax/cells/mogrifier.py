@@ -3,7 +3,7 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates
@@ -32,7 +32,7 @@ class MogrifierLSTMCell(LSTMCell):
             self.param(f"round_kernel_{k + 1}", glorot, shapes[k % 2]) for k in range(self.rounds)
         ]
 
-    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step."""
         hidden = carry.hidden
         for k, kernel in enumerate(self.round_kernels):

@@ -3,8 +3,8 @@
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates
@@ -32,7 +32,7 @@ class PeepholeLSTMCell(LSTMCell):
         super().setup()
         self.peepholes = self.param("peepholes", nn.initializers.zeros, (3, self.hidden_size))
 
-    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step."""
         pi, pf, po = self.peepholes[:, None]
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)

@@ -29,26 +29,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from lstm_jax import ops
 
-# Values of one step by name, [batch, hidden_size] each: gates in [0, 1], and the "candidate", which
-# is not a gate.
-Gates = dict[str, jax.Array]
+# Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
+Gates = dict[str, Float[Array, "*batch hidden"]]
 
 
 def run_cell(
     cell: Any,
     carry: Any,
-    inputs: jax.Array,
+    inputs: Float[ArrayLike, "batch time features"],
     implementation: str = "auto",
-    starts: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
-    """Run a cell over inputs [batch, time, features]; return the last carry and all outputs.
+    starts: Bool[ArrayLike, "batch time"] | None = None,
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
+    """Run a cell over inputs; return the last carry and all outputs.
 
     With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
     that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
-    where `starts`, bool [batch, time], is true read the initial carry.
+    where `starts` is true read the initial carry.
     """
     if implementation == "scan":
         return _scan(cell, carry, (inputs, starts))
@@ -74,8 +75,8 @@ def get_layer_params(cell: Any) -> Any:
     return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
 
 
-def restart(cell: Any, carry: Any, starts: jax.Array | None) -> Any:
-    """Return the carry of a cell or model: the initial one where `starts`, [batch], is true."""
+def restart(cell: Any, carry: Any, starts: Bool[Array, " batch"] | None) -> Any:
+    """Return the carry of a cell or model: the initial one where `starts` is true."""
     if starts is None:
         return carry
     return jax.tree.map(
@@ -94,12 +95,14 @@ _scan = nn.scan(
 )
 
 
-def get_gates(cell: Any, carry: Any, inputs: jax.Array) -> Gates:
+def get_gates(cell: Any, carry: Any, inputs: Float[ArrayLike, "batch inputs"]) -> Gates:
     """Return the gates of a step; none for a cell without the method."""
     return cell.gates(carry, inputs) if hasattr(type(cell), "gates") else {}
 
 
-def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
+def get_activation(
+    cell: Any, carry: Any, outputs: Float[Array, "batch hidden"]
+) -> Float[Array, "batch hidden"]:
     """Return the activations after a step; without the method, the tanh of its outputs."""
     has_activation = hasattr(type(cell), "activation")  # `setup` may set an attribute.
     return cell.activation(carry) if has_activation else jnp.tanh(outputs)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.protocol import Gates
@@ -38,30 +39,32 @@ class RGLRUCell(LinearCell):
         self.gate_bias = self.param("gate_bias", zeros, (2 * size,))
         self.decay = self.param("decay", _draw_decay, (size,))
 
-    def coefficients(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def coefficients(
+        self, inputs: Float[Array, "*batch inputs"]
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
         """Return a and sqrt(1 - a ** 2) * (i * u) of one or all steps."""
         u, r, i = self._project(inputs)
         log_a = self._log_decay(r)
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
         return jnp.exp(log_a), scale * (i * u)
 
-    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step, which do not depend on the carry, and the decay."""
         _, r, i = self._project(inputs)
         return {"recurrence": r, "input": i, "decay": jnp.exp(self._log_decay(r))}
 
-    def _project(self, inputs: jax.Array) -> list[jax.Array]:
+    def _project(self, inputs: Array) -> list[Array]:
         """Return u, r and i."""
         u = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         sums = matmul(u, self.gate_kernel, self.dtype, self.gate_bias)
         return [u, *jnp.split(nn.sigmoid(sums), 2, axis=-1)]
 
-    def _log_decay(self, r: jax.Array) -> jax.Array:
+    def _log_decay(self, r: Array) -> Array:
         """Return the logarithm of a."""
         return _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
 
 
-def _draw_decay(key: jax.Array, shape: tuple[int]) -> jax.Array:
+def _draw_decay(key: Array, shape: tuple[int]) -> Array:
     """Draw L so that sigmoid(L) ** c is uniform between `_LOWEST` and `_HIGHEST`."""
     decay = jax.random.uniform(key, shape, jnp.float32, _LOWEST, _HIGHEST) ** (1 / _SHARPNESS)
     return jnp.log(decay) - jnp.log1p(-decay)

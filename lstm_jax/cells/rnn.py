@@ -2,8 +2,8 @@
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import Cell
 from lstm_jax.cells.protocol import Gates
@@ -19,12 +19,14 @@ class RNNCell(Cell):
         """Declare the parameters."""
         self.declare_kernels(1)
 
-    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(
+        self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]
+    ) -> tuple[HiddenCarry, Float[Array, "batch hidden"]]:
+        """Return the next carry and the outputs."""
         hidden = self.gates(carry, inputs)["candidate"]
         return HiddenCarry(hidden), hidden
 
-    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the candidate alone, which is the next hidden state: there is no gate."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         return {"candidate": jnp.tanh(sums)}

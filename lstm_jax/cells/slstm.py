@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import SizedCell, forget_bias
 from lstm_jax.cells.protocol import Gates
@@ -14,12 +15,12 @@ from lstm_jax.ops.matrix_lstm import NEVER, stabilize
 
 
 class SLSTMCarry(NamedTuple):
-    """The carry of one sLSTM layer, float32 [batch, hidden] each."""
+    """The carry of one sLSTM layer."""
 
-    cell: jax.Array  # c / exp(m).
-    normalizer: jax.Array  # n / exp(m).
-    hidden: jax.Array  # h, which is also the layer's output.
-    stabilizer: jax.Array  # m.
+    cell: Float[Array, "batch hidden"]  # c / exp(m).
+    normalizer: Float[Array, "batch hidden"]  # n / exp(m).
+    hidden: Float[Array, "batch hidden"]  # h, which is also the layer's output.
+    stabilizer: Float[Array, "batch hidden"]  # m.
 
 
 class SLSTMCell(SizedCell):
@@ -51,19 +52,21 @@ class SLSTMCell(SizedCell):
         remembering = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
         self.bias = self.param("bias", remembering, (size,))
 
-    def __call__(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[SLSTMCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(
+        self, carry: SLSTMCarry, inputs: Float[Array, "batch inputs"]
+    ) -> tuple[SLSTMCarry, Float[Array, "batch hidden"]]:
+        """Return the next carry and the outputs."""
         gates, stabilizer = self._compute(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
         normalizer = gates["forget"] * carry.normalizer + gates["input"]
         hidden = gates["output"] * cell / normalizer
         return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
 
-    def gates(self, carry: SLSTMCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: SLSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         return self._compute(carry, inputs)[0]
 
-    def _compute(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[Gates, jax.Array]:
+    def _compute(self, carry: SLSTMCarry, inputs: Array) -> tuple[Gates, Array]:
         """Return the gates, and the next stabilizer."""
         batch = len(inputs)
         by_head = carry.hidden.reshape(batch, self.heads, -1).swapaxes(0, 1)
@@ -75,8 +78,8 @@ class SLSTMCell(SizedCell):
         gates = {"input": i, "forget": f, "candidate": jnp.tanh(z), "output": nn.sigmoid(o)}
         return gates, stabilizer
 
-    def activation(self, carry: SLSTMCarry) -> jax.Array:
-        """Return c / n, a weighted mean of candidates, in [-1, 1], [batch, hidden_size]."""
+    def activation(self, carry: SLSTMCarry) -> Float[Array, "batch hidden"]:
+        """Return c / n, a weighted mean of candidates, in [-1, 1]."""
         return carry.cell / carry.normalizer
 
     def initial_carry(self, batch_size: int) -> SLSTMCarry:
@@ -97,7 +100,7 @@ def count_per_head(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def _draw_orthogonal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _draw_orthogonal(key: Array, shape: tuple[int, ...]) -> Array:
     """Draw an orthogonal kernel for each head."""
     draw = nn.initializers.orthogonal()
     return jax.vmap(lambda of_head: draw(of_head, shape[1:]))(jax.random.split(key, shape[0]))

@@ -16,123 +16,109 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.ops.gates import Arrays, Gating
-from lstm_jax.ops.scan import Marks, add_hidden, add_sums, clear, get_peepholes, keep
+from lstm_jax.ops.scan import (
+    Layer,
+    Marks,
+    add_hidden,
+    add_sums,
+    clear,
+    differentiate_peepholes,
+    get_peepholes,
+    keep,
+    select_sums,
+)
 
 _DEPTH = 256  # XLA pads the depth of some matmuls to a multiple of it.
 
 
 class Loops(NamedTuple):
-    """The two loops over time of a layer, whose arrays are [time, batch, n] or [batch, n].
+    """The two loops over time of a layer with a rounded recurrent kernel.
 
-    `forward` takes the gating, the parameters with a rounded recurrent kernel, the inputs' terms in
-    the sums, the first carry, the marks, and whether to save derivatives; it returns the last carry
-    and what `save_step` saves at each step. `backward` takes the gating, the rounded recurrent
-    kernel, what was saved, the marks, and the cotangents of the last carry and of the outputs; it
-    returns the rounded cotangents of the sums, and the cotangent of the first carry.
+    `forward` takes the layer, with the inputs' terms in the sums as its inputs, and whether to save
+    derivatives; it returns the last carry and what `save_step` saves at each step. `backward` takes
+    the layer, what was saved, and the cotangents of the last carry and of the outputs; it returns
+    the rounded cotangents of the sums, and the cotangent of the first carry.
     """
 
-    forward: Callable[..., tuple[Any, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, Any]]
+    forward: Callable[..., tuple[Any, Array]]
+    backward: Callable[..., tuple[Array, Any]]
 
 
 def forward(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    dtype: str,
-    differentiable: bool,
-    loops: Loops,
-) -> tuple[tuple[Any, jax.Array], tuple[jax.Array]]:
-    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
+    layer: Layer, differentiable: bool, loops: Loops
+) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], tuple[Array]]:
+    """Return the last carry and the outputs, and what each step saves for the backward pass.
 
-    The factors of matmuls are rounded to `dtype`. Also return what each step saves, which the
-    backward pass needs; it is complete if `differentiable`.
+    It is complete if `differentiable`.
     """
-    added = matmul(inputs, params.input_kernel, dtype, params.bias)
-    rounded = params._replace(recurrent_kernel=round_factor(params.recurrent_kernel, dtype))
-    last, saved = loops.forward(gating, rounded, added, carry, marks, differentiable)
+    params = layer.params
+    added = matmul(layer.inputs, params.input_kernel, layer.dtype, params.bias)
+    last, saved = loops.forward(_round(layer)._replace(inputs=added), differentiable)
     outputs = saved[..., -len(params.recurrent_kernel) :]
     return (last._replace(hidden=outputs[-1]), outputs), (saved,)
 
 
+def _round(layer: Layer) -> Layer:
+    kernel = round_factor(layer.params.recurrent_kernel, layer.dtype)
+    return layer._replace(params=layer.params._replace(recurrent_kernel=kernel))
+
+
 def backward(
-    gating: Gating,
-    params: Any,
-    carry: Any,
-    marks: Marks,
-    saved: tuple[jax.Array],
+    layer: Layer,
+    saved: tuple[Array],
     d_last: Any,
-    d_outputs: jax.Array,
-    dtype: str,
+    d_outputs: Float[Array, "time batch hidden"],
     loops: Loops,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, "time batch sums"], Any]:
     """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
 
-    `d_last` and `d_outputs` [time, batch, hidden] are those of the last carry and of the outputs.
+    `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
-    kernel = round_factor(params.recurrent_kernel, dtype)
-    return loops.backward(gating, kernel, *saved, marks, d_last, d_outputs)
+    return loops.backward(_round(layer), *saved, d_last, d_outputs)
 
 
 def differentiate_params(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    saved: tuple[jax.Array],
-    d_sums: jax.Array,
-    dtype: str,
-) -> tuple[Any, jax.Array]:
+    layer: Layer, saved: tuple[Array], d_sums: Float[Array, "time batch sums"]
+) -> tuple[Any, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
+    gating, params, inputs, carry, marks, dtype = layer
     size, dtype_of_sums = len(params.recurrent_kernel), saved[0].dtype
-    *_, outputs = jnp.split(saved[0], saved[0].shape[2] // size, axis=2)
-    before = clear(jnp.concatenate([carry.hidden[None], outputs[:-1]]), marks.reset)
-    parts = jnp.split(d_sums.reshape(-1, d_sums.shape[2]), gating.num_sums, axis=1)
-
-    def select(indices: tuple[int, ...]) -> jax.Array:
-        is_all = len(indices) == gating.num_sums
-        of_sums = [parts[i] for i in indices]
-        return d_sums.reshape(-1, d_sums.shape[2]) if is_all else jnp.concatenate(of_sums, axis=1)
-
-    pairs = (inputs, select(gating.read_inputs)), (before, select(gating.read_hidden))
+    parts = jnp.split(saved[0], saved[0].shape[2] // size, axis=2)
+    before = clear(jnp.concatenate([carry.hidden[None], parts[-1][:-1]]), marks.reset)
+    rows = d_sums.reshape(-1, d_sums.shape[2])
+    by_inputs, by_hidden = (
+        select_sums(rows, indices, size) for indices in (gating.read_inputs, gating.read_hidden)
+    )
+    pairs = (inputs, by_inputs), (before, by_hidden)
     d_kernels = [
         matmul_rounded(round_factor(factor, dtype).reshape(len(d), -1).T, d) for factor, d in pairs
     ]
     d_bias = d_sums.sum(axis=(0, 1), dtype=dtype_of_sums)
     d_others = list(gating.split_biases(d_bias))
     if gating.has_peepholes:
-        cells = jnp.split(saved[0], saved[0].shape[2] // size, axis=2)[-2]
-        earlier = clear(jnp.concatenate([carry.cell[None], cells[:-1]]), marks.reset)
-        d_i, d_f, _, d_o = jnp.split(d_sums.astype(dtype_of_sums), 4, axis=2)
-        terms = d_i * earlier, d_f * earlier, d_o * cells
-        d_others.append(jnp.stack([term.sum(axis=(0, 1)) for term in terms]))
+        d_others.append(differentiate_peepholes(layer, d_sums.astype(dtype_of_sums), parts[-2]))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = matmul_rounded(
-        select(gating.read_inputs), round_factor(params.input_kernel.T, dtype)
-    )
+    d_inputs = matmul_rounded(by_inputs, round_factor(params.input_kernel.T, dtype))
     return gating.params(*d_kernels, *d_others), d_inputs.reshape(inputs.shape)
 
 
-def save_step(gating: Gating, factors: Arrays, after: Any) -> jax.Array:
+def save_step(gating: Gating, factors: Arrays, after: Any) -> Array:
     """Return the array that a step saves, [batch, n * hidden]: factors, c' if needed, and h'."""
     cell = [after.cell] if gating.has_peepholes else []
     return jnp.concatenate([*factors, *cell, after.hidden], axis=1)
 
 
-def _forward_loop(
-    gating: Gating, params: Any, added: jax.Array, carry: Any, marks: Marks, differentiable: bool
-) -> tuple[Any, jax.Array]:
+def _forward_loop(layer: Layer, differentiable: bool) -> tuple[Any, Array]:
+    gating, params, added, carry, marks, _ = layer
     kernel, peepholes = params.recurrent_kernel, get_peepholes(params, axis=0)
     # A frozen step leaves all bits of the hidden state; otherwise only matmuls read it.
     dtype = kernel.dtype if marks.frozen is None else added.dtype
 
-    def step(state: Any, read: tuple[jax.Array, Marks]) -> tuple[Any, jax.Array]:
+    def step(state: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
         added, mark = read
         product = matmul_rounded(state.hidden.astype(kernel.dtype), kernel)
         sums = add_sums(gating, params, added, clear(product, mark.reset))
@@ -148,14 +134,8 @@ def _forward_loop(
     return lax.scan(step, rounded, (added, marks))
 
 
-def _backward_loop(
-    gating: Gating,
-    kernel: jax.Array,
-    saved: jax.Array,
-    marks: Marks,
-    d_last: Any,
-    d_outputs: jax.Array,
-) -> tuple[jax.Array, Any]:
+def _backward_loop(layer: Layer, saved: Array, d_last: Any, d_outputs: Array) -> tuple[Array, Any]:
+    gating, marks, kernel = layer.gating, layer.marks, layer.params.recurrent_kernel
     steps, batch, hidden = d_outputs.shape
     width = gating.num_sums * hidden
     zeros = jnp.zeros_like(d_last.hidden)
@@ -172,21 +152,19 @@ def _backward_loop(
     rows_of_sums = rows_of_sums.at[jnp.array(gating.read_hidden)].set(blocks)
     padded = jnp.pad(rows_of_sums.reshape(width, hidden), ((0, depth - width), (0, 0)))
 
-    def make_row(d_sums: Arrays, d_carry: Any) -> jax.Array:
+    def make_row(d_sums: Arrays, d_carry: Any) -> Array:
         """Return the rounded cotangents of the sums, and those of the carry by `_split`."""
         row = [d.astype(kernel.dtype) for d in d_sums]
         row += [part for d in jax.tree.leaves(d_carry) for part in _split(d, kernel.dtype)]
         filler = jnp.zeros((batch, depth - width - tail), kernel.dtype)
         return jnp.concatenate([*row, filler], axis=1)
 
-    def read_carry(row: jax.Array) -> Any:
+    def read_carry(row: Array) -> Any:
         halves = row[:, width : width + tail].astype(d_last.hidden.dtype)
         sums = halves.reshape(batch, len(leaves), parts, hidden).sum(axis=2)
         return jax.tree.unflatten(structure, [sums[:, i] for i in range(len(leaves))])
 
-    def step(
-        carry: tuple[jax.Array, jax.Array], read: tuple[Any, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def step(carry: tuple[Array, Array], read: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
         rows, product = carry
         t, saved, mark, d_output = read
         # Not from the carry: that would launch one more GPU kernel.
@@ -212,7 +190,7 @@ def _backward_loop(
 LOOPS = Loops(_forward_loop, _backward_loop)
 
 
-def _split(x: jax.Array, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+def _split(x: Array, dtype: jax.typing.DTypeLike) -> list[Array]:
     """Return arrays of `dtype` whose sum is x: in bfloat16 two, for a precision of 16 bits."""
     if dtype == x.dtype:
         return [x]

@@ -1,25 +1,29 @@
 """Check the arguments of the public functions, whose shapes and dtypes are known when traced."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.ops.gates import Gating
 
 
-def convert_floats(name: str, value: ArrayLike, *axes: str) -> jax.Array:
-    """Return a floating-point array with these axes.
+def convert_floats(name: str, value: ArrayLike, *axes: int | str) -> Float[Array, "..."]:
+    """Return a floating-point array with these axes, of the sizes that are numbers.
 
     Raises:
-      ValueError: if it has another dtype or number of axes.
+      ValueError: if it has another dtype or shape.
     """
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has the dtype {array.dtype}: it must be a floating-point array")
-    if array.ndim != len(axes):
-        raise ValueError(f"{name} has the shape {array.shape}: it must be [{', '.join(axes)}]")
+    fits = all(isinstance(a, str) or a == size for a, size in zip(axes, array.shape, strict=False))
+    if array.ndim != len(axes) or not fits:
+        wanted = ", ".join(map(str, axes))
+        raise ValueError(f"{name} has the shape {array.shape}: it must be [{wanted}]")
     return array
 
 
@@ -33,19 +37,11 @@ def convert_params(gating: Gating, params: Any, features: int) -> Any:
         raise ValueError(
             f"params is a {type(params).__name__}: ops.{gating.name} takes {gating.params.__name__}"
         )
-    axes = {"bias": 1, "recurrent_bias": 1}
-    arrays = [
-        convert_floats(f"params.{name}", value, *("rows", "columns")[-axes.get(name, 2) :])
-        for name, value in params._asdict().items()
-    ]
-    converted = gating.params(*arrays)
-    size = len(converted.recurrent_kernel)
-    if features != len(converted.input_kernel):
-        raise ValueError(
-            f"inputs have {features} features, but the input kernel has "
-            f"{len(converted.input_kernel)} rows"
-        )
+    size = len(convert_floats("params.recurrent_kernel", params.recurrent_kernel, "hidden", "n"))
     width = len(gating.read_inputs) * size
+    rows = len(convert_floats("params.input_kernel", params.input_kernel, "features", width))
+    if features != rows:
+        raise ValueError(f"inputs have {features} features, but the input kernel has {rows} rows")
     shapes = {
         "input_kernel": (features, width),
         "recurrent_kernel": (size, width),
@@ -53,64 +49,66 @@ def convert_params(gating: Gating, params: Any, features: int) -> Any:
         "recurrent_bias": (size,),
         "peepholes": (3, size),
     }
-    for name, array in converted._asdict().items():
-        if array.shape != shapes[name]:
-            raise ValueError(
-                f"params.{name} has the shape {array.shape}: with a recurrent kernel of {size} "
-                f"rows, which are the hidden units, it must be {shapes[name]}"
-            )
-    return converted
+    arrays = (
+        convert_floats(f"params.{name}", value, *shapes[name])
+        for name, value in params._asdict().items()
+    )
+    return gating.params(*arrays)
 
 
-def convert_carry(kind: type[Any], carry: Any, shape: tuple[int, int], dtype: Any) -> Any:
-    """Return a carry of arrays of this shape; zeros of this dtype for None.
+def convert_carry(kind: type[Any], carry: Any, *shapes: Sequence[int]) -> Any:
+    """Return a carry of arrays of these shapes.
 
     Raises:
       ValueError: if it is another one.
     """
-    if carry is None:
-        return kind(*(jnp.zeros(shape, dtype) for _ in kind._fields))
     if not isinstance(carry, tuple) or len(carry) != len(kind._fields):
         raise ValueError(
             f"carry is a {type(carry).__name__}: it must be {kind.__name__}"
             f"({', '.join(kind._fields)}), or None for zeros"
         )
-    arrays = [
-        convert_floats(f"carry.{name}", value, "batch", "hidden")
-        for name, value in zip(kind._fields, carry, strict=True)
-    ]
-    for name, array in zip(kind._fields, arrays, strict=True):
-        if array.shape != shape:
-            raise ValueError(f"carry.{name} has the shape {array.shape}: it must be {shape}")
-    return kind(*arrays)
+    parts = zip(kind._fields, carry, shapes, strict=True)
+    return kind(*(convert_floats(f"carry.{name}", value, *shape) for name, value, shape in parts))
 
 
-def convert_flags(name: str, value: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+def convert_reset(
+    reset: Shaped[ArrayLike, "..."] | None, batch: int, time: int
+) -> Bool[Array, "batch time"] | None:
     """Return an array as bool: true where it is not 0.
 
     Raises:
       ValueError: if its shape is another one.
     """
-    if value is None:
+    if reset is None:
         return None
-    array = jnp.asarray(value)
-    if array.shape != shape:
-        raise ValueError(f"{name} has the shape {array.shape}: it must be [batch, time], {shape}")
+    array = jnp.asarray(reset)
+    if array.shape != (batch, time):
+        raise ValueError(
+            f"reset has the shape {array.shape}: it must be [batch, time], {(batch, time)}"
+        )
     return array.astype(bool)
 
 
-def convert_lengths(value: ArrayLike | None, batch: int) -> jax.Array | None:
-    """Return lengths as an integer array [batch].
+def convert_lengths(
+    lengths: Shaped[ArrayLike, "..."] | None, batch: int
+) -> Integer[Array, " batch"] | None:
+    """Return lengths as an integer array.
 
     Raises:
       ValueError: if they have another dtype or shape.
     """
-    if value is None:
+    if lengths is None:
         return None
-    array = jnp.asarray(value)
+    array = jnp.asarray(lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != (batch,):
         raise ValueError(
             f"lengths has the dtype {array.dtype} and the shape {array.shape}: it must be "
             f"integers [batch], ({batch},)"
         )
     return array
+
+
+def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:
+    """Return the dtype that factors of matmuls are rounded to, and that of all other arrays."""
+    low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
+    return low, jnp.promote_types(jnp.result_type(inputs, *jax.tree.leaves(others)), "float32")

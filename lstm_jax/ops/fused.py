@@ -23,30 +23,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul_rounded, round_factor
 from lstm_jax.ops.gates import Arrays, Gating
 from lstm_jax.ops.processor import is_faster_in_bfloat16
-from lstm_jax.ops.scan import Marks, add_hidden, clear, get_peepholes, keep
+from lstm_jax.ops.scan import Layer, Marks, add_hidden, clear, get_peepholes, keep
 
 # What the forward loop saves: the factors of the matmuls of all steps, [features + 1 + hidden,
 # time, batch], and the gates and carries after each step, [time, hidden, batch] each.
-Saved = tuple[jax.Array, Arrays, Any]
+Saved = tuple[Array, Arrays, Any]
 
 
 def forward(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    dtype: str,
-    differentiable: bool = True,
-) -> tuple[tuple[Any, jax.Array], Saved]:
-    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
-
-    The factors of matmuls are rounded to `dtype`. Also return what the backward pass needs.
-    """
+    layer: Layer, differentiable: bool = True
+) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], Saved]:
+    """Return the last carry and the outputs, and what the backward pass needs."""
+    gating, params, inputs, carry, marks, dtype = layer
     low = _rounding(inputs, dtype)
     kernels = _stack_kernels(gating, params, low)
     peepholes = get_peepholes(params, axis=1)
@@ -58,8 +51,8 @@ def forward(
     columns = jnp.zeros((depth, time * batch), inputs.dtype)
 
     def step(
-        state: tuple[Any, jax.Array], read: tuple[jax.Array, jax.Array, Marks]
-    ) -> tuple[tuple[Any, jax.Array], tuple[Any, Arrays]]:
+        state: tuple[Any, Array], read: tuple[Array, Array, Marks]
+    ) -> tuple[tuple[Any, Array], tuple[Any, Arrays]]:
         (carry, columns), (t, x, mark) = state, read
         before = clear(carry, mark.reset, axis=0)
         stacked = jnp.concatenate([low(part) for part in (x, one, before.hidden)])
@@ -83,19 +76,13 @@ def forward(
 
 
 def backward(
-    gating: Gating,
-    params: Any,
-    carry: Any,
-    marks: Marks,
-    saved: Saved,
-    d_last: Any,
-    d_outputs: jax.Array,
-    dtype: str,
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"]
 ) -> tuple[Arrays, Any]:
     """Return the cotangents of the sums, [time, hidden, batch] each, and of the first carry.
 
-    `d_last` and `d_outputs` [time, batch, hidden] are those of the last carry and of the outputs.
+    `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
+    gating, params, _, carry, marks, dtype = layer
     _, gates, states = saved
     low = _rounding(d_outputs, dtype)
     recurrent_kernel = low(params.recurrent_kernel)
@@ -104,7 +91,7 @@ def backward(
     d_outputs = d_outputs.swapaxes(1, 2)
     time = len(d_outputs)
 
-    def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def loop_step(k: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_sums, d_after = state
         t = time - 1 - k
         mark = jax.tree.map(lambda x: _at(x, t), marks)
@@ -132,16 +119,10 @@ def backward(
 
 
 def differentiate_params(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    saved: Saved,
-    d_sums: Arrays,
-    dtype: str,
-) -> tuple[Any, jax.Array]:
+    layer: Layer, saved: Saved, d_sums: Arrays
+) -> tuple[Any, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
+    gating, params, inputs, carry, marks, dtype = layer
     columns, _, states = saved
     low = _rounding(inputs, dtype)
     features, size = inputs.shape[2], len(params.recurrent_kernel)
@@ -185,14 +166,14 @@ def _list_groups(gating: Gating, features: int) -> list[tuple[slice, list[int]]]
     return [(slice(*rows), list(indices)) for rows, indices in groups]
 
 
-def _stack_kernels(gating: Gating, params: Any, low: Callable[[jax.Array], jax.Array]) -> Any:
+def _stack_kernels(gating: Gating, params: Any, low: Callable[[Array], Array]) -> Any:
     """Return a kernel [sums * hidden, rows] for each group of sums, and the rows that it reads."""
     features, size = params.input_kernel.shape[0], len(params.recurrent_kernel)
     bias = gating.join_biases(params)
     kernels = []
     for rows, indices in _list_groups(gating, features):
 
-        def take(kernel: jax.Array, readers: Sequence[int], first: int = indices[0]) -> jax.Array:
+        def take(kernel: Array, readers: Sequence[int], first: int = indices[0]) -> Array:
             """Return the columns of the group's sums, which stand side by side, transposed."""
             begin = readers.index(first) * size
             return kernel[..., begin : begin + len(indices) * size].T  # noqa: B023
@@ -208,7 +189,7 @@ def _stack_kernels(gating: Gating, params: Any, low: Callable[[jax.Array], jax.A
     return kernels
 
 
-def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
+def _rounding(inputs: Array, dtype: str) -> Callable[[Array], Array]:
     """Return the function that rounds factors in the recurrence over inputs [time, batch, ...].
 
     They are multiplied in bfloat16 where that is faster. XLA's CPU backend has no bfloat16 matmuls
@@ -221,7 +202,7 @@ def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]
     return lambda x: round_factor(x, dtype, native)
 
 
-def multiply_columns(kernel: jax.Array, columns: jax.Array) -> jax.Array:
+def multiply_columns(kernel: Array, columns: Array) -> Array:
     """Return kernel [m, n] @ columns [n, batch].
 
     Since JAX 0.12, XLA's CPU backend takes twice as long as before for a matmul with one column. An
@@ -233,9 +214,9 @@ def multiply_columns(kernel: jax.Array, columns: jax.Array) -> jax.Array:
     return matmul_rounded(kernel, columns)
 
 
-def _at(x: jax.Array, t: jax.Array) -> jax.Array:
+def _at(x: Array, t: Array) -> Array:
     return lax.dynamic_index_in_dim(x, t, keepdims=False)
 
 
-def _put(x: jax.Array, value: jax.Array, t: jax.Array | int) -> jax.Array:
+def _put(x: Array, value: Array, t: Array | int) -> Array:
     return lax.dynamic_update_index_in_dim(x, value, t, axis=0)

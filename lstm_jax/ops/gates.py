@@ -6,103 +6,94 @@ the next carry, and their derivatives. The scan and all faster implementations s
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-Arrays = tuple[jax.Array, ...]
-
-
-def draw_kernels(
-    key: jax.Array, features: int, hidden: int, gates: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel, as Keras does."""
-    keys = jax.random.split(key)
-    glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
-    input_kernel = glorot(keys[0], (features, gates * hidden), dtype)
-    return input_kernel, orthogonal(keys[1], (hidden, gates * hidden), dtype)
+Arrays = tuple[Array, ...]
 
 
 class LSTMParams(NamedTuple):
     """Parameters of an LSTM layer; the last axis holds the gates i, f, g, o."""
 
-    input_kernel: jax.Array  # W: [features, 4 * hidden].
-    recurrent_kernel: jax.Array  # U: [hidden, 4 * hidden].
-    bias: jax.Array  # [4 * hidden].
+    input_kernel: Float[Array, "features 4*hidden"]  # W.
+    recurrent_kernel: Float[Array, "hidden 4*hidden"]  # U.
+    bias: Float[Array, " 4*hidden"]
 
     @classmethod
-    def init(
-        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
-    ) -> "LSTMParams":
+    def init(cls, key: Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
         """Draw the kernels; biases are 1 for the forget gate (Jozefowicz et al. 2015), else 0."""
-        kernels = draw_kernels(key, features, hidden, 4, dtype)
-        bias = jnp.zeros(4 * hidden, dtype).at[hidden : 2 * hidden].set(1)
-        return cls(*kernels, bias)
+        w, u, bias = draw_params(key, features, hidden, 4, dtype)
+        return cls(w, u, bias.at[hidden : 2 * hidden].set(1))
 
 
 class PeepholeLSTMParams(NamedTuple):
     """Parameters of an LSTM layer whose gates i, f, o see the cell state."""
 
-    input_kernel: jax.Array  # W: [features, 4 * hidden].
-    recurrent_kernel: jax.Array  # U: [hidden, 4 * hidden].
-    bias: jax.Array  # [4 * hidden].
-    peepholes: jax.Array  # pi, pf, po: [3, hidden].
+    input_kernel: Float[Array, "features 4*hidden"]  # W.
+    recurrent_kernel: Float[Array, "hidden 4*hidden"]  # U.
+    bias: Float[Array, " 4*hidden"]
+    peepholes: Float[Array, "3 hidden"]  # pi, pf, po.
 
     @classmethod
-    def init(
-        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
-    ) -> "PeepholeLSTMParams":
-        """Draw the kernels; biases are those of an LSTM, and peepholes are 0."""
-        kernels = draw_kernels(key, features, hidden, 4, dtype)
-        bias = jnp.zeros(4 * hidden, dtype).at[hidden : 2 * hidden].set(1)
-        return cls(*kernels, bias, jnp.zeros((3, hidden), dtype))
+    def init(cls, key: Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
+        """Draw the parameters of an LSTM; peepholes are 0."""
+        return cls(*LSTMParams.init(key, features, hidden, dtype), jnp.zeros((3, hidden), dtype))
 
 
 class GRUParams(NamedTuple):
     """Parameters of a GRU layer; the last axis holds the gates r, z, n."""
 
-    input_kernel: jax.Array  # W: [features, 3 * hidden].
-    recurrent_kernel: jax.Array  # U: [hidden, 3 * hidden].
-    bias: jax.Array  # [3 * hidden].
-    recurrent_bias: jax.Array  # un: [hidden].
+    input_kernel: Float[Array, "features 3*hidden"]  # W.
+    recurrent_kernel: Float[Array, "hidden 3*hidden"]  # U.
+    bias: Float[Array, " 3*hidden"]
+    recurrent_bias: Float[Array, " hidden"]  # un.
 
     @classmethod
-    def init(
-        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
-    ) -> "GRUParams":
+    def init(cls, key: Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
         """Draw the kernels; biases are 0."""
-        kernels = draw_kernels(key, features, hidden, 3, dtype)
-        bias = jnp.zeros(3 * hidden, dtype)
-        return cls(*kernels, bias, jnp.zeros(hidden, dtype))
+        return cls(*draw_params(key, features, hidden, 3, dtype), jnp.zeros(hidden, dtype))
 
 
 class RNNParams(NamedTuple):
     """Parameters of a simple recurrent layer."""
 
-    input_kernel: jax.Array  # W: [features, hidden].
-    recurrent_kernel: jax.Array  # U: [hidden, hidden].
-    bias: jax.Array  # [hidden].
+    input_kernel: Float[Array, "features hidden"]  # W.
+    recurrent_kernel: Float[Array, "hidden hidden"]  # U.
+    bias: Float[Array, " hidden"]
 
     @classmethod
-    def init(
-        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
-    ) -> "RNNParams":
+    def init(cls, key: Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
         """Draw the kernels; biases are 0."""
-        kernels = draw_kernels(key, features, hidden, 1, dtype)
-        bias = jnp.zeros(hidden, dtype)
-        return cls(*kernels, bias)
+        return cls(*draw_params(key, features, hidden, 1, dtype))
+
+
+def draw_params(
+    key: Array, features: int, hidden: int, gates: int, dtype: DTypeLike
+) -> tuple[
+    Float[Array, "features columns"], Float[Array, "hidden columns"], Float[Array, " columns"]
+]:
+    """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel, as Keras does.
+
+    Also return biases of 0.
+    """
+    keys, width = jax.random.split(key), gates * hidden
+    glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
+    input_kernel = glorot(keys[0], (features, width), dtype)
+    return input_kernel, orthogonal(keys[1], (hidden, width), dtype), jnp.zeros(width, dtype)
 
 
 class LSTMCarry(NamedTuple):
     """The carry of an LSTM layer, [batch, hidden] each."""
 
-    cell: jax.Array  # The cell state c.
+    cell: Array  # The cell state c.
     hidden: Any  # The hidden state h, which is also the layer's output.
 
     @classmethod
-    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> "LSTMCarry":
+    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
         """Return a carry of zeros, each array with memory of its own, so that it can be donated."""
         return cls(*(jnp.zeros((batch, hidden), dtype) for _ in cls._fields))
 
@@ -113,7 +104,7 @@ class HiddenCarry(NamedTuple):
     hidden: Any  # [batch, hidden], which is also the layer's output.
 
     @classmethod
-    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> "HiddenCarry":
+    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
         """Return a carry of zeros."""
         return cls(jnp.zeros((batch, hidden), dtype))
 
@@ -151,20 +142,20 @@ class Gating(NamedTuple):
         """Return whether gates see the cell state."""
         return self.params is PeepholeLSTMParams
 
-    def join_biases(self, params: Any) -> jax.Array:
+    def join_biases(self, params: Any) -> Array:
         """Return the biases of all sums, [num_sums * hidden]."""
         if isinstance(params, GRUParams):
             return jnp.concatenate([params.bias, params.recurrent_bias])
         return params.bias
 
-    def split_biases(self, bias: jax.Array) -> Arrays:
+    def split_biases(self, bias: Array) -> Arrays:
         """Return the parameters of `join_biases`, from an array like its result."""
         if self.params is GRUParams:
             return bias[: 3 * len(bias) // 4], bias[3 * len(bias) // 4 :]
         return (bias,)
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
+def sigmoid(x: Array) -> Array:
     """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: no exponential and no division."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
@@ -192,7 +183,7 @@ def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCa
 
 
 def _activate_peephole(
-    sums: Arrays, carry: LSTMCarry, peepholes: jax.Array
+    sums: Arrays, carry: LSTMCarry, peepholes: Array
 ) -> tuple[Arrays, LSTMCarry]:
     i, f, g, o = sums
     pi, pf, po = peepholes
@@ -203,7 +194,7 @@ def _activate_peephole(
 
 
 def _derive_peephole(
-    gates: Arrays, before: LSTMCarry, after: LSTMCarry, peepholes: jax.Array
+    gates: Arrays, before: LSTMCarry, after: LSTMCarry, peepholes: Array
 ) -> Arrays:
     by_i, by_f, by_g, by_o, by_cell, kept = _derive_lstm(gates, before, after, None)
     pi, pf, po = peepholes

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.scan import Marks, clear
+from lstm_jax.ops.scan import Layer, Marks, differentiate_peepholes, select_sums
 
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
@@ -24,23 +25,18 @@ _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
 
 # Gates, cell states, the rounded factors of the kernel, and outputs, [time, batch, n] each.
-Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Saved = tuple[Array, Array, Array, Array]
 
 
 def forward(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    dtype: str,
-    differentiable: bool = True,
-) -> tuple[tuple[Any, jax.Array], Saved]:
-    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
+    layer: Layer, differentiable: bool = True
+) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], Saved]:
+    """Return the last carry and the outputs, and what the derivatives need.
 
-    Also return what the derivatives need. Among it are `rows` [time, batch, depth], the rounded
-    factors of the kernel: the hidden state, the inputs, and 1 for the bias.
+    Among it are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
+    the inputs, and 1 for the bias.
     """
+    gating, params, inputs, carry, marks, dtype = layer
     time, batch, _ = inputs.shape
     hidden = len(params.recurrent_kernel)
     input_kernel, recurrent_kernel = spread_kernels(gating, params)
@@ -69,19 +65,13 @@ def forward(
 
 
 def backward(
-    gating: Gating,
-    params: Any,
-    carry: Any,
-    marks: Marks,
-    saved: Saved,
-    d_last: Any,
-    d_outputs: jax.Array,
-    dtype: str,
-) -> tuple[jax.Array, Any]:
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"]
+) -> tuple[Float[Array, "time batch sums"], Any]:
     """Return the cotangents of the sums, [time, batch, num_sums * hidden], and of the first carry.
 
-    `d_outputs` and `d_last` are those of the outputs and of the last carry; `carry` is the first.
+    `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
+    gating, params, _, carry, marks, dtype = layer
     saved_gates, cells, _, outputs = saved
     time, batch, hidden = outputs.shape
     width = gating.num_sums * hidden
@@ -116,45 +106,35 @@ def backward(
 
 
 def differentiate_params(
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    saved: Saved,
-    d_sums: jax.Array,
-    dtype: str,
-) -> tuple[Any, jax.Array]:
+    layer: Layer, saved: Saved, d_sums: Float[Array, "time batch sums"]
+) -> tuple[Any, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and of the inputs, from those of the sums."""
+    gating, params, inputs = layer.gating, layer.params, layer.inputs
     _, cells, rows, outputs = saved
     time, batch, hidden = outputs.shape
     bias = hidden + inputs.shape[2]
     flat = d_sums.reshape(time * batch, -1)
     d_kernel = _matmul(rows.reshape(time * batch, -1).T, flat)
     d_params = [
-        _select(d_kernel[hidden:bias], gating.read_inputs, hidden),
-        _select(d_kernel[:hidden], gating.read_hidden, hidden),
+        select_sums(d_kernel[hidden:bias], gating.read_inputs, hidden),
+        select_sums(d_kernel[:hidden], gating.read_hidden, hidden),
         *gating.split_biases(d_kernel[bias]),
     ]
     if gating.has_peepholes:
-        before = jnp.concatenate([carry.cell[None], cells[:-1]])
-        before = clear(before, marks.reset)
-        d_i, d_f, _, d_o = jnp.split(d_sums, 4, axis=2)
-        pairs = (d_i, before), (d_f, before), (d_o, cells)
-        d_params.append(jnp.stack([(d * cell).sum(axis=(0, 1)) for d, cell in pairs]))
+        d_params.append(differentiate_peepholes(layer, d_sums, cells))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    by_inputs = _select(flat, gating.read_inputs, hidden)
-    d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(dtype)).reshape(inputs.shape)
+    by_inputs = select_sums(flat, gating.read_inputs, hidden)
+    d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(layer.dtype)).reshape(inputs.shape)
     return gating.params(*d_params), d_inputs
 
 
-def spread_kernels(gating: Gating, params: Any) -> tuple[jax.Array, jax.Array]:
+def spread_kernels(gating: Gating, params: Any) -> tuple[Array, Array]:
     """Return the input and recurrent kernels of all sums, [n, num_sums * hidden] each.
 
     Their columns are zero for sums that don't read the inputs, or the hidden state.
     """
 
-    def spread(kernel: jax.Array, read: tuple[int, ...]) -> jax.Array:
+    def spread(kernel: Array, read: tuple[int, ...]) -> Array:
         if len(read) == gating.num_sums:
             return kernel
         blocks = dict(zip(read, jnp.split(kernel, len(read), axis=1), strict=True))
@@ -167,40 +147,34 @@ def spread_kernels(gating: Gating, params: Any) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _select(x: jax.Array, read: tuple[int, ...], hidden: int) -> jax.Array:
-    """Return the columns of some sums, of an array [n, num_sums * hidden]."""
-    blocks = jnp.split(x, x.shape[1] // hidden, axis=1)
-    return x if len(read) == len(blocks) else jnp.concatenate([blocks[i] for i in read], axis=1)
-
-
 # The library gets empty arrays in place of those that a layer doesn't have.
 
 
-def _get_cell(carry: Any) -> jax.Array:
-    cell: jax.Array = getattr(carry, "cell", carry.hidden[:, :0])
+def _get_cell(carry: Any) -> Array:
+    cell: Array = getattr(carry, "cell", carry.hidden[:, :0])
     return cell
 
 
-def _get_peepholes(params: Any) -> jax.Array:
+def _get_peepholes(params: Any) -> Array:
     zeros = jnp.zeros((0, len(params.recurrent_kernel)))
-    peepholes: jax.Array = getattr(params, "peepholes", zeros)
+    peepholes: Array = getattr(params, "peepholes", zeros)
     return peepholes
 
 
-def _get_marks(marks: Marks, batch: int) -> jax.Array:
+def _get_marks(marks: Marks, batch: int) -> Array:
     """Return `RESET`, `FROZEN` or 0 for each step, uint8 [time, batch]."""
     pairs = (marks.reset, RESET), (marks.frozen, FROZEN)
     codes = [mask.astype("uint8") * code for mask, code in pairs if mask is not None]
     return sum(codes[1:], codes[0]) if codes else jnp.zeros((0, batch), "uint8")
 
 
-def _replace(carry: Any, cell: jax.Array, hidden: jax.Array) -> Any:
+def _replace(carry: Any, cell: Array, hidden: Array) -> Any:
     """Return a carry like this one, with another state."""
     cells = {"cell": cell} if hasattr(carry, "cell") else {}
     return carry._replace(hidden=hidden, **cells)
 
 
-def pack_gates(gating: Gating, kernel: jax.Array) -> jax.Array:
+def pack_gates(gating: Gating, kernel: Array) -> Array:
     """Arrange a kernel [depth, num_sums * hidden] in tiles: [tiles, words, 4, 16, in a word].
 
     The 4 vectors of a tile are the sums of 16 hidden units, or the only sum of 64.
@@ -216,12 +190,12 @@ def pack_gates(gating: Gating, kernel: jax.Array) -> jax.Array:
 class Int8Kernel(NamedTuple):
     """A kernel of `run_step` that is rounded to 8 bits."""
 
-    values: jax.Array  # Int8, from `pack_gates`.
-    scales: jax.Array  # Multiply the integer products of each column, [num_sums * hidden].
-    factors: jax.Array  # Multiply the inputs before they are rounded, [depth].
+    values: Array  # Int8, from `pack_gates`.
+    scales: Array  # Multiply the integer products of each column, [num_sums * hidden].
+    factors: Array  # Multiply the inputs before they are rounded, [depth].
 
 
-def quantize_gates(gating: Gating, kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Array]:
+def quantize_gates(gating: Gating, kernel: Array, bound: float) -> tuple[Int8Kernel, Array]:
     """Round a kernel [inputs + hidden, num_sums * hidden] to 8 bits, with a scale for each column.
 
     Inputs are between minus and plus `bound`, hidden states between -1 and 1. `run_step` rounds
@@ -241,11 +215,11 @@ def quantize_gates(gating: Gating, kernel: jax.Array, bound: float) -> tuple[Int
 
 def run_step(
     gating: Gating,
-    packed: jax.Array | Int8Kernel,
-    inputs: Sequence[jax.Array],
+    packed: Array | Int8Kernel,
+    inputs: Sequence[Array],
     carry: Any,
-    added: jax.Array,
-    peepholes: jax.Array | None = None,
+    added: Array,
+    peepholes: Array | None = None,
 ) -> Any:
     """Run one step of a layer and return the next carry.
 
@@ -269,7 +243,7 @@ def run_step(
     return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
 
 
-def _call_step(gating: Gating, *arrays: jax.Array) -> Sequence[jax.Array]:
+def _call_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
     _, _, _, cell, hidden, *_ = arrays
     results = (cell.shape, "float32"), (hidden.shape, "float32")
     return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
@@ -280,19 +254,19 @@ _differentiable_step = jax.custom_jvp(_call_step, nondiff_argnums=(0,))
 
 @_differentiable_step.defjvp
 def _differentiate_step(
-    gating: Gating, primals: Sequence[jax.Array], tangents: Sequence[jax.Array]
-) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
+    gating: Gating, primals: Sequence[Array], tangents: Sequence[Array]
+) -> tuple[Sequence[Array], Sequence[Array]]:
     """Differentiate the same step, computed by JAX."""
 
     def run(
-        rows: jax.Array,
-        packed: jax.Array,
-        added: jax.Array,
-        cell: jax.Array,
-        hidden: jax.Array,
-        peepholes: jax.Array,
-        _: jax.Array,
-    ) -> Sequence[jax.Array]:
+        rows: Array,
+        packed: Array,
+        added: Array,
+        cell: Array,
+        hidden: Array,
+        peepholes: Array,
+        _: Array,
+    ) -> Sequence[Array]:
         parts = packed.reshape(*packed.shape[:2], -1, gating.num_sums, *packed.shape[3:])
         parts = parts.transpose(1, 5, 3, 0, 2, 4).reshape(rows.shape[1], gating.num_sums, -1)
         kernel = parts[:, :, : hidden.shape[1]].reshape(rows.shape[1], -1)
@@ -305,14 +279,12 @@ def _differentiate_step(
     return jax.jvp(run, primals, tangents)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: Array, b: Array) -> Array:
     """Return a @ b in float32, for factors in float32 or bfloat16."""
     return matmul_rounded(a, b) if a.dtype == jnp.float32 else matmul(a, b)
 
 
-def matmul(
-    a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False
-) -> jax.Array:
+def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
     """Return a @ b in float32, for matrices in bfloat16, each of which may be transposed first."""
     rows, depth = a.shape[::-1] if transpose_a else a.shape
     width = len(b) if transpose_b else b.shape[1]
@@ -326,13 +298,13 @@ def matmul(
 
 
 def compute_cross_entropy(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    targets: jax.Array,
+    inputs: Array,
+    kernel: Array,
+    bias: Array,
+    targets: Array,
     is_transposed: bool,
     differentiable: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Return the cross-entropies of inputs @ kernel + bias, float32 [n], in nats.
 
     The arguments are those of `cross_entropy.compute_cross_entropy`, with inputs and a kernel in
@@ -359,11 +331,11 @@ def compute_cross_entropy(
 
 def _call(
     name: str,
-    arguments: Sequence[jax.Array],
+    arguments: Sequence[Array],
     *results: tuple[tuple[int, ...], str],
     aliases: dict[int, int] | None = None,
     **attributes: int,
-) -> Sequence[jax.Array]:
+) -> Sequence[Array]:
     """Call a function of the library, which divides its work into a part for each thread.
 
     `aliases` maps an argument to the result that has its memory.

@@ -4,19 +4,22 @@ Each checks its arguments, chooses an implementation, and treats resets, lengths
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.ops import accelerator, choice, cudnn, fused, in_c, recurrence, scan
 from lstm_jax.ops.arguments import (
+    choose_dtypes,
     convert_carry,
-    convert_flags,
     convert_floats,
     convert_lengths,
     convert_params,
+    convert_reset,
 )
 from lstm_jax.ops.gates import (
     GRU,
@@ -32,22 +35,32 @@ from lstm_jax.ops.gates import (
     RNNParams,
 )
 from lstm_jax.ops.recurrence import Implementation
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.scan import Layer, Marks
 
 Name = Literal["auto", "scan", "xla", "c", "cudnn", "pallas"]
 
 
+class Options(TypedDict, total=False):
+    """The options that all gated layers have; `lstm` explains them."""
+
+    reset: Shaped[ArrayLike, "batch time"] | None
+    lengths: Integer[ArrayLike, " batch"] | None
+    reverse: bool
+    dtype: DTypeLike | None
+    implementation: Name
+
+
 def lstm(
     params: LSTMParams,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: LSTMCarry | None = None,
     *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
+    reset: Shaped[ArrayLike, "batch time"] | None = None,
+    lengths: Integer[ArrayLike, " batch"] | None = None,
     reverse: bool = False,
     dtype: DTypeLike | None = None,
     implementation: Name = "auto",
-) -> tuple[LSTMCarry, jax.Array]:
+) -> tuple[LSTMCarry, Float[Array, "batch time hidden"]]:
     """Run a long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over time.
 
         i, f, o = sigmoid(x W + h U + b) of the gate, and g = tanh(x W + h U + b)
@@ -80,15 +93,10 @@ def lstm(
 
 def peephole_lstm(
     params: PeepholeLSTMParams,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: LSTMCarry | None = None,
-    *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    reverse: bool = False,
-    dtype: DTypeLike | None = None,
-    implementation: Name = "auto",
-) -> tuple[LSTMCarry, jax.Array]:
+    **options: Unpack[Options],
+) -> tuple[LSTMCarry, Float[Array, "batch time hidden"]]:
     """Run an LSTM whose gates see the cell state (Gers & Schmidhuber 2000) over time.
 
         i, f = sigmoid(x W + h U + p * c + b) of the gate, and g = tanh(x W + h U + b)
@@ -96,53 +104,41 @@ def peephole_lstm(
         o = sigmoid(x W + h U + p * c' + b)
         h' = o * tanh(c')
 
-    Arguments, results and errors are those of `lstm`.
+    Arguments, options, results and errors are those of `lstm`.
     """
-    return _run(
-        PEEPHOLE_LSTM, params, inputs, carry, reset, lengths, reverse, dtype, implementation
-    )
+    return _run(PEEPHOLE_LSTM, params, inputs, carry, **options)
 
 
 def gru(
     params: GRUParams,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: HiddenCarry | None = None,
-    *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    reverse: bool = False,
-    dtype: DTypeLike | None = None,
-    implementation: Name = "auto",
-) -> tuple[HiddenCarry, jax.Array]:
+    **options: Unpack[Options],
+) -> tuple[HiddenCarry, Float[Array, "batch time hidden"]]:
     """Run a gated recurrent unit (Cho et al. 2014), cuDNN's and PyTorch's variant, over time.
 
         r, z = sigmoid(x W + h U + b) of the gate
         n = tanh(x W + b + r * (h U + un))
         h' = (1 - z) * n + z * h
 
-    Arguments, results and errors are those of `lstm`; the gates are in the order r, z, n.
+    Arguments, options, results and errors are those of `lstm`; the gates are in the order r, z, n.
     """
-    return _run(GRU, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
+    return _run(GRU, params, inputs, carry, **options)
 
 
 def rnn(
     params: RNNParams,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: HiddenCarry | None = None,
-    *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    reverse: bool = False,
-    dtype: DTypeLike | None = None,
-    implementation: Name = "auto",
-) -> tuple[HiddenCarry, jax.Array]:
+    **options: Unpack[Options],
+) -> tuple[HiddenCarry, Float[Array, "batch time hidden"]]:
     """Run a simple recurrent network (Elman 1990) over time.
 
         h' = tanh(x W + h U + b)
 
-    Arguments, results and errors are those of `lstm`.
+    Arguments, options, results and errors are those of `lstm`.
     """
-    return _run(RNN, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
+    return _run(RNN, params, inputs, carry, **options)
 
 
 GATINGS: dict[type[Any], Gating] = {
@@ -152,21 +148,15 @@ GATINGS: dict[type[Any], Gating] = {
 
 def run(
     params: Any,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: Any = None,
-    *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    reverse: bool = False,
-    dtype: DTypeLike | None = None,
-    implementation: Name = "auto",
-) -> tuple[Any, jax.Array]:
+    **options: Unpack[Options],
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run the gated layer with these parameters, an instance of `LSTMParams` or another, over time.
 
-    Arguments, results and errors are those of `lstm`.
+    Arguments, options, results and errors are those of `lstm`.
     """
-    gating = _get_gating(params)
-    return _run(gating, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
+    return _run(_get_gating(params), params, inputs, carry, **options)
 
 
 def _get_gating(params: Any) -> Gating:
@@ -177,8 +167,12 @@ def _get_gating(params: Any) -> Gating:
 
 
 def step(
-    params: Any, inputs: ArrayLike, carry: Any, *, dtype: DTypeLike | None = None
-) -> tuple[Any, jax.Array]:
+    params: Any,
+    inputs: Float[ArrayLike, "batch features"],
+    carry: Any,
+    *,
+    dtype: DTypeLike | None = None,
+) -> tuple[Any, Float[Array, "batch hidden"]]:
     """Run one step of the layer with these parameters, for example to generate a token.
 
     Inputs are [batch, features], and `carry` is the one before. Return the next carry, and the
@@ -187,12 +181,8 @@ def step(
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    gating = _get_gating(params)
-    inputs = jnp.asarray(inputs)
-    if inputs.ndim != 2:
-        raise ValueError(f"inputs are {list(inputs.shape)}: they must be [batch, features]")
-    arguments = None, None, False, dtype, "scan"
-    carry, outputs = _run(gating, params, inputs[:, None], carry, *arguments)
+    steps = convert_floats("inputs", inputs, "batch", "features")[:, None]
+    carry, outputs = run(params, steps, carry, dtype=dtype, implementation="scan")
     return carry, outputs[:, 0]
 
 
@@ -201,105 +191,121 @@ def _run(
     params: Any,
     inputs: ArrayLike,
     carry: Any,
-    reset: ArrayLike | None,
-    lengths: ArrayLike | None,
-    reverse: bool,
-    dtype: DTypeLike | None,
-    implementation: str,
-) -> tuple[Any, jax.Array]:
+    reset: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    reverse: bool = False,
+    dtype: DTypeLike | None = None,
+    implementation: str = "auto",
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Check the arguments, and run a layer."""
     inputs = convert_floats("inputs", inputs, "batch", "time", "features")
     batch, time, features = inputs.shape
     params = convert_params(gating, params, features)
-    shape = batch, len(params.recurrent_kernel)
-    first = convert_carry(gating.carry, carry, shape, inputs.dtype)
-    reset = convert_flags("reset", reset, (batch, time))
-    lengths = convert_lengths(lengths, batch)
-    wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves((params, inputs, first))), "float32")
-    low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
+    hidden = len(params.recurrent_kernel)
+    if carry is None:
+        carry = gating.carry.zeros(batch, hidden, inputs.dtype)
+    first = convert_carry(gating.carry, carry, *[(batch, hidden)] * len(gating.carry._fields))
+    reset, lengths = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
+    low, wide = choose_dtypes(dtype, inputs, params, first)
     name = choice.choose(
         implementation if time else "scan",
         gating,
-        size=shape[1],
+        size=hidden,
         batch=batch,
         dtype=low,
         is_wide=wide != jnp.float32,
         has_reset=reset is not None,
         has_lengths=lengths is not None,
     )
+    run_layer = find_implementation(name, jax.default_backend())
     arrays = params, inputs, first, reset, lengths
-    return _compute(gating, _find(name), reverse, wide, low, *arrays)
+    return _compute(gating, run_layer, reverse, wide, low, *arrays)
 
 
-def _find(name: str) -> Any:
-    """Return the function that runs a layer with an implementation."""
+@functools.cache
+def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any, Array]]:
+    """Return the function that runs a layer with an implementation on a kind of device."""
     if name == "scan":
         return scan.run
     if name == "cudnn":
         return cudnn.run
-    if name == "c":
-        return _IN_C
+    module: Any = in_c if name == "c" else fused
+    options = {}
     if name == "pallas":
         from lstm_jax.ops import pallas  # Importing it takes a while.
 
-        return _make_accelerated(name, pallas.LOOPS)
-    return _FUSED if jax.default_backend() == "cpu" else _make_accelerated(name, accelerator.LOOPS)
-
-
-@functools.cache
-def _make_accelerated(name: str, loops: accelerator.Loops) -> Any:
-    forward = functools.partial(accelerator.forward, loops=loops)
-    backward = functools.partial(accelerator.backward, loops=loops)
-    functions = forward, backward, accelerator.differentiate_params
-    return _bind(name, *functions, batch_axis=1)
-
-
-def _bind(*arguments: Any, **options: Any) -> Any:
-    return functools.partial(recurrence.run, Implementation(*arguments, **options))
-
-
-_FUSED = _bind("xla", fused.forward, fused.backward, fused.differentiate_params, batch_axis=-1)
-_IN_C = _bind(
-    "c", in_c.forward, in_c.backward, in_c.differentiate_params, batch_axis=1, is_exportable=False
-)
+        module, options = accelerator, {"loops": pallas.LOOPS}
+    elif name == "xla" and backend != "cpu":
+        module, options = accelerator, {"loops": accelerator.LOOPS}
+    implementation = Implementation(
+        name,
+        functools.partial(module.forward, **options),
+        functools.partial(module.backward, **options),
+        module.differentiate_params,
+        batch_axis=-1 if module is fused else 1,
+        is_exportable=module is not in_c,
+    )
+    return functools.partial(recurrence.run, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _compute(
     gating: Gating,
-    run_layer: Any,
+    run_layer: Callable[[Layer], tuple[Any, Array]],
     reverse: bool,
     wide: Any,
     low: str,
     params: Any,
-    inputs: jax.Array,
+    inputs: Float[Array, "batch time features"],
     first: Any,
-    reset: jax.Array | None,
-    lengths: jax.Array | None,
-) -> tuple[Any, jax.Array]:
+    reset: Bool[Array, "batch time"] | None,
+    lengths: Integer[Array, " batch"] | None,
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer with arrays of the dtype `wide`."""
-    steps = turn(inputs, lengths) if reverse else inputs
-    if reset is not None and reverse:
-        reset = turn(reset, lengths)
-    frozen = None if lengths is None else jnp.arange(inputs.shape[1]) >= lengths[:, None]
-    if frozen is not None:
-        steps = jnp.where(frozen[..., None], 0, steps)  # What is there may not be finite.
-        reset = None if reset is None else reset & ~frozen
-    marks = Marks(*(None if mark is None else mark.T for mark in (reset, frozen)))
-    params, steps, carry = jax.tree.map(
-        lambda x: x.astype(wide), (params, steps.swapaxes(0, 1), first)
-    )
-    last, outputs = run_layer(gating, params, steps, carry, marks, low)
-    outputs = outputs.swapaxes(0, 1)
-    if frozen is not None:
-        outputs = jnp.where(frozen[..., None], 0, outputs)
-    outputs = turn(outputs, lengths) if reverse else outputs
+
+    def run(inputs: Array, marks: Marks) -> tuple[Any, Array]:
+        arrays = params, inputs.swapaxes(0, 1), first
+        wider, steps, carry = jax.tree.map(lambda x: x.astype(wide), arrays)
+        marks = jax.tree.map(jnp.transpose, marks)
+        last, outputs = run_layer(Layer(gating, wider, steps, carry, marks, low))
+        return last, outputs.swapaxes(0, 1)
+
+    last, outputs = run_in_order(run, inputs, reset, lengths, reverse)
     last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
     return last, outputs.astype(inputs.dtype)
 
 
-def turn(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Return x [batch, time, ...] with the steps, those within each length, in reverse order."""
+def run_in_order(
+    run: Callable[[Any, Marks], tuple[Any, Array]],
+    inputs: Any,
+    reset: Bool[Array, "batch time"] | None,
+    lengths: Integer[Array, " batch"] | None,
+    reverse: bool,
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
+    """Run a layer over inputs, arrays [batch, time, ...], within lengths and in a direction.
+
+    `run` gets the inputs in the order of the steps, which are zero beyond the lengths, and the
+    marks of steps, [batch, time]; it returns the last carry and the outputs, in the same order.
+    """
+    frozen: Any = None
+    if reverse:
+        inputs, reset = jax.tree.map(lambda x: turn(x, lengths), (inputs, reset))
+    if lengths is not None:
+        time = jax.tree.leaves(inputs)[0].shape[1]
+        frozen = jnp.arange(time) >= lengths[:, None]
+        # What is there may not be finite.
+        inputs = jax.tree.map(lambda x: jnp.where(frozen[..., None], 0, x), inputs)
+        reset = None if reset is None else reset & ~frozen
+    last, outputs = run(inputs, Marks(reset, frozen))
+    if lengths is not None:
+        outputs = jnp.where(frozen[..., None], 0, outputs)
+    return last, turn(outputs, lengths) if reverse else outputs
+
+
+def turn(
+    x: Shaped[Array, "batch time ..."], lengths: Integer[Array, " batch"] | None
+) -> Shaped[Array, "batch time ..."]:
+    """Return x with the steps, those within each length, in reverse order."""
     if lengths is None:
         return jnp.flip(x, axis=1)
     time = jnp.arange(x.shape[1])

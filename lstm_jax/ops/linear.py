@@ -1,36 +1,38 @@
 """Linear recurrences, h' = a * h + b, whose steps can be computed at once."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer, Shaped
 
-from lstm_jax.ops.arguments import convert_carry, convert_flags, convert_floats, convert_lengths
+from lstm_jax.ops.arguments import convert_carry, convert_floats, convert_lengths, convert_reset
 from lstm_jax.ops.gates import HiddenCarry
-from lstm_jax.ops.layer import turn
+from lstm_jax.ops.layer import run_in_order
+from lstm_jax.ops.scan import Marks
 
 
 def linear_scan(
-    decays: ArrayLike,
-    terms: ArrayLike,
+    decays: Float[ArrayLike, "batch time features"],
+    terms: Float[ArrayLike, "batch time features"],
     carry: HiddenCarry | None = None,
     *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
+    reset: Shaped[ArrayLike, "batch time"] | None = None,
+    lengths: Integer[ArrayLike, " batch"] | None = None,
     reverse: bool = False,
     implementation: Literal["auto", "scan", "parallel"] = "auto",
-) -> tuple[HiddenCarry, jax.Array]:
+) -> tuple[HiddenCarry, Float[Array, "batch time features"]]:
     """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and other state space models.
 
     Args:
       decays: a, floats [batch, time, features].
       terms: b, of the same shape.
       carry: h before the first step that is computed; zeros without one.
-      reset: [batch, time], true or not 0 at the steps that read a carry of zeros.
-      lengths: integers [batch]. Later steps leave the carry as it is, and their outputs are zero.
-      reverse: whether to run from the last step (of each length) to the first.
+      reset: as in `lstm`, and so are `lengths` and `reverse`.
+      lengths: integers [batch].
+      reverse: whether to run from the last step to the first.
       implementation: "scan", step by step; "parallel", an associative scan in log2(time) rounds
         (Blelloch 1990); "auto", the first on CPUs, which then pass over the memory once, and the
         second elsewhere.
@@ -42,36 +44,33 @@ def linear_scan(
       ValueError: if a shape or dtype does not fit.
     """
     a = convert_floats("decays", decays, "batch", "time", "features")
-    b = convert_floats("terms", terms, "batch", "time", "features")
-    if a.shape != b.shape:
-        raise ValueError(f"decays have the shape {a.shape}, and terms {b.shape}: make them equal")
+    b = convert_floats("terms", terms, *a.shape)
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     batch, time, features = a.shape
-    first = convert_carry(HiddenCarry, carry, (batch, features), b.dtype)
-    reset = convert_flags("reset", reset, (batch, time))
-    lengths = convert_lengths(lengths, batch)
-    if reset is not None:
-        a = jnp.where(reset[..., None], 0, a)
-    frozen = None
-    if lengths is not None:
-        frozen = jnp.arange(time)[:, None] >= lengths[:, None, None]
-        a, b = jnp.where(frozen, 1, a), jnp.where(frozen, 0, b)
-    if reverse:
-        a, b = turn(a, lengths), turn(b, lengths)
+    carry = HiddenCarry.zeros(batch, features, b.dtype) if carry is None else carry
+    first = convert_carry(HiddenCarry, carry, (batch, features))
     if not time:
         return first, b
     is_scan = implementation == "scan"
     if implementation == "auto":
         is_scan = jax.default_backend() == "cpu"
-    outputs = (_scan if is_scan else _compose)(a, b, first.hidden)
-    last = HiddenCarry(outputs[:, -1].astype(first.hidden.dtype))
-    outputs = turn(outputs, lengths) if reverse else outputs
-    return last, outputs if frozen is None else jnp.where(frozen, 0, outputs)
+
+    def run(inputs: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
+        a, b = inputs
+        if marks.reset is not None:
+            a = jnp.where(marks.reset[..., None], 0, a)
+        if marks.frozen is not None:
+            a = jnp.where(marks.frozen[..., None], 1, a)
+        outputs = (_scan if is_scan else _compose)(a, b, first.hidden)
+        return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
+
+    marks = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
+    return run_in_order(run, (a, b), *marks, reverse)
 
 
-def _scan(a: jax.Array, b: jax.Array, first: jax.Array) -> jax.Array:
-    def step(hidden: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _scan(a: Array, b: Array, first: Array) -> Array:
+    def step(hidden: Array, ab: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden = ab[0] * hidden + ab[1]
         return hidden, hidden
 
@@ -80,15 +79,13 @@ def _scan(a: jax.Array, b: jax.Array, first: jax.Array) -> jax.Array:
     return hidden.swapaxes(0, 1)
 
 
-def _compose(a: jax.Array, b: jax.Array, first: jax.Array) -> jax.Array:
+def _compose(a: Array, b: Array, first: Array) -> Array:
     """Compute `_scan` by composing steps.
 
     The composition of two steps is a step, (a2 a1, a2 b1 + b2), and composing is associative.
     """
 
-    def compose(
-        earlier: tuple[jax.Array, jax.Array], later: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def compose(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
         (a1, b1), (a2, b2) = earlier, later
         return a2 * a1, a2 * b1 + b2
 

@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.arguments import convert_flags, convert_floats, convert_lengths
-from lstm_jax.ops.layer import turn
+from lstm_jax.ops.arguments import (
+    choose_dtypes,
+    convert_carry,
+    convert_floats,
+    convert_lengths,
+    convert_reset,
+)
+from lstm_jax.ops.layer import run_in_order
+from lstm_jax.ops.scan import Marks
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
 # The stabilizer before the first step, at which nothing is kept: its exponential is 0.
@@ -20,18 +28,18 @@ NEVER = -1e30
 class MLSTMParams(NamedTuple):
     """Parameters of an mLSTM layer with hidden / d heads of d hidden units each."""
 
-    input_kernel: jax.Array  # Of q, k, v, o: [features, 4 * hidden].
-    bias: jax.Array  # [4 * hidden].
-    gate_kernel: jax.Array  # Of i, f of all heads: [features, 2 * heads].
-    gate_bias: jax.Array  # [2 * heads].
+    input_kernel: Float[Array, "features 4*hidden"]  # Of q, k, v, o.
+    bias: Float[Array, " 4*hidden"]
+    gate_kernel: Float[Array, "features 2*heads"]  # Of i, f of all heads.
+    gate_bias: Float[Array, " 2*heads"]
 
 
 class MLSTMCarry(NamedTuple):
     """The carry of an mLSTM layer with d = hidden / heads."""
 
-    memory: jax.Array  # C / exp(m): [batch, heads, d, d].
-    normalizer: jax.Array  # n / exp(m): [batch, heads, d].
-    stabilizer: jax.Array  # m: [batch, heads].
+    memory: Float[Array, "batch heads d d"]  # C / exp(m).
+    normalizer: Float[Array, "batch heads d"]  # n / exp(m).
+    stabilizer: Float[Array, "batch heads"]  # m.
 
     @classmethod
     def zeros(
@@ -45,15 +53,15 @@ class MLSTMCarry(NamedTuple):
 
 def mlstm(
     params: MLSTMParams,
-    inputs: ArrayLike,
+    inputs: Float[ArrayLike, "batch time features"],
     carry: MLSTMCarry | None = None,
     *,
-    reset: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
+    reset: Shaped[ArrayLike, "batch time"] | None = None,
+    lengths: Integer[ArrayLike, " batch"] | None = None,
     reverse: bool = False,
     dtype: DTypeLike | None = None,
     implementation: Literal["auto", "scan", "parallel"] = "auto",
-) -> tuple[MLSTMCarry, jax.Array]:
+) -> tuple[MLSTMCarry, Float[Array, "batch time hidden"]]:
     """Run an mLSTM over time; `cells/mlstm.py` states its equations.
 
     The number of heads is that of `params.gate_kernel`. The implementation "scan" runs step by
@@ -62,74 +70,49 @@ def mlstm(
     """
     inputs = convert_floats("inputs", inputs, "batch", "time", "features")
     batch, time, features = inputs.shape
-    heads, size = _check_params(params, features)
+    params, heads, size = _convert_params(params, features)
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     if carry is None:
         carry = MLSTMCarry.zeros(batch, heads, size, inputs.dtype)
     shapes = (batch, heads, size, size), (batch, heads, size), (batch, heads)
-    if not isinstance(carry, tuple) or len(carry) != len(shapes):
-        raise ValueError(f"carry is a {type(carry).__name__}: it must be an MLSTMCarry, or None")
-    parts = zip(MLSTMCarry._fields, carry, shapes, strict=True)
-    carry = MLSTMCarry(*(_check_state(name, x, shape) for name, x, shape in parts))
-    reset = convert_flags("reset", reset, (batch, time))
-    lengths = convert_lengths(lengths, batch)
+    first = convert_carry(MLSTMCarry, carry, *shapes)
+    marks = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
     if not time:
-        return carry, jnp.zeros((batch, 0, heads * size), inputs.dtype)
-    low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
-    if reverse:
-        inputs = turn(inputs, lengths)
-        reset = None if reset is None else turn(reset, lengths)
-    frozen = None
-    if lengths is not None:
-        frozen = jnp.arange(time) >= lengths[:, None]
-        inputs = jnp.where(frozen[..., None], 0, inputs)  # What is there may not be finite.
-    wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves((params, inputs, carry))), "float32")
-    arrays = jax.tree.map(lambda x: x.astype(wide), (params, inputs, carry))
-    q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
-    if frozen is not None:  # A frozen step writes nothing, and keeps everything.
-        i, log_f = jnp.where(frozen[:, None], NEVER, i), jnp.where(frozen[:, None], 0, log_f)
-        reset = None if reset is None else reset & ~frozen
-    run = _scan if implementation == "scan" else _run_chunks
-    last, found = run(arrays[2], (q, k, v, i, log_f), reset)
-    outputs = (o * found).swapaxes(1, 2).reshape(batch, time, -1)
-    if frozen is not None:
-        outputs = jnp.where(frozen[..., None], 0, outputs)
-    outputs = turn(outputs, lengths) if reverse else outputs
-    last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, carry)
+        return first, jnp.zeros((batch, 0, heads * size), inputs.dtype)
+    low, wide = choose_dtypes(dtype, inputs, params, first)
+
+    def run(inputs: Array, marks: Marks) -> tuple[MLSTMCarry, Array]:
+        arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
+        q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
+        if marks.frozen is not None:  # A frozen step writes nothing, and keeps everything.
+            frozen = marks.frozen[:, None]
+            i, log_f = jnp.where(frozen, NEVER, i), jnp.where(frozen, 0, log_f)
+        run_steps = _scan if implementation == "scan" else _run_chunks
+        last, found = run_steps(arrays[2], (q, k, v, i, log_f), marks.reset)
+        return last, (o * found).swapaxes(1, 2).reshape(batch, time, -1)
+
+    last, outputs = run_in_order(run, inputs, *marks, reverse)
+    last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
     return last, outputs.astype(inputs.dtype)
 
 
-def _check_params(params: MLSTMParams, features: int) -> tuple[int, int]:
-    """Return the number of heads, and the hidden units of each, from parameters that fit."""
+def _convert_params(params: MLSTMParams, features: int) -> tuple[MLSTMParams, int, int]:
+    """Return parameters as arrays that fit, the number of heads, and the hidden units of each."""
     if not isinstance(params, MLSTMParams):
         raise ValueError(f"params is a {type(params).__name__}: ops.mlstm takes MLSTMParams")
     width, heads = len(params.bias), len(params.gate_bias) // 2
     shapes = (features, width), (width,), (features, 2 * heads), (2 * heads,)
-    for (name, array), shape in zip(params._asdict().items(), shapes, strict=True):
-        if jnp.shape(array) != shape:
-            raise ValueError(
-                f"params.{name} has the shape {jnp.shape(array)}: with inputs of {features} "
-                f"features and these biases, it must be {shape}"
-            )
+    parts = zip(params._asdict().items(), shapes, strict=True)
+    arrays = [convert_floats(f"params.{name}", value, *shape) for (name, value), shape in parts]
     if not heads or width % (4 * heads):
         raise ValueError(f"{heads} heads can't share {width // 4} hidden units equally")
-    return heads, width // (4 * heads)
-
-
-def _check_state(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(value)
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"carry.{name} has the dtype {array.dtype} and the shape {array.shape}: it must be "
-            f"floats of the shape {shape}"
-        )
-    return array
+    return MLSTMParams(*arrays), heads, width // (4 * heads)
 
 
 def project_mlstm(
-    params: MLSTMParams, inputs: jax.Array, heads: int, dtype: str
-) -> tuple[jax.Array, ...]:
+    params: MLSTMParams, inputs: Float[Array, "batch time features"], heads: int, dtype: str
+) -> tuple[Float[Array, "batch heads time ..."], ...]:
     """Return q, k, v, o [batch, heads, time, d], and log i, log f [batch, heads, time].
 
     The factors of matmuls are rounded to `dtype`.
@@ -143,12 +126,14 @@ def project_mlstm(
 
 
 def step_mlstm(
-    carry: MLSTMCarry, q: jax.Array, k: jax.Array, v: jax.Array, i: jax.Array, log_f: jax.Array
-) -> tuple[MLSTMCarry, jax.Array]:
-    """Return the next carry, and what is read from the memory, [batch, heads, d].
-
-    q, k, v are [batch, heads, d], log i and log f [batch, heads].
-    """
+    carry: MLSTMCarry,
+    q: Float[Array, "batch heads d"],
+    k: Float[Array, "batch heads d"],
+    v: Float[Array, "batch heads d"],
+    i: Float[Array, "batch heads"],
+    log_f: Float[Array, "batch heads"],
+) -> tuple[MLSTMCarry, Float[Array, "batch heads d"]]:
+    """Return the next carry, and what is read from the memory; `i` is log i."""
     f, i, stabilizer = stabilize(carry.stabilizer, i, log_f)
     written = i[..., None, None] * k[..., :, None] * v[..., None, :]
     memory = f[..., None, None] * carry.memory + written
@@ -160,8 +145,8 @@ def step_mlstm(
 
 
 def stabilize(
-    before: jax.Array, i: jax.Array, log_f: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    before: Float[Array, "*shape"], i: Float[Array, "*shape"], log_f: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
     kept = log_f + before
     stabilizer = jnp.maximum(kept, i)
@@ -169,13 +154,13 @@ def stabilize(
 
 
 def _scan(
-    carry: MLSTMCarry, arrays: tuple[jax.Array, ...], reset: jax.Array | None
-) -> tuple[MLSTMCarry, jax.Array]:
+    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Bool[Array, "batch time"] | None
+) -> tuple[MLSTMCarry, Array]:
     """Run all steps, one after the other; see `_run_chunks`."""
     batch, heads, _, size = arrays[0].shape
     first = MLSTMCarry.zeros(batch, heads, size, arrays[0].dtype)
 
-    def step(carry: MLSTMCarry, read: Any) -> tuple[MLSTMCarry, jax.Array]:
+    def step(carry: MLSTMCarry, read: Any) -> tuple[MLSTMCarry, Array]:
         arrays, mark = read
         if mark is not None:
             carry = jax.tree.map(
@@ -189,8 +174,8 @@ def _scan(
 
 
 def _run_chunks(
-    carry: MLSTMCarry, arrays: tuple[jax.Array, ...], reset: jax.Array | None
-) -> tuple[MLSTMCarry, jax.Array]:
+    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Bool[Array, "batch time"] | None
+) -> tuple[MLSTMCarry, Array]:
     """Run all steps, in chunks; return the last carry, and what steps read from the memory.
 
     `arrays` are q, k, v [batch, heads, time, d], log i and log f [batch, heads, time]. Within a
@@ -201,7 +186,7 @@ def _run_chunks(
     time = arrays[0].shape[2]
     chunk = min(max(time, 1), _CHUNK)
 
-    def cut(x: jax.Array, filling: float = 0.0) -> jax.Array:
+    def cut(x: Array, filling: float = 0.0) -> Array:
         """Return [chunks, batch, heads, chunk, ...]; steps after the last change nothing."""
         padding = [(0, 0)] * x.ndim
         padding[2] = (0, -time % chunk)
@@ -217,7 +202,7 @@ def _run_chunks(
     return carry, found.reshape(*found.shape[:2], -1, found.shape[-1])[:, :, :time]
 
 
-def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, jax.Array]:
+def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, Array]:
     """Run a chunk: q, k, v [batch, heads, chunk, d], log i and log f [batch, heads, chunk].
 
     The last array is where the carry is reset, bool [batch, 1, chunk], or None. Return the next
@@ -249,6 +234,6 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, j
     return MLSTMCarry(memory, normalizer, last), found
 
 
-def _exp_minus(stabilizer: jax.Array) -> jax.Array:
+def _exp_minus(stabilizer: Array) -> Array:
     """Return exp(-m), limited to a number whose gradient is finite."""
     return jnp.exp(jnp.minimum(-stabilizer, 80.0))

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from lstm_jax.ops.accelerator import Loops, save_step
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.scan import Marks, add_hidden, add_sums, get_peepholes
+from lstm_jax.ops.scan import Layer, add_hidden, add_sums, get_peepholes
 
 # Mosaic's tiles have 16 rows, in bfloat16, and 128 columns.
 _ROWS, _COLUMNS = 16, 128
@@ -25,9 +26,8 @@ _VMEM_BYTES = 100 * 2**20  # Of the 128 MiB of a TPU v5e or v6e.
 _INTERPRETER: Any = True  # Of tests, which run it on a CPU.
 
 
-def _forward(
-    gating: Gating, params: Any, added: jax.Array, carry: Any, marks: Marks, differentiable: bool
-) -> tuple[Any, jax.Array]:
+def _forward(layer: Layer, differentiable: bool) -> tuple[Any, Array]:
+    gating, params, added, carry, _, _ = layer
     time, batch, _ = added.shape
     kernel, hidden = params.recurrent_kernel, len(params.recurrent_kernel)
     rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
@@ -57,12 +57,8 @@ def _forward_kernel(
     added, kernel, *others = references
     vectors, others = others[:num_vectors], others[num_vectors:]
     size = len(gating.carry._fields)
-    first, saved, last, state = (
-        others[:size],
-        others[size],
-        others[size + 1 : -size],
-        others[-size:],
-    )
+    first, saved, last = others[:size], others[size], others[size + 1 : -size]
+    state = others[-size:]
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
@@ -82,14 +78,8 @@ def _forward_kernel(
         y[...] = value
 
 
-def _backward(
-    gating: Gating,
-    kernel: jax.Array,
-    saved: jax.Array,
-    marks: Marks,
-    d_last: Any,
-    d_outputs: jax.Array,
-) -> tuple[jax.Array, Any]:
+def _backward(layer: Layer, saved: Array, d_last: Any, d_outputs: Array) -> tuple[Array, Any]:
+    gating, kernel = layer.gating, layer.params.recurrent_kernel
     time, batch, hidden = d_outputs.shape
     rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
     state = (rows, columns), saved.dtype
@@ -113,12 +103,8 @@ def _backward_kernel(gating: Gating, *references: Any) -> None:
     """Compute a backward step; the kernel is transposed, and the last references are the state."""
     saved, d_outputs, kernel, *others = references
     size = len(gating.carry._fields)
-    d_last, d_sums, d_first, state = (
-        others[:size],
-        others[size],
-        others[size + 1 : -size],
-        others[-size:],
-    )
+    d_last, d_sums, d_first = others[:size], others[size], others[size + 1 : -size]
+    state = others[-size:]
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
@@ -138,7 +124,7 @@ def _backward_kernel(gating: Gating, *references: Any) -> None:
         x[...] = y[...] = value
 
 
-def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+def _multiply(a: Array, b: Array) -> Array:
     # Mosaic allows no other precision in bfloat16, and JAX's default may be another.
     precision = jax.lax.Precision.DEFAULT if b.dtype == jnp.bfloat16 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -147,10 +133,10 @@ def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
 def _call(
     function: Callable[..., None],
     index: Callable[[Any], tuple[Any, ...]],
-    arguments: list[jax.Array],
+    arguments: list[Array],
     results: list[tuple[tuple[int, ...], Any]],
     scratch: list[Any],
-) -> list[jax.Array]:
+) -> list[Array]:
     """Call a kernel for each step, on blocks of arrays [time, ...] and on whole matrices in VMEM.
 
     The scratch memory has these dtypes, and the shape of the last result.
@@ -173,7 +159,7 @@ def _call(
     )(*arguments)
 
 
-def _pad(x: jax.Array, rows: int, columns: int, parts: int = 1) -> jax.Array:
+def _pad(x: Array, rows: int, columns: int, parts: int = 1) -> Array:
     """Fill x [..., batch, parts * hidden] with zeros to [..., rows, parts * columns]."""
     x = x.reshape(*x.shape[:-1], parts, -1)
     widths = [(0, 0)] * x.ndim
@@ -181,7 +167,7 @@ def _pad(x: jax.Array, rows: int, columns: int, parts: int = 1) -> jax.Array:
     return jnp.pad(x, widths).reshape(*x.shape[:-3], rows, parts * columns)
 
 
-def _unpad(x: jax.Array, batch: int, hidden: int, columns: int) -> jax.Array:
+def _unpad(x: Array, batch: int, hidden: int, columns: int) -> Array:
     """Undo `_pad`."""
     parts = x.reshape(*x.shape[:-1], -1, columns)[..., :batch, :, :hidden]
     return parts.reshape(*parts.shape[:-2], -1)

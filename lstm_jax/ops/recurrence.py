@@ -18,19 +18,20 @@ from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from lstm_jax.ops import scan
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.scan import Layer
 
 
 class Implementation(NamedTuple):
     """A way to run a gated recurrence; `fused` shows the arguments and results of its functions."""
 
     name: str
-    forward: Callable[..., tuple[tuple[Any, jax.Array], Any]]
+    forward: Callable[..., tuple[tuple[Any, Array], Any]]
     backward: Callable[..., tuple[Any, Any]]
-    differentiate_params: Callable[..., tuple[Any, jax.Array]]
+    differentiate_params: Callable[..., tuple[Any, Array]]
     batch_axis: int  # Of all arrays that `forward` saves, and of the cotangents of sums.
     is_exportable: bool = True  # Whether `jax.export` can serialize it.
 
@@ -56,25 +57,16 @@ class Call(NamedTuple):
 
 
 def run(
-    implementation: Implementation,
-    gating: Gating,
-    params: Any,
-    inputs: jax.Array,
-    carry: Any,
-    marks: Marks,
-    dtype: str,
-) -> tuple[Any, jax.Array]:
-    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
-
-    The factors of matmuls are rounded to `dtype`. All other arrays have one dtype.
-    """
-    operands, structure = jax.tree.flatten((params, inputs, carry, marks))
-    call = Call(gating, implementation, dtype, structure)
+    implementation: Implementation, layer: Layer
+) -> tuple[Any, Float[Array, "time batch hidden"]]:
+    """Return the last carry and the outputs."""
+    operands, structure = jax.tree.flatten(layer[1:-1])
+    call = Call(layer.gating, implementation, layer.dtype, structure)
     *leaves, outputs = _layer.bind(*_align(operands), call=call)
-    return gating.carry(*leaves), outputs
+    return layer.gating.carry(*leaves), outputs
 
 
-def _align(operands: list[jax.Array]) -> list[jax.Array]:
+def _align(operands: list[Array]) -> list[Array]:
     """Let all operands vary over the same axes of a mesh, in a `shard_map` that checks them."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in operands]
     union = frozenset().union(*axes)
@@ -87,23 +79,26 @@ def _align(operands: list[jax.Array]) -> list[jax.Array]:
 # The functions of the primitives. All have the operands of `_layer` first.
 
 
-def _run_layer(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _run_layer(*operands: Array, call: Call) -> list[Array]:
     """Return the last carry and the outputs."""
-    return jax.tree.leaves(_call_forward(call, operands, differentiable=False)[0])
+    return jax.tree.leaves(call.implementation.forward(_make_layer(call, operands), False)[0])
 
 
-def _run_forward(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _run_forward(*operands: Array, call: Call) -> list[Array]:
     """Return the last carry, the outputs, and what is saved."""
-    return jax.tree.leaves(_call_forward(call, operands, differentiable=True))
+    return jax.tree.leaves(_call_forward(call, operands))
 
 
-def _call_forward(call: Call, operands: Sequence[jax.Array], differentiable: bool) -> Any:
-    params, inputs, carry, marks = jax.tree.unflatten(call.structure, operands)
-    forward = call.implementation.forward
-    return forward(call.gating, params, inputs, carry, marks, call.dtype, differentiable)
+def _make_layer(call: Call, operands: Sequence[Array]) -> Layer:
+    params, inputs, carry, marks = jax.tree.unflatten(call.structure, operands[: call.size])
+    return Layer(call.gating, params, inputs, carry, marks, call.dtype)
 
 
-def _run_backward(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _call_forward(call: Call, operands: Sequence[Array]) -> Any:
+    return call.implementation.forward(_make_layer(call, operands), True)
+
+
+def _run_backward(*operands: Array, call: Call) -> list[Array]:
     """Return the cotangents of the first carry and of the sums.
 
     After those of `_layer`, the operands are what was saved, and the cotangents of the results.
@@ -111,27 +106,22 @@ def _run_backward(*operands: jax.Array, call: Call) -> list[jax.Array]:
     return jax.tree.leaves(_call_backward(call, operands))
 
 
-def _call_backward(call: Call, operands: Sequence[jax.Array]) -> Any:
-    params, _, carry, marks = jax.tree.unflatten(call.structure, operands[: call.size])
-    saved, d_last, d_outputs = jax.tree.unflatten(call.saved, operands[call.size :])
-    backward = call.implementation.backward
-    return backward(call.gating, params, carry, marks, saved, d_last, d_outputs, call.dtype)
+def _call_backward(call: Call, operands: Sequence[Array]) -> Any:
+    rest = jax.tree.unflatten(call.saved, operands[call.size :])
+    return call.implementation.backward(_make_layer(call, operands), *rest)
 
 
-def _run_gradients(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _run_gradients(*operands: Array, call: Call) -> list[Array]:
     """Return the cotangents of the parameters and of the inputs.
 
     After those of `_layer`, the operands are what was saved, and the cotangents of the sums.
     """
-    params, inputs, carry, marks = jax.tree.unflatten(call.structure, operands[: call.size])
-    saved, d_sums = jax.tree.unflatten(call.saved, operands[call.size :])
-    result = call.implementation.differentiate_params(
-        call.gating, params, inputs, carry, marks, saved, d_sums, call.dtype
-    )
-    return jax.tree.leaves(result)
+    rest = jax.tree.unflatten(call.saved, operands[call.size :])
+    results = call.implementation.differentiate_params(_make_layer(call, operands), *rest)
+    return jax.tree.leaves(results)
 
 
-def _run_tangent(*operands: jax.Array, call: Call) -> list[jax.Array]:
+def _run_tangent(*operands: Array, call: Call) -> list[Array]:
     """Return the tangents of the last carry and the outputs, by a scan.
 
     After those of `_layer`, the operands are what was saved, and the tangents of all but the marks.
@@ -139,9 +129,8 @@ def _run_tangent(*operands: jax.Array, call: Call) -> list[jax.Array]:
     number = call.size - call.num_marks
     marks = operands[number : call.size]
 
-    def run_scan(*operands: jax.Array) -> list[jax.Array]:
-        params, inputs, carry, marks_ = jax.tree.unflatten(call.structure, (*operands, *marks))
-        return jax.tree.leaves(scan.run(call.gating, params, inputs, carry, marks_, call.dtype))
+    def run_scan(*operands: Array) -> list[Array]:
+        return jax.tree.leaves(scan.run(_make_layer(call, (*operands, *marks))))
 
     return jax.jvp(run_scan, operands[:number], operands[-number:])[1]
 
@@ -164,7 +153,7 @@ def _without_explicit_mesh() -> Iterator[None]:
             yield
 
 
-def _define(name: str, function: Callable[..., list[jax.Array]]) -> Primitive:
+def _define(name: str, function: Callable[..., list[Array]]) -> Primitive:
     """Define a primitive that runs a function of arrays and of a static `call`."""
     primitive = Primitive(f"lstm_jax_{name}")
     primitive.multiple_results = True
@@ -209,11 +198,11 @@ _tangent = _define("tangent", _run_tangent)
 
 
 def _differentiate(
-    primals: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call
-) -> tuple[list[jax.Array], list[jax.Array]]:
+    primals: Sequence[Array], tangents: Sequence[Any], *, call: Call
+) -> tuple[list[Array], list[Array]]:
     """Run a layer, and the linear map from the tangents of its operands to those of its results."""
     (carry, outputs), saved = _infer_shapes(
-        lambda *operands: _call_forward(call, operands, differentiable=True), primals
+        lambda *operands: _call_forward(call, operands), primals
     )
     results = _forward.bind(*primals, call=call)
     number = len(carry) + 1
@@ -251,12 +240,12 @@ for primitive in (_forward, _backward, _gradients, _tangent):
 
 def _batch(
     primitive: Primitive,
-    function: Callable[..., list[jax.Array]],
-    operands: Sequence[jax.Array],
+    function: Callable[..., list[Array]],
+    operands: Sequence[Array],
     axes: Sequence[int | None],
     *,
     call: Call,
-) -> tuple[list[jax.Array], list[int]]:
+) -> tuple[list[Array], list[int]]:
     """Run a primitive on operands with an additional axis, which `axes` names, or None.
 
     Without one in the parameters, it joins the batch; otherwise every matmul has a further axis.
@@ -266,7 +255,7 @@ def _batch(
         return _batch_each(function, operands, axes, call=call)
     number = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
 
-    def join(x: jax.Array, axis: int | None, of_batch: int | None) -> jax.Array:
+    def join(x: Array, axis: int | None, of_batch: int | None) -> Array:
         if of_batch is None:
             return x
         if axis is None:
@@ -304,7 +293,7 @@ def _list_batch_axes(
 
 def _divide_batch(
     primitive: Primitive,
-    function: Callable[..., list[jax.Array]],
+    function: Callable[..., list[Array]],
     call: Call,
     operands: Sequence[Any],
     results: Sequence[Any],
@@ -339,7 +328,7 @@ def _divide_batch(
                 spec[axis % x.ndim] = names
             return NamedSharding(mesh, PartitionSpec(*spec))
 
-        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        def run(*operands: Array) -> tuple[Array, ...]:
             results = zip(function(*operands), of_results, strict=True)
             return tuple(jax.lax.psum(x, names) if axis is None else x for x, axis in results)
 
@@ -352,12 +341,12 @@ def _divide_batch(
 
 
 def _batch_each(
-    function: Callable[..., list[jax.Array]],
-    operands: Sequence[jax.Array],
+    function: Callable[..., list[Array]],
+    operands: Sequence[Array],
     axes: Sequence[int | None],
     *,
     call: Call,
-) -> tuple[list[jax.Array], list[int]]:
+) -> tuple[list[Array], list[int]]:
     """Run a primitive's function on operands with an additional axis, which results have, too."""
     results = jax.vmap(functools.partial(function, call=call), in_axes=tuple(axes))(*operands)
     return results, [0] * len(results)

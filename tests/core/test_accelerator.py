@@ -16,9 +16,10 @@ import accelerators
 import commands
 from lstm_jax import config, matmul, ops
 from lstm_jax.model import LanguageModel, check_recurrence
-from lstm_jax.ops import accelerator, choice, in_c, layer, pallas
+from lstm_jax.ops import accelerator, choice, in_c, pallas
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.layer import find_implementation
+from lstm_jax.ops.scan import Layer, Marks
 from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
 from test_recurrence import (
     SIZES,
@@ -75,12 +76,11 @@ def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], implementation: str)
 def test_every_kind_agrees_with_its_equations(gating: Gating, implementation: str) -> None:
     has_marks = implementation == "xla"
     arguments, codes, cotangents = draw_layer(gating, 7, 3, 5, 6, has_marks)
-    loops = accelerator.LOOPS if has_marks else pallas.LOOPS
     pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
 
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        run_layer = layer._make_accelerated(implementation, loops)
-        last, outputs = run_layer(gating, params, inputs, carry, Marks(*pair), "float32")
+        run_layer = find_implementation(implementation, "gpu")
+        last, outputs = run_layer(Layer(gating, params, inputs, carry, Marks(*pair), "float32"))
         return outputs, last
 
     expected = value_and_gradients(
@@ -95,14 +95,13 @@ def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> No
     interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
     monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
     (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(LSTM, 4, 3, 5, 6, False)
-    marks = Marks(None, None)
 
     @jax.jit  # The interpreter has effects, which the primitives of `ops` do not have.
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        rest = carry, marks, "float32", True, pallas.LOOPS
-        (last, outputs), saved = accelerator.forward(LSTM, params, inputs, *rest)
-        states = carry, marks, saved, d_last, d_outputs, "float32", pallas.LOOPS
-        return (outputs, last), accelerator.backward(LSTM, params, *states)[1]
+        layer = Layer(LSTM, params, inputs, carry, Marks(None, None), "float32")
+        (last, outputs), saved = accelerator.forward(layer, True, pallas.LOOPS)
+        d_carry = accelerator.backward(layer, saved, d_last, d_outputs, pallas.LOOPS)[1]
+        return (outputs, last), d_carry
 
     results, d_first = run(params, inputs, carry)
     exact, (_, _, d_carry) = value_and_gradients(
@@ -157,7 +156,7 @@ def test_matmuls_in_bfloat16_are_differentiated_in_bfloat16() -> None:
 def test_pallas_lowers_for_tpus(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     lstm = LanguageModel(23, 24, 48, 2, recurrence="pallas", dtype=dtype)
-    ids = np.zeros((8, 8), np.int32)
+    ids = jnp.zeros((8, 8), jnp.int32)
 
     def sum_logits(params: Any) -> jax.Array:
         logits, _ = lstm.apply({"params": params}, ids, lstm.initial_carry(8))

@@ -41,7 +41,7 @@ def draw_problem(sizes: tuple[int, int, int], is_transposed: bool) -> Any:
 
 def compute_losses(arrays: Any, targets: Any, tied: bool, dtype: str) -> jax.Array:
     inputs, kernel, bias = arrays
-    return compute_cross_entropy(inputs, kernel, bias, targets, tied, dtype)
+    return compute_cross_entropy(inputs, kernel, bias, jnp.asarray(targets), tied, dtype)
 
 
 def to_float32(arrays: Any) -> Any:

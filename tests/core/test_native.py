@@ -24,7 +24,7 @@ from lstm_jax.convert import transfer
 from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.scan import Layer, Marks
 from lstm_jax.vocabulary import Vocabulary
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
@@ -216,14 +216,11 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound:
         @jax.jit
         def run(params: Any, inputs: Any, carry: Any, codes: Any, cotangents: Any) -> Any:
             pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
-            marks = Marks(*pair)
-            (last, outputs), saved = in_c.forward(gating, params, inputs, carry, marks, dtype)
+            layer = Layer(gating, params, inputs, carry, Marks(*pair), dtype)
+            (last, outputs), saved = in_c.forward(layer)
             d_outputs, d_last = cotangents
-            states = carry, marks, saved
-            d_sums, d_carry = in_c.backward(gating, params, *states, d_last, d_outputs, dtype)
-            d_params, d_inputs = in_c.differentiate_params(
-                gating, params, inputs, *states, d_sums, dtype
-            )
+            d_sums, d_carry = in_c.backward(layer, saved, d_last, d_outputs)
+            d_params, d_inputs = in_c.differentiate_params(layer, saved, d_sums)
             return (outputs, last), (d_params, d_inputs, d_carry)
 
         results = run(*arguments, marks, cotangents)
@@ -278,15 +275,15 @@ def test_a_step_of_every_kind_agrees_with_its_equations(
 def test_wrong_arrays_are_errors_of_xla() -> None:
     """Call the library as `in_c` does, with arrays that don't fit each other."""
     (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, 3, 2, 5, 16, False)
-    marks = Marks(None, None)
-    _, saved = in_c.forward(GRU, params, inputs, carry, marks, "float32")
+    layer = Layer(GRU, params, inputs, carry, Marks(None, None), "float32")
+    _, saved = in_c.forward(layer)
     message = r"INVALID_ARGUMENT: lstm_forward: expected f32\[3,2,5\] for inputs, got f32\[3,2,7\]"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        in_c.forward(GRU, params, jnp.zeros((3, 2, 7)), carry, marks, "float32")
+        in_c.forward(layer._replace(inputs=jnp.zeros((3, 2, 7))))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected u8\[3,2\] for marks, got u8"):
-        in_c.forward(GRU, params, inputs, carry, Marks(jnp.zeros((2, 3), bool), None), "float32")
+        in_c.forward(layer._replace(marks=Marks(jnp.zeros((2, 3), bool), None)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_backward: .* for gates, got"):
-        in_c.backward(GRU, params, carry, marks, saved, d_last, d_outputs[:2], "float32")
+        in_c.backward(layer, saved, d_last, d_outputs[:2])
     kernel = in_c.pack_gates(GRU, jnp.zeros((20, 64)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_step: .* for rows"):
         in_c.run_step(GRU, kernel, [inputs[0], carry.hidden], carry, jnp.zeros((1, 64)))

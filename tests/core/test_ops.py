@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -231,7 +232,7 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
     found = [
         ("inputs has the shape", {"inputs": inputs[0]}),
-        ("features", {"inputs": inputs[..., :3]}),
+        ("features|input_kernel", {"inputs": inputs[..., :3]}),
         ("floating-point", {"inputs": jnp.ones(inputs.shape, int)}),
         ("carry", {"carry": jax.tree.map(lambda x: x[:3], carry)}),
         ("carry", {"carry": jax.tree.map(lambda x: x[..., :-1], carry)}),
@@ -258,6 +259,7 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 @every_function
+@pytest.mark.usefixtures("unchecked")
 def test_every_wrong_array_is_an_error(name: str) -> None:
     for message, change in list_mistakes(name):
         arguments: dict[str, Any] = {
@@ -269,11 +271,17 @@ def test_every_wrong_array_is_an_error(name: str) -> None:
             call(name, **{**arguments, **change})
 
 
+def test_arrays_are_checked_against_annotations() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="batch time features"):
+        ops.lstm(make_params("lstm"), jnp.zeros((TIME, FEATURES)))
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_messages_name_the_sizes_that_do_not_fit() -> None:
     params = ops.LSTMParams.init(jax.random.key(0), 5, 16)
     with pytest.raises(ValueError, match="inputs have 7 features, but the input kernel has 5 rows"):
         ops.lstm(params, jnp.zeros((2, 3, 7)))
-    with pytest.raises(ValueError, match=r"carry.cell has the shape \(8, 16\): it must be \(2, 16"):
+    with pytest.raises(ValueError, match=r"carry.cell has the shape \(8, 16\): it must be \[2"):
         ops.lstm(params, jnp.zeros((2, 3, 5)), ops.LSTMCarry.zeros(8, 16))
 
 

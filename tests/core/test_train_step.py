@@ -227,7 +227,7 @@ def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
     model = model_lib.LanguageModel(11, 6, 9, tie_embeddings=True)
     params, key, batch = models.draw_params(model), jax.random.key(0), make_batch(2, 7)
     compute = train_step._make_compute_grads(model, config_lib.Config(regularization=rates))
-    read = batch.inputs, batch.targets, None
+    read = jnp.asarray(batch.inputs), jnp.asarray(batch.targets), None
     (_, loss), _ = compute(params, key, read, model.initial_carry(2), None)
     dropped = regularization.drop_parameters(rates, params, key)
     bound, inputs = model.bind({"params": dropped}), jnp.asarray(batch.inputs)
