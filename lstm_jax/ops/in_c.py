@@ -221,62 +221,30 @@ def run_step(
     added: Array,
     peepholes: Array | None = None,
 ) -> Any:
-    """Run one step of a layer and return the next carry.
+    """Run one step of a layer and return the next carry; it can't be differentiated.
 
-    The kernel is from `pack_gates` or `quantize_gates`; with the latter, the step can't be
-    differentiated. `inputs` holds the inputs of the layer, unless `added` includes their matmul
-    with the kernel already, and the hidden state, [batch, n] each. `added` [batch or 1, num_sums *
-    hidden] is added to the sums.
+    The kernel is from `pack_gates` or `quantize_gates`. `inputs` holds the inputs of the layer,
+    unless `added` includes their matmul with the kernel already, and the hidden state, [batch, n]
+    each. `added` [batch or 1, num_sums * hidden] is added to the sums.
     """
     rows = jnp.concatenate(inputs, axis=1)
-    hidden = carry.hidden.astype("float32")
-    cell = _get_cell(carry).astype("float32")
-    if peepholes is None:
-        peepholes = jnp.zeros((0, hidden.shape[1]))
-    arrays = added.astype("float32"), cell, hidden, peepholes
     if isinstance(packed, Int8Kernel):
         rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
-        state = _call_step(gating, rows, packed.values, *arrays, packed.scales)
+        kernel, scales = packed.values, packed.scales
     else:
-        rows, scales = rows.astype(packed.dtype), jnp.zeros(0)
-        state = _differentiable_step(gating, rows, packed, *arrays, scales)
+        kernel, scales = packed, jnp.zeros(0)
+        rows = rows.astype(packed.dtype)
+    hidden, cell = carry.hidden.astype("float32"), _get_cell(carry).astype("float32")
+    if peepholes is None:
+        peepholes = jnp.zeros((0, hidden.shape[1]))
+    state = _call(
+        "step",
+        (rows, kernel, added.astype("float32"), cell, hidden, peepholes, scales),
+        (cell.shape, "float32"),
+        (hidden.shape, "float32"),
+        kind=_KINDS.index(gating.name),
+    )
     return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
-
-
-def _call_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
-    _, _, _, cell, hidden, *_ = arrays
-    results = (cell.shape, "float32"), (hidden.shape, "float32")
-    return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
-
-
-_differentiable_step = jax.custom_jvp(_call_step, nondiff_argnums=(0,))
-
-
-@_differentiable_step.defjvp
-def _differentiate_step(
-    gating: Gating, primals: Sequence[Array], tangents: Sequence[Array]
-) -> tuple[Sequence[Array], Sequence[Array]]:
-    """Differentiate the same step, computed by JAX."""
-
-    def run(
-        rows: Array,
-        packed: Array,
-        added: Array,
-        cell: Array,
-        hidden: Array,
-        peepholes: Array,
-        _: Array,
-    ) -> Sequence[Array]:
-        parts = packed.reshape(*packed.shape[:2], -1, gating.num_sums, *packed.shape[3:])
-        parts = parts.transpose(1, 5, 3, 0, 2, 4).reshape(rows.shape[1], gating.num_sums, -1)
-        kernel = parts[:, :, : hidden.shape[1]].reshape(rows.shape[1], -1)
-        terms = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)  # It has a JVP.
-        split = tuple(jnp.split(terms + added, gating.num_sums, axis=1))
-        carry = gating.carry(cell, hidden) if gating.has_cell else gating.carry(hidden)
-        after = gating.activate(split, carry, peepholes[:, None])[1]
-        return [_get_cell(after), after.hidden]
-
-    return jax.jvp(run, primals, tangents)
 
 
 def _matmul(a: Array, b: Array) -> Array:

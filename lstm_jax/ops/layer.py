@@ -207,28 +207,34 @@ def _run(
     first = convert_carry(gating.carry, carry, *[(batch, hidden)] * len(gating.carry._fields))
     reset, lengths = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
     low, wide = choose_dtypes(dtype, inputs, params, first)
-    name = choice.choose(
+    choose = functools.partial(
+        choice.choose,
         implementation if time else "scan",
         gating,
         size=hidden,
-        batch=batch,
         dtype=low,
         is_wide=wide != jnp.float32,
         has_reset=reset is not None,
         has_lengths=lengths is not None,
     )
-    run_layer = find_implementation(name, jax.default_backend())
+    backend = jax.default_backend()
+    run_layer = find_implementation(choose(batch=batch), backend, choose(batch=None))
     arrays = params, inputs, first, reset, lengths
     return _compute(gating, run_layer, reverse, wide, low, *arrays)
 
 
 @functools.cache
-def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any, Array]]:
-    """Return the function that runs a layer with an implementation on a kind of device."""
-    if name == "scan":
-        return scan.run
-    if name == "cudnn":
-        return cudnn.run
+def find_implementation(
+    name: str, backend: str, larger: str
+) -> Callable[[Layer], tuple[Any, Array]]:
+    """Return the function that runs a layer, and a `larger` batch, on a kind of device."""
+    if name in ("scan", "cudnn"):
+        return scan.run if name == "scan" else cudnn.run
+    larger_one = None if larger == name else _make_implementation(larger, backend)
+    return functools.partial(recurrence.run, _make_implementation(name, backend), larger_one)
+
+
+def _make_implementation(name: str, backend: str) -> Implementation:
     module: Any = in_c if name == "c" else fused
     options = {}
     if name == "pallas":
@@ -237,7 +243,7 @@ def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any,
         module, options = accelerator, {"loops": pallas.LOOPS}
     elif name == "xla" and backend != "cpu":
         module, options = accelerator, {"loops": accelerator.LOOPS}
-    implementation = Implementation(
+    return Implementation(
         name,
         functools.partial(module.forward, **options),
         functools.partial(module.backward, **options),
@@ -245,7 +251,6 @@ def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any,
         batch_axis=-1 if module is fused else 1,
         is_exportable=module is not in_c,
     )
-    return functools.partial(recurrence.run, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

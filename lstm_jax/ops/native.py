@@ -64,10 +64,9 @@ def is_supported() -> bool:
 
 
 def build_library() -> Path:
-    """Compile the library, unless the user's cache holds it undamaged, and return its path.
+    """Compile the library, unless the user's cache holds it, and return its path.
 
-    Its name has jaxlib's version, whose interface it uses, and a hash of its source. The file ends
-    with its checksum.
+    Its name has jaxlib's version, whose interface it uses, and a hash of its source.
 
     Raises:
       UserError: if there is no compiler, or it fails, or the cache can't be used.
@@ -77,26 +76,18 @@ def build_library() -> Path:
     if not directory:
         raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
     path = directory / f"lstm-{jaxlib.__version__}-{digest[:16]}.so"
-    if path.exists() and _is_undamaged(path):
+    if path.exists():
         return path
     try:
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             built = Path(folder, path.name)
             _compile(built)
-            with built.open("ab") as file:
-                file.write(hashlib.sha256(built.read_bytes()).digest())
-                file.flush()
-                os.fsync(file.fileno())
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # Loading half a library would end the process.
             built.rename(path)  # Another process may have built the same.
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     return path
-
-
-def _is_undamaged(path: Path) -> bool:
-    """Return whether a file ends with its checksum: loading half a library ends the process."""
-    content = path.read_bytes()
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _compile(path: Path) -> None:
@@ -105,8 +96,6 @@ def _compile(path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise UserError("there is no C compiler named cc: install gcc or clang") from None
-    except OSError as error:
-        raise UserError(f"the C compiler cc can't run: {error.strerror}") from None
     if result.returncode:
         lines = result.stderr.splitlines()
         reason = next((line for line in lines if "error" in line), "it fails")

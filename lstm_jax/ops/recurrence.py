@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lstm_jax.ops import scan
+from lstm_jax.ops import native, scan
 from lstm_jax.ops.gates import Gating
 from lstm_jax.ops.scan import Layer
 
@@ -43,6 +43,7 @@ class Call(NamedTuple):
     implementation: Implementation
     dtype: str  # Of the factors of matmuls.
     structure: Any  # Of (parameters, inputs, carry, marks), the first operands.
+    larger: Implementation | None = None  # For a batch of one text for each thread.
     saved: Any = None  # The structure of what `forward` saves, the operands after them.
 
     @property
@@ -57,11 +58,15 @@ class Call(NamedTuple):
 
 
 def run(
-    implementation: Implementation, layer: Layer
+    implementation: Implementation, larger: Implementation | None, layer: Layer
 ) -> tuple[Any, Float[Array, "time batch hidden"]]:
-    """Return the last carry and the outputs."""
+    """Return the last carry and the outputs.
+
+    Under `vmap`, which makes one batch of all examples, `larger` runs one of as many texts as there
+    are threads.
+    """
     operands, structure = jax.tree.flatten(layer[1:-1])
-    call = Call(layer.gating, implementation, layer.dtype, structure)
+    call = Call(layer.gating, implementation, layer.dtype, structure, larger)
     *leaves, outputs = _layer.bind(*_align(operands), call=call)
     return layer.gating.carry(*leaves), outputs
 
@@ -264,7 +269,11 @@ def _batch(
         x = jnp.moveaxis(x, axis, at)
         return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
 
-    results = primitive.bind(*map(join, operands, axes, own), call=call)
+    joined = list(map(join, operands, axes, own))
+    batch = joined[len(call.gating.params._fields)].shape[1]
+    if primitive is _layer and call.larger and batch >= native.count_threads():
+        call = call._replace(implementation=call.larger)
+    results = primitive.bind(*joined, call=call)
     places = _list_batch_axes(primitive, call, len(results), of_results=True)
     ats = [place % x.ndim for x, place in zip(results, places, strict=True) if place is not None]
     parts = [

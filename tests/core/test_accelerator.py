@@ -79,7 +79,7 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, implementation: st
     pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
 
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        run_layer = find_implementation(implementation, "gpu")
+        run_layer = find_implementation(implementation, "gpu", implementation)
         last, outputs = run_layer(Layer(gating, params, inputs, carry, Marks(*pair), "float32"))
         return outputs, last
 

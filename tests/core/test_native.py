@@ -239,7 +239,7 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound:
 def test_a_step_of_every_kind_agrees_with_its_equations(
     gating: Gating, dtype: str, bound: float
 ) -> None:
-    (params, inputs, carry), _, (_, cotangent) = draw_layer(gating, 1, 7, 31, 80, False)
+    (params, inputs, carry), *_ = draw_layer(gating, 1, 7, 31, 80, False)
     inputs, carry = jnp.clip(inputs, -2, 2), carry._replace(hidden=jnp.tanh(carry.hidden))
 
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
@@ -258,17 +258,8 @@ def test_a_step_of_every_kind_agrees_with_its_equations(
         added = 0.5 * biases[None] + offset
         return in_c.run_step(gating, packed, rows, carry, added, getattr(params, "peepholes", None))
 
-    def run_scan(*arguments: Any) -> Any:
-        return run_equations(gating, None, *arguments)[1]
-
-    arguments = params, inputs, carry
-    if dtype == "int8":
-        errors = measure_errors(jax.jit(run)(*arguments), run_scan(*arguments))
-    else:
-        found, expected = (
-            value_and_gradients(function, cotangent, *arguments) for function in (run, run_scan)
-        )
-        errors = measure_errors(found, expected)
+    expected = run_equations(gating, None, params, inputs, carry)[1]
+    errors = measure_errors(jax.jit(run)(params, inputs, carry), expected)
     assert max(jax.tree.leaves(errors)) < bound
 
 
@@ -369,21 +360,6 @@ def test_rematerialized_gradients_are_the_same(run: Any) -> None:
     assert_close(chunks, whole, 1e-5)
 
 
-@in_both
-def test_results_are_the_same_in_every_call_and_batch(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A text's results don't depend on the number of texts beside it."""
-    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
-    kernels, inputs, carry, cotangents = make_problem(17, 6, 9, 32)
-    differentiate = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))
-    first, second = (differentiate(kernels, inputs, carry) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
-    outputs, _ = run(kernels, inputs, carry)
-    part, _ = run(kernels, inputs[4:7], LSTMCarry(carry.cell[4:7], carry.hidden[4:7]))
-    np.testing.assert_array_equal(part, outputs[4:7])
-
-
 @pytest.mark.parametrize("batch", [1, 64])
 @in_both
 def test_results_do_not_depend_on_the_number_of_threads(
@@ -400,6 +376,10 @@ def test_results_do_not_depend_on_the_number_of_threads(
         results += [differentiate(*problem) for _ in range(20)]
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, results[0], other)
+    if batch > 1:  # A text's results don't depend on the texts beside it.
+        kernels, inputs, carry, _ = problem
+        part, _ = run(kernels, inputs[4:7], jax.tree.map(lambda x: x[4:7], carry))
+        np.testing.assert_array_equal(part, results[0][0][0][4:7])
 
 
 # With tied embeddings the last layer is of their size. Only the first layers fit the library, only
@@ -436,29 +416,6 @@ def test_steps_agree_with_windows(
     assert uses_library(read) == used
     assert not without_library(uses_library)(read)
     assert_close(jax.jit(lambda: read())(), expected, tolerance)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_steps_are_differentiated(dtype: str, tolerance: float) -> None:
-    lstm = model.LanguageModel(9, 16, 32, 2, dtype=dtype)
-    params = models.draw_params(lstm)
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 5)))
-
-    def sum_logits(params: Any, carry: Any) -> jax.Array:
-        arrays, total = lstm.prepare_step(params), jnp.zeros(())
-        for t in range(5):
-            logits, carry = lstm.apply_step(arrays, ids[:, t], carry)
-            total += jnp.sin(logits).sum()
-        return total
-
-    def differentiate() -> Any:
-        gradients = jax.jit(jax.grad(lambda *a: sum_logits(*a), argnums=(0, 1)))
-        return gradients(params, lstm.initial_carry(3))
-
-    assert uses_library(sum_logits, params, lstm.initial_carry(3))
-    found, expected = differentiate(), without_library(differentiate)()
-    assert_close(found, expected, tolerance)
 
 
 @pytest.mark.parametrize(("batch", "features", "bound"), [(1, 0, 1), (5, 32, 1), (64, 32, 3)])
@@ -577,6 +534,9 @@ def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPat
     # In float32, XLA is faster for fewer texts than threads.
     alone = make_problem(1, 4, 5, 32)[:3]
     assert uses_library(low, *alone) and not uses_library(run_layer, *alone)
+    texts = problem[0], *jax.tree.map(lambda x: x[:, None], problem[1:])
+    assert uses_library(jax.vmap(run_layer, (None, 0, 0)), *texts)
+    assert_close(jax.vmap(run_layer, (None, 0, 0))(*texts)[0][:, 0], run_layer(*problem)[0], 1e-6)
 
 
 _TRAIN = """
@@ -671,17 +631,6 @@ def test_the_library_is_compiled_once_for_each_source(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("size", [4096, 100, 0])
-def test_a_damaged_library_is_compiled_again(cache: Path, size: int) -> None:
-    path = native.build_library()
-    content = path.read_bytes()
-    os.truncate(path, size)
-    os.truncate(path, size or len(content))  # Zeros, as after a loss of power.
-    assert native.build_library() == path
-    assert path.read_bytes() == content
-
-
-@pytest.mark.process
 def test_without_a_library_a_warning_says_why(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -701,8 +650,6 @@ def test_without_a_library_a_warning_says_why(
     compiler.write_bytes(b"#!/bin/sh\n/bin/echo 'erreur: r\xe9sum\xe9, error' >&2; exit 1\n")
     compiler.chmod(0o700)
     assert "erreur: r\ufffdsum\ufffd" in read_warning()
-    compiler.write_bytes(b"not a program")
-    assert "the C compiler cc can't run: Exec format error" in read_warning()
     compiler.unlink()
     assert read_warning() == (
         "warning: LSTMs run without the library in C, which is faster: "
@@ -710,17 +657,3 @@ def test_without_a_library_a_warning_says_why(
     )
     cache.chmod(0o777)
     assert f"others can write to {cache}" in read_warning()
-
-
-@pytest.mark.process
-def test_without_a_compiler_a_model_is_trained_all_the_same(
-    text_file: Path, tmp_path: Path
-) -> None:
-    flags = [f"--config.data.path={text_file}", "--config.max_steps=1", "--workdir=run"]
-    flags += ["--config.model.hidden_size=64", "--config.batches.window_length=8"]
-    command = ["-m", "lstm_jax.main", "--config=experiments/quick.py", *flags]
-    env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
-    result = commands.run_python(*command, cwd=tmp_path, env=env)
-    assert result.returncode == 0, result.stderr
-    assert "recurrence: xla, matmuls" in result.stdout
-    assert result.stderr.count("there is no C compiler named cc") == 1

@@ -105,33 +105,6 @@ def test_fused_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
         assert_close(gradients, expected_gradients, 1e-4)
 
 
-def test_masks_and_the_carry_across_windows_and_calls() -> None:
-    """Run two layers over two windows, with dropout of inputs and the recurrent kernel."""
-
-    def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
-        kernels = kernels._replace(recurrent_kernel=kernels.recurrent_kernel * masks[0])
-        total = jnp.zeros(())
-        for window in jnp.split(inputs * masks[1], 2, axis=1):
-            outputs, carry = run(kernels, window, carry)
-            top, last = run(upper, outputs, carry)
-            total += (top**2).sum() + jnp.sin(last.cell).sum()
-        return total + (carry.cell * carry.hidden).sum()
-
-    both: list[Any] = [
-        jax.jit(jax.value_and_grad(lambda *a, run=run: loss(run, *a), argnums=(0, 1, 2, 3)))
-        for run in (run_layer, reference)
-    ]
-    for seed in (0, 1):
-        kernels, inputs, carry, _ = make_problem(4, 12, 7, 10, seed)
-        upper, *_ = make_problem(4, 12, 10, 10, seed + 10)
-        key = jax.random.key(seed)
-        shapes = kernels.recurrent_kernel.shape, (4, 1, 7)
-        masks = [jax.random.bernoulli(key, 0.7, shape) / 0.7 for shape in shapes]
-        actual, expected = (f(kernels, upper, inputs, carry, masks) for f in both)
-        assert_close(actual, expected, 1e-4)
-    assert both[0]._cache_size() == 1
-
-
 @pytest.mark.parametrize("sizes", [*SIZES[1:4:2], SIZES[4], (4, 20, 16, 32)], ids=str)
 def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
