@@ -20,10 +20,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from lstm_jax import ops
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.making import count_operations, make_cell, trace_cell
+from lstm_jax.cells.making import make_cell, trace_cell
 from lstm_jax.cells.protocol import (
     Gates,
     get_activation,
@@ -32,10 +31,10 @@ from lstm_jax.cells.protocol import (
     has_layer_params,
     restart,
     run_cell,
+    run_layer,
 )
 from lstm_jax.config import ModelConfig, Option, check_value
 from lstm_jax.cross_entropy import compute_cross_entropy
-from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops import choice
 from lstm_jax.ops.gates import Gating
@@ -59,8 +58,6 @@ _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process
 _LARGEST = 1e18
 # The number of tokens from which `compute_cross_entropy` is faster than logits and their gradient.
 _LARGE_VOCABULARY = 512
-# The maximum sum of `count_operations` over all layers; more take minutes to compile.
-_MAX_OPERATIONS = 25_000
 
 
 class Dense(nn.Module):
@@ -215,35 +212,29 @@ class LanguageModel(nn.Module):
         the carry.
         """
         starts = self.find_starts(ids)
-        below: Array | None = None
-        carries = []
+        below, carries = self.embedding.embedding[ids], []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
-            if below is None and mask is None and self.folds_embedding:
-                after, outputs = self.run_first_layer(cell, before, ids, starts)
-            else:
-                inputs = self.embedding.embedding[ids] if below is None else below
-                after, outputs = self.run_layer(cell, before, apply_mask(inputs, mask), starts)
+            run = functools.partial(run_cell, cell, implementation=self.recurrence)
+            inputs = apply_mask(below, mask)
+            if i == 0 and mask is None and self.folds_embedding:
+                run, inputs = self.fold_embedding(cell, ids)
+            after, outputs = run_in_chunks(run, before, inputs, starts, self.rematerialize)
             carries.append(after)
-            below = outputs if below is None or not self.skip_connections else outputs + below
-        assert below is not None  # There is at least one layer.
+            below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
 
     @property
     def folds_embedding(self) -> bool:
-        """Return whether the embedding is folded into the first layer: see `run_first_layer`."""
+        """Return whether the embedding is folded into the first layer: see `fold_embedding`."""
         # The one-hot input needs two matmuls of this size, the embedded row three.
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
         return is_small and self.runs_gated_layers and self.recurrence not in ("scan", "cudnn")
 
-    def run_first_layer(
-        self,
-        cell: nn.Module,
-        carry: Any,
-        ids: Integer[Array, "batch time"],
-        starts: Bool[Array, "batch time"] | None,
-    ) -> tuple[Any, Float[Array, "batch time hidden"]]:
-        """Run a gated layer over the embeddings of ids.
+    def fold_embedding(
+        self, cell: nn.Module, ids: Integer[Array, "batch time"]
+    ) -> tuple[Any, Float[Array, "batch time vocabulary"]]:
+        """Return a function that runs a gated layer over embedded ids, and its one-hot inputs.
 
         The embedding table is multiplied by the input kernel once, and the matmul of a step selects
         a row of the result by a one-hot input. So the backward pass needs no matmul for the
@@ -251,29 +242,9 @@ class LanguageModel(nn.Module):
         """
         params = get_layer_params(cell)
         table = matmul(self.embedding.embedding, params.input_kernel, self.dtype)
-        rows = jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
-        name = "auto" if self.recurrence == "parallel" else self.recurrence
-        options: Any = {"dtype": self.dtype, "implementation": name}
-
-        def run(carry: Any, rows: Array, starts: Array | None) -> tuple[Any, Array]:
-            layer = params._replace(input_kernel=table)
-            return ops.run(layer, rows, carry, reset=starts, **options)
-
-        return run_in_chunks(run, carry, rows, starts, self.rematerialize)
-
-    def run_layer(
-        self,
-        cell: nn.Module,
-        carry: Any,
-        inputs: Float[Array, "batch time features"],
-        starts: Bool[Array, "batch time"] | None,
-    ) -> tuple[Any, Float[Array, "batch time hidden"]]:
-        """Run a layer over inputs; return the carry and all outputs."""
-
-        def run(carry: Any, inputs: Array, starts: Array | None) -> tuple[Any, Array]:
-            return run_cell(cell, carry, inputs, self.recurrence, starts)
-
-        return run_in_chunks(run, carry, inputs, starts, self.rematerialize)
+        layer = params._replace(input_kernel=table)
+        run = functools.partial(run_layer, layer, self.dtype, implementation=self.recurrence)
+        return run, jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
 
     def run_step(
         self, ids: Integer[Array, " batch"], carry: Carry, records: list[Record] | None = None
@@ -456,18 +427,10 @@ def check_recurrence(model: LanguageModel) -> None:
 
 
 def check_cells(model: LanguageModel) -> None:
-    """Raise `UserError` if a cell breaks the protocol, or the layers have too many operations."""
-    layers = model.make_cells()
-    if not isinstance(model.cell, str):  # The cells of the package follow it.
-        for layer in set(layers):
+    """Raise `UserError` if a cell breaks the protocol."""
+    for layer in set(model.make_cells()):
+        if not isinstance(model.cell, str):  # The cells of the package follow it.
             trace_cell(layer.cell if isinstance(layer, Block) else layer)
-    operations = sum(map(count_operations, layers))
-    if operations > _MAX_OPERATIONS:
-        raise UserError(
-            f"the {model.num_layers} layers of cell {model.cell_name} have {operations:,} "
-            f"operations, and {_MAX_OPERATIONS:,} are the maximum: lower model.num_layers, or an "
-            "option of the cell"
-        )
 
 
 def init_params(

@@ -136,7 +136,6 @@ _CORE = {
         "model",
         "native",
         "optimizer",
-        "recent_cells",
         "recurrence",
         "regularization",
         "train_step",

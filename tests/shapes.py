@@ -7,6 +7,7 @@ import beartype
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the arguments and results of a function whose annotations have shapes."""
-    has_shapes = "jaxtyping." in str(function.__annotations__)
-    return beartype.beartype(function) if has_shapes else function
+    """Check the arguments and results of a function that have shapes in their annotations."""
+    hints = function.__annotations__.items()
+    function.__annotations__ = {name: hint for name, hint in hints if "jaxtyping." in str(hint)}
+    return beartype.beartype(function) if function.__annotations__ else function

@@ -12,6 +12,7 @@ from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lstm_jax.cells.protocol import Inputs, Outputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -45,18 +46,18 @@ class Cell(SizedCell):
             self.input_scale = self.param("input_scale", nn.initializers.ones, (size,))
             self.recurrent_scale = self.param("recurrent_scale", nn.initializers.ones, (size,))
 
-    def project_inputs(self, inputs: Float[Array, "batch inputs"]) -> Float[Array, "batch sums"]:
+    def project_inputs(self, inputs: Inputs) -> Float[Array, "batch sums"]:
         """Return x W + b: [batch, gates * hidden_size]."""
         projected = matmul(inputs, self.input_kernel, self.dtype)
         scaled = normalize(projected) * self.input_scale[None] if self.layer_norm else projected
         return scaled + self.bias[None]
 
-    def project_hidden(self, hidden: Float[Array, "batch hidden"]) -> Float[Array, "batch sums"]:
+    def project_hidden(self, hidden: Outputs) -> Float[Array, "batch sums"]:
         """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""
         projected = matmul(hidden, self.recurrent_kernel, self.dtype)
         return normalize(projected) * self.recurrent_scale[None] if self.layer_norm else projected
 
-    def activation(self, carry: Any) -> Float[Array, "batch hidden"]:
+    def activation(self, carry: Any) -> Outputs:
         """Return the activations of the hidden units, in [-1, 1]."""
         return carry.hidden
 

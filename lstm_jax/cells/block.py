@@ -5,9 +5,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from lstm_jax.cells.protocol import Gates, get_gates, run_cell
+from lstm_jax.cells.protocol import (
+    AllInputs,
+    AllOutputs,
+    Gates,
+    Inputs,
+    Outputs,
+    Starts,
+    get_gates,
+    run_cell,
+)
 from lstm_jax.matmul import matmul
 
 _WIDTH = 4  # The kernel size of the convolution.
@@ -56,20 +65,15 @@ class Block(nn.Module):
         self.mlp_kernel = self.param("mlp_kernel", glorot, (size, 2 * _EXPANSION * size))
         self.output_kernel = self.param("output_kernel", glorot, (_EXPANSION * size, size))
 
-    def __call__(
-        self, carry: BlockCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[BlockCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: BlockCarry, inputs: Inputs) -> tuple[BlockCarry, Outputs]:
         """Return the next carry and the outputs."""
         x, before, u = self._convolve(carry, inputs[:, None])
         cell, outputs = self.cell(carry.cell, u[:, 0])
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(
-        self,
-        carry: BlockCarry,
-        inputs: Float[Array, "batch time inputs"],
-        starts: Bool[Array, "batch time"] | None,
-    ) -> tuple[BlockCarry, Float[Array, "batch time hidden"]]:
+        self, carry: BlockCarry, inputs: AllInputs, starts: Starts | None
+    ) -> tuple[BlockCarry, AllOutputs]:
         """Return the last carry and all outputs.
 
         Only a cell without a parallel form runs step by step.
@@ -79,15 +83,8 @@ class Block(nn.Module):
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
-        self,
-        carry: BlockCarry,
-        inputs: Float[Array, "batch time inputs"],
-        starts: Bool[Array, "batch time"] | None = None,
-    ) -> tuple[
-        Float[Array, "batch time hidden"],
-        Float[Array, "batch 3 hidden"],
-        Float[Array, "batch time hidden"],
-    ]:
+        self, carry: BlockCarry, inputs: AllInputs, starts: Starts | None = None
+    ) -> tuple[AllOutputs, Float[Array, "batch 3 hidden"], AllOutputs]:
         """Return x, the next inputs to keep for the convolution, and u; see the equations."""
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:
@@ -111,7 +108,7 @@ class Block(nn.Module):
         gate, value = jnp.split(sums, 2, axis=-1)
         return y + matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
 
-    def gates(self, carry: BlockCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: BlockCarry, inputs: Inputs) -> Gates:
         """Return the gates of the cell."""
         _, _, u = self._convolve(carry, inputs[:, None])
         return get_gates(self.cell, carry.cell, u[:, 0])

@@ -4,10 +4,9 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import Cell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs, Outputs
 from lstm_jax.ops.gates import GRUParams, HiddenCarry
 
 
@@ -30,16 +29,14 @@ class GRUCell(Cell):
         zeros = nn.initializers.zeros
         self.recurrent_bias = self.param("recurrent_bias", zeros, (self.hidden_size,))
 
-    def __call__(
-        self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[HiddenCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
         gates = self.gates(carry, inputs)
         update = gates["update"]
         hidden = (1 - update) * gates["candidate"] + update * carry.hidden
         return HiddenCarry(hidden), hidden
 
-    def gates(self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         xr, xz, xn = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self.project_hidden(carry.hidden), 3, axis=-1)

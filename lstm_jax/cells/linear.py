@@ -1,9 +1,10 @@
 """A base for cells with a linear recurrence, whose steps can be computed at once."""
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from lstm_jax import ops
 from lstm_jax.cells.base import SizedCell
+from lstm_jax.cells.protocol import AllInputs, AllOutputs, Inputs, Outputs, Starts
 from lstm_jax.ops.gates import HiddenCarry
 
 
@@ -16,19 +17,14 @@ class LinearCell(SizedCell):
         """Return a and b of one or all steps."""
         raise NotImplementedError
 
-    def __call__(
-        self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[HiddenCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
         a, b = self.coefficients(inputs)
         hidden = a * carry.hidden + b
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self,
-        carry: HiddenCarry,
-        inputs: Float[Array, "batch time inputs"],
-        starts: Bool[Array, "batch time"] | None,
-    ) -> tuple[HiddenCarry, Float[Array, "batch time hidden"]]:
+        self, carry: HiddenCarry, inputs: AllInputs, starts: Starts | None
+    ) -> tuple[HiddenCarry, AllOutputs]:
         """Return the last carry and all outputs."""
         return ops.linear_scan(*self.coefficients(inputs), carry, reset=starts)

@@ -4,10 +4,9 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import Cell, forget_bias, normalize
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs, Outputs
 from lstm_jax.ops.gates import LSTMCarry, LSTMParams
 
 
@@ -36,23 +35,21 @@ class LSTMCell(Cell):
             self.cell_scale = self.param("cell_scale", nn.initializers.ones, (self.hidden_size,))
             self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
 
-    def __call__(
-        self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[LSTMCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
         gates = self.gates(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
         hidden = gates["output"] * self.activation(carry._replace(cell=cell))
         return LSTMCarry(cell, hidden), hidden
 
-    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
         i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
         return {"input": i, "forget": f, "candidate": g, "output": o}
 
-    def activation(self, carry: LSTMCarry) -> Float[Array, "batch hidden"]:
+    def activation(self, carry: LSTMCarry) -> Outputs:
         """Return the activation of the cell state, in [-1, 1]."""
         if self.layer_norm:
             return jnp.tanh(normalize(carry.cell) * self.cell_scale[None] + self.cell_bias[None])

@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import re
 import traceback
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,10 +14,7 @@ import jax.numpy as jnp
 
 from lstm_jax.errors import UserError, one_line
 
-_SIZES = ("input_size", "hidden_size")
-_NOT_OPTIONS = (*_SIZES, "dtype", "layer_norm", "parent", "name")
-_OPTION_TYPES: tuple[type, ...] = (bool, int, float, str)  # Of values in `model.options`.
-_OPTION_RANGE = (-(2**20), 2**20)  # Of integers, unless their field has its own.
+_NOT_OPTIONS = ("input_size", "hidden_size", "dtype", "layer_norm", "parent", "name")
 # The methods of the protocol and their arguments; the first two methods are required.
 _METHODS = {
     "initial_carry": ("batch_size",),
@@ -60,14 +55,14 @@ def make_cell(
 
 def _check_class(cell: type[nn.Module], fields: Mapping[str, Any]) -> None:
     """Raise `UserError` if a class lacks a field or a method, or has one of another form."""
-    for name in _SIZES:
+    for name in ("input_size", "hidden_size"):
         if name not in fields:
             raise UserError(f"{describe_place(cell)} has no field {name}: declare it as an int")
     for name, field in fields.items():
         if name not in _NOT_OPTIONS and field.default is dataclasses.MISSING:
             raise UserError(
                 f"{describe_place(cell)}: its field {name} needs a default, as all fields but "
-                f"{' and '.join(_SIZES)} do"
+                "input_size and hidden_size do"
             )
     for name, arguments in _METHODS.items():
         # Not `hasattr`: every class has a __call__, which makes an instance.
@@ -75,10 +70,8 @@ def _check_class(cell: type[nn.Module], fields: Mapping[str, Any]) -> None:
             if name in ("initial_carry", "__call__"):
                 raise UserError(f"{describe_place(cell)} has no method {name}: see docs/cells.md")
             continue
-        if not callable(method := getattr(cell, name)):
-            raise UserError(f"{describe_place(cell)}: {name} is {method!r}: make it a method")
         try:
-            inspect.signature(method).bind(cell, *arguments)
+            inspect.signature(getattr(cell, name)).bind(cell, *arguments)
         except TypeError:
             listed = ", ".join(("self", *arguments))
             raise UserError(
@@ -89,7 +82,7 @@ def _check_class(cell: type[nn.Module], fields: Mapping[str, Any]) -> None:
 def _check_options(
     cell: type[nn.Module], options: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> None:
-    """Raise `UserError` for an option that a cell does not have, or with a value not allowed."""
+    """Raise `UserError` for an option that a cell does not have, or of another type."""
     known = [name for name in fields if name not in _NOT_OPTIONS]
     for name, value in options.items():
         if name not in known:
@@ -97,29 +90,13 @@ def _check_options(
             raise UserError(
                 f"the cell {cell.__name__} has no option {name}: its options are {listed}"
             )
-        kinds = _get_option_types(cell, name, fields[name].default)
-        low, high = fields[name].metadata.get("allowed", _OPTION_RANGE)
-        is_int_for_float = type(value) is int and float in kinds
-        if type(value) not in kinds and not is_int_for_float and value is not fields[name].default:
-            words = f"of type {' or '.join(kind.__name__ for kind in kinds)}"
-        elif isinstance(value, int) and not low <= value <= high:
-            words = f"from {low:,} to {high:,}"
-        else:
-            continue
-        raise UserError(
-            f"the option {name} of the cell {cell.__name__} is {value!r}: it must be {words}"
-        )
-
-
-def _get_option_types(cell: type[nn.Module], name: str, default: Any) -> list[type]:
-    """Return the types of an option's values: those of its annotation, else that of its default."""
-    try:
-        hint = typing.get_type_hints(cell)[name]
-    except Exception:  # An annotation is a string with names that aren't defined, for example.
-        hint = type(default)
-    hints = typing.get_args(hint) or (hint,)
-    kinds = [kind for kind in _OPTION_TYPES if kind in hints or Any in hints]
-    return kinds or [type(default)]
+        default = fields[name].default
+        fits = isinstance(value, type(default)) or (type(default), type(value)) == (float, int)
+        if default is not None and not fits:
+            raise UserError(
+                f"the option {name} of the cell {cell.__name__} is {value!r}: it must be of type "
+                f"{type(default).__name__}"
+            )
 
 
 def trace_cell(cell: Any, batch: int = 3) -> None:
@@ -128,7 +105,7 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
     Raise `UserError` with the file and line of a mistake.
     """
     kind = type(cell)
-    with name_cell_error(kind, "initial_carry depends on the fields alone, not on parameters"):
+    with name_cell_error(kind):
         carry = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, cell.initial_carry(batch)))
     where = f"{describe_place(cell, 'initial_carry')}: initial_carry({batch}) returned"
     if carry is None:
@@ -169,23 +146,6 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
         _check_outputs(where, activation, (batch, cell.hidden_size))
 
 
-@functools.lru_cache
-def count_operations(cell: Any) -> int:
-    """Return the number of operations that initialize a cell and compute one step.
-
-    The time to compile it is about proportional to them.
-    """
-
-    def count(jaxpr: Any) -> int:
-        params = jax.tree.leaves([list(equation.params.values()) for equation in jaxpr.eqns])
-        inner = [getattr(value, "jaxpr", value) for value in params]
-        return len(jaxpr.eqns) + sum(count(value) for value in inner if hasattr(value, "eqns"))
-
-    inputs = jax.ShapeDtypeStruct((1, cell.input_size), jnp.float32)
-    carry = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, cell.initial_carry(1)))
-    return count(jax.make_jaxpr(cell.init_with_output)(jax.random.key(0), carry, inputs))
-
-
 def _check_step(cell: Any, method: str, result: Any, carry: Any, leading: tuple[int, ...]) -> None:
     """Raise `UserError` unless a method returned a carry like this one, and outputs."""
     where = describe_place(cell, method)
@@ -215,11 +175,8 @@ def _check_outputs(where: str, outputs: Any, shape: tuple[int, ...]) -> None:
 
 
 @contextlib.contextmanager
-def name_cell_error(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
-    """Raise any exception in the code of a cell as a `UserError` with the line in its file.
-
-    The hint explains an exception that has no message.
-    """
+def name_cell_error(cell: type[nn.Module]) -> Iterator[None]:
+    """Raise any exception in the code of a cell as a `UserError` with the line in its file."""
     try:
         yield
     except UserError:
@@ -231,8 +188,6 @@ def name_cell_error(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
         place = describe_place(cell, line=lines[-1] if lines else None)
         # Without the links and the internals of Flax and JAX.
         message, *_ = re.split(r" \(https?:| The error occurred while", one_line(error))
-        if not str(error):
-            message += f" {hint}"
         raise UserError(f"{place}: {message[:400]}") from error
 
 

@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from lstm_jax import ops
 from lstm_jax.cells.base import SizedCell, forget_bias
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import AllInputs, AllOutputs, Gates, Inputs, Outputs, Starts
 from lstm_jax.cells.slstm import count_per_head
 from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm, stabilize, step_mlstm
 
@@ -43,20 +43,15 @@ class MLSTMCell(SizedCell):
         remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))
         self.gate_bias = self.param("gate_bias", remembering, (2 * self.heads,))
 
-    def __call__(
-        self, carry: MLSTMCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[MLSTMCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: MLSTMCarry, inputs: Inputs) -> tuple[MLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
         q, k, v, o, i, log_f = self._project(inputs)
         carry, found = step_mlstm(carry, q, k, v, i, log_f)
         return carry, (o * found).reshape(len(inputs), -1)
 
     def run_parallel(
-        self,
-        carry: MLSTMCarry,
-        inputs: Float[Array, "batch time inputs"],
-        starts: Bool[Array, "batch time"] | None,
-    ) -> tuple[MLSTMCarry, Float[Array, "batch time hidden"]]:
+        self, carry: MLSTMCarry, inputs: AllInputs, starts: Starts | None
+    ) -> tuple[MLSTMCarry, AllOutputs]:
         """Return the last carry and all outputs."""
         return ops.mlstm(self._params(), inputs, carry, reset=starts, dtype=self.dtype)
 
@@ -68,7 +63,7 @@ class MLSTMCell(SizedCell):
         parts = project_mlstm(self._params(), inputs[:, None], self.heads, self.dtype)
         return [x[:, :, 0] for x in parts]
 
-    def gates(self, carry: MLSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: MLSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         *_, o, i, log_f = self._project(inputs)
         f, i, _ = stabilize(carry.stabilizer, i, log_f)

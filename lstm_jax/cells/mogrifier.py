@@ -1,12 +1,9 @@
 """The Mogrifier LSTM cell."""
 
-import dataclasses
-
 import flax.linen as nn
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import LSTMCarry
 
@@ -20,8 +17,7 @@ class MogrifierLSTMCell(LSTMCell):
         h = 2 sigmoid(x R_k) * h    for even k
     """
 
-    # The number of rounds.
-    rounds: int = dataclasses.field(default=5, metadata={"allowed": (0, 100)})
+    rounds: int = 5
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and a kernel for each round."""
@@ -32,7 +28,7 @@ class MogrifierLSTMCell(LSTMCell):
             self.param(f"round_kernel_{k + 1}", glorot, shapes[k % 2]) for k in range(self.rounds)
         ]
 
-    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         hidden = carry.hidden
         for k, kernel in enumerate(self.round_kernels):

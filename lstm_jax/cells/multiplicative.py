@@ -1,10 +1,9 @@
 """The multiplicative LSTM cell."""
 
 import flax.linen as nn
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import LSTMCarry
 
@@ -27,7 +26,7 @@ class MultiplicativeLSTMCell(LSTMCell):
         self.input_factor = self.param("input_factor", glorot, shape)
         self.hidden_factor = self.param("hidden_factor", orthogonal, (self.hidden_size,) * 2)
 
-    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         scales = matmul(inputs, self.input_factor, self.dtype)
         m = scales * matmul(carry.hidden, self.hidden_factor, self.dtype)

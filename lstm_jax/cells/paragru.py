@@ -7,7 +7,7 @@ from jax import lax
 
 from lstm_jax import ops
 from lstm_jax.cells.base import SizedCell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import AllInputs, AllOutputs, Gates, Inputs, Outputs, Starts
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -34,15 +34,15 @@ class ParaGRUCell(SizedCell):
         uniform = nn.initializers.uniform(1.0)
         self.recurrent_scale = self.param("recurrent_scale", uniform, (3, self.hidden_size))
 
-    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+    def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
+        """Return the next carry and the outputs."""
         hidden = self._step(carry.hidden, self._project(inputs))
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self, carry: HiddenCarry, inputs: jax.Array, starts: jax.Array | None
-    ) -> tuple[HiddenCarry, jax.Array]:
-        """Return the last carry and all outputs, for inputs [batch, time, input_size].
+        self, carry: HiddenCarry, inputs: AllInputs, starts: Starts | None
+    ) -> tuple[HiddenCarry, AllOutputs]:
+        """Return the last carry and all outputs.
 
         Newton's method starts from the steps that read a carry of zeros. One more round, at the
         solution, has the derivative of the recurrence: that of its linear terms alone.
@@ -65,7 +65,7 @@ class ParaGRUCell(SizedCell):
             _, hidden = lax.stop_gradient(ops.linear_scan(*linearize(hidden), carry, reset=starts))
         return ops.linear_scan(*linearize(hidden), carry, reset=starts)
 
-    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         return self._gates(carry.hidden, self._project(inputs))
 

@@ -4,10 +4,9 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.ops.gates import LSTMCarry, PeepholeLSTMParams
 
 
@@ -32,7 +31,7 @@ class PeepholeLSTMCell(LSTMCell):
         super().setup()
         self.peepholes = self.param("peepholes", nn.initializers.zeros, (3, self.hidden_size))
 
-    def gates(self, carry: LSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
         pi, pf, po = self.peepholes[:, None]
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)

@@ -4,21 +4,17 @@ A cell is a flax module with the fields `input_size` and `hidden_size` and two m
 
 - `initial_carry(batch_size)` returns the carry at the start of a text, any pytree of arrays
   [batch_size, ...]; it depends on the fields alone, not on parameters;
-- `__call__(carry, inputs)`, for inputs [batch, input_size], returns the next carry, of the same
-  structure, shapes and dtypes, and the outputs [batch, hidden_size].
+- `__call__(carry, inputs)` returns the next carry, of the same structure, shapes and dtypes, and
+  the outputs.
 
 It may also have
 
 - a field `dtype`, "float32" or "bfloat16", for its matmuls; a field `layer_norm`; and any other
-  field with a default, which is an option: `--config.model.options.NAME=VALUE`, with a value of the
-  types in its annotation: bool, int, float, str, or several of them. Integers are between ±2**20,
-  or in the range of the field: `dataclasses.field(default=5, metadata={"allowed": (0, 100)})`;
-- `run_parallel(carry, inputs, starts)`, which returns the carry after inputs [batch, time,
-  input_size] and the outputs [batch, time, hidden_size] of all steps. `starts` is bool [batch,
-  time], true at the steps that read the initial carry because a document begins, or None;
-- `gates(carry, inputs)`, which returns the gates of a step by name, [batch, hidden_size] each, and
-  `activation(carry)`, the activations of the hidden units, [batch, hidden_size] in [-1, 1], for
-  `lstm_jax.export`.
+  field with a default, which is an option: `--config.model.options.NAME=VALUE`;
+- `run_parallel(carry, inputs, starts)`, which returns the last carry and the outputs of all steps.
+  `starts` is true at the steps that read the initial carry because a document begins, or None;
+- `gates(carry, inputs)`, which returns the gates of a step by name, and `activation(carry)`, the
+  activations of the hidden units in [-1, 1], for `lstm_jax.export`.
 
 Recurrent dropout (DropConnect) applies to every parameter named `recurrent_kernel`. `cells.making`
 makes a cell, with errors for a class that does not follow the protocol.
@@ -34,6 +30,12 @@ from jaxtyping import Array, Bool, Float
 
 from lstm_jax import ops
 
+# The inputs and outputs of one step, and of all steps.
+Inputs = Float[Array, "batch inputs"]
+Outputs = Float[Array, "batch hidden"]
+AllInputs = Float[Array, "batch time inputs"]
+AllOutputs = Float[Array, "batch time hidden"]
+Starts = Bool[Array, "batch time"]
 # Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
 Gates = dict[str, Float[Array, "*batch hidden"]]
 
@@ -42,9 +44,9 @@ def run_cell(
     cell: Any,
     carry: Any,
     inputs: Float[ArrayLike, "batch time features"],
-    implementation: str = "auto",
     starts: Bool[ArrayLike, "batch time"] | None = None,
-) -> tuple[Any, Float[Array, "batch time hidden"]]:
+    implementation: str = "auto",
+) -> tuple[Any, AllOutputs]:
     """Run a cell over inputs; return the last carry and all outputs.
 
     With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
@@ -54,12 +56,23 @@ def run_cell(
     if implementation == "scan":
         return _scan(cell, carry, (inputs, starts))
     if params := get_layer_params(cell):
-        name = "auto" if implementation == "parallel" else implementation
-        options: Any = {"dtype": cell.dtype, "implementation": name}
-        return ops.run(params, inputs, carry, reset=starts, **options)
+        return run_layer(params, cell.dtype, carry, inputs, starts, implementation)
     if hasattr(cell, "run_parallel"):
         return cell.run_parallel(carry, inputs, starts)
     return _scan(cell, carry, (inputs, starts))
+
+
+def run_layer(
+    params: Any,
+    dtype: str,
+    carry: Any,
+    inputs: Float[ArrayLike, "batch time features"],
+    starts: Bool[ArrayLike, "batch time"] | None,
+    implementation: str,
+) -> tuple[Any, AllOutputs]:
+    """Run a gated layer with parameters of `lstm_jax.ops`, as `run_cell` runs a cell."""
+    name: Any = "auto" if implementation == "parallel" else implementation
+    return ops.run(params, inputs, carry, reset=starts, dtype=dtype, implementation=name)
 
 
 def has_layer_params(kind: type[nn.Module], layer_norm: bool) -> bool:
@@ -100,9 +113,7 @@ def get_gates(cell: Any, carry: Any, inputs: Float[ArrayLike, "batch inputs"]) -
     return cell.gates(carry, inputs) if hasattr(type(cell), "gates") else {}
 
 
-def get_activation(
-    cell: Any, carry: Any, outputs: Float[Array, "batch hidden"]
-) -> Float[Array, "batch hidden"]:
+def get_activation(cell: Any, carry: Any, outputs: Outputs) -> Outputs:
     """Return the activations after a step; without the method, the tanh of its outputs."""
     has_activation = hasattr(type(cell), "activation")  # `setup` may set an attribute.
     return cell.activation(carry) if has_activation else jnp.tanh(outputs)

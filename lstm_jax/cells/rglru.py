@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lstm_jax.cells.linear import LinearCell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -48,7 +48,7 @@ class RGLRUCell(LinearCell):
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
         return jnp.exp(log_a), scale * (i * u)
 
-    def gates(self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step, which do not depend on the carry, and the decay."""
         _, r, i = self._project(inputs)
         return {"recurrence": r, "input": i, "decay": jnp.exp(self._log_decay(r))}

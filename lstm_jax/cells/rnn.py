@@ -3,10 +3,9 @@
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import Cell
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs, Outputs
 from lstm_jax.ops.gates import HiddenCarry, RNNParams
 
 
@@ -19,14 +18,12 @@ class RNNCell(Cell):
         """Declare the parameters."""
         self.declare_kernels(1)
 
-    def __call__(
-        self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[HiddenCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
         hidden = self.gates(carry, inputs)["candidate"]
         return HiddenCarry(hidden), hidden
 
-    def gates(self, carry: HiddenCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the candidate alone, which is the next hidden state: there is no gate."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         return {"candidate": jnp.tanh(sums)}

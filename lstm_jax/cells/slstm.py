@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lstm_jax.cells.base import SizedCell, forget_bias
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.protocol import Gates, Inputs, Outputs
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.matrix_lstm import NEVER, stabilize
@@ -52,9 +52,7 @@ class SLSTMCell(SizedCell):
         remembering = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
         self.bias = self.param("bias", remembering, (size,))
 
-    def __call__(
-        self, carry: SLSTMCarry, inputs: Float[Array, "batch inputs"]
-    ) -> tuple[SLSTMCarry, Float[Array, "batch hidden"]]:
+    def __call__(self, carry: SLSTMCarry, inputs: Inputs) -> tuple[SLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
         gates, stabilizer = self._compute(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
@@ -62,7 +60,7 @@ class SLSTMCell(SizedCell):
         hidden = gates["output"] * cell / normalizer
         return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
 
-    def gates(self, carry: SLSTMCarry, inputs: Float[Array, "batch inputs"]) -> Gates:
+    def gates(self, carry: SLSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         return self._compute(carry, inputs)[0]
 
@@ -78,7 +76,7 @@ class SLSTMCell(SizedCell):
         gates = {"input": i, "forget": f, "candidate": jnp.tanh(z), "output": nn.sigmoid(o)}
         return gates, stabilizer
 
-    def activation(self, carry: SLSTMCarry) -> Float[Array, "batch hidden"]:
+    def activation(self, carry: SLSTMCarry) -> Outputs:
         """Return c / n, a weighted mean of candidates, in [-1, 1]."""
         return carry.cell / carry.normalizer
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -214,17 +214,13 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
         ),
         (
             HEADER.replace("jnp.zeros(", "self.param('a', nn.initializers.ones, ") + GOOD,
-            "own.py, line 8.*: AssertionError: initial_carry depends on the fields alone",
+            "own.py, line 8.*: AssertionError",
         ),
         (
             HEADER
             + GOOD
             + "    def run_parallel(self, carry, inputs, starts):\n        return inputs\n",
             "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
-        ),
-        (
-            HEADER + GOOD + "    run_parallel = None\n",
-            r"own.py, line 3\): run_parallel is None: make it a method",
         ),
         (
             HEADER + GOOD + "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
@@ -307,52 +303,6 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
         resume.resolve_model(config_lib.complete_config(tiny_config))
 
 
-class Annotated(nn.Module):
-    """A cell whose options have annotations that say more than their defaults."""
-
-    input_size: int
-    hidden_size: int
-    order: int | None = None
-    scale: "float | None" = None
-    kind: Literal["a", "b"] = "a"
-    free: Any = None
-
-    def initial_carry(self, batch_size: int) -> None:
-        raise NotImplementedError
-
-    def __call__(self, carry: Any, inputs: jax.Array) -> None:
-        raise NotImplementedError
-
-
-class Unknown(Annotated):
-    later: "Undefined" = 1.0  # type: ignore[name-defined] # noqa: F821
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "wrong", "types"),
-    [
-        ("order", [3, None], 0.5, "int"),
-        ("order", [3], True, "int"),
-        ("scale", [3, 0.5], "a", "float"),
-        ("kind", ["b"], 3, "str"),
-        ("free", [True, 3, 0.5, "a"], (), "bool or int or float or str"),
-    ],
-)
-def test_the_annotation_of_an_option_decides_its_type(
-    name: str, values: list[Any], wrong: Any, types: str
-) -> None:
-    for value in values:
-        assert getattr(make_cell(Annotated, 3, 4, options={name: value}), name) == value
-    with pytest.raises(UserError, match=f"{name} of the cell Annotated .* of type {types}$"):
-        make_cell(Annotated, 3, 4, options={name: wrong})
-
-
-def test_an_option_without_a_readable_annotation_has_the_type_of_its_default() -> None:
-    assert make_cell(Unknown, 3, 4, options={"later": 2}).later == 2
-    with pytest.raises(UserError, match="later of the cell Unknown is 'a': .* of type float"):
-        make_cell(Unknown, 3, 4, options={"later": "a"})
-
-
 def test_options_are_fields_of_a_config() -> None:
     config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
     assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
@@ -379,7 +329,8 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:
     params = models.draw_params(model, 0.1)
     ids = np.arange(50, dtype=np.int32) % 11
     reading = activations.record_activations(model, params, ids)
-    outputs, _ = model.apply({"params": params}, ids[None], model.initial_carry(1), method="run")
+    read = jnp.asarray(ids[None]), model.initial_carry(1)
+    outputs, _ = model.apply({"params": params}, *read, method="run")
     np.testing.assert_allclose(reading.activations / 127, np.tanh(outputs[0]).T, atol=0.5 / 127)
     assert reading.saturation == [{}]
 
@@ -489,43 +440,9 @@ class WrongGate(Sum):
         return {"input": 2 + carry}
 
 
-class ForgottenDtype(cells.GRUCell):
-    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
-        sums = inputs @ self.input_kernel + carry.hidden @ self.recurrent_kernel + self.bias
-        r, z, n = jnp.split(sums, 3, axis=-1)
-        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
-        return carry._replace(hidden=hidden), hidden
-
-
-class ForgottenLayerNorm(ForgottenDtype):
-    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
-        return super().__call__(carry, matmul(inputs, jnp.eye(self.input_size), self.dtype))
-
-
-class ForgottenGates(cells.GRUCell):
-    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
-        projected = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
-        r, z, n = jnp.split(projected, 3, axis=-1)
-        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
-        return carry._replace(hidden=hidden), hidden
-
-
-class InheritedGates(cells.LSTMCell):
-    """A cell with its own equation of the state, and the gates of the LSTM."""
-
-    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
-        gates = self.gates(carry, inputs)
-        cell = gates["forget"] * carry.cell + (1 - gates["forget"]) * gates["candidate"]
-        hidden = gates["output"] * jnp.tanh(cell)
-        return carry._replace(cell=cell, hidden=hidden), hidden
-
-
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (ForgottenDtype, "dtype has no effect on its outputs: use lstm_jax.matmul"),
-        (ForgottenLayerNorm, "layer_norm has no effect on its outputs: normalize if"),
-        (ForgottenGates, "the method gates has no effect on its outputs: override gates too"),
         (Mixing, "the results of a text depend on the other texts"),
         (Forgetting, "the parallel form differs from a scan: by"),
         (WithoutDocuments, "with documents, the parallel form differs from a scan: by"),
@@ -558,10 +475,7 @@ def test_auto_is_float32_for_a_cell_without_a_dtype(
     assert made.dtype == "float32" and made.make_cells()
 
 
-_ACCEPTED = [Counting, Sum(5, 8, "bfloat16"), pytest.param(InheritedGates, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("cell", _ACCEPTED)
+@pytest.mark.parametrize("cell", [Counting, Sum(5, 8, "bfloat16")])
 def test_check_cell_accepts_any_carry_gates_and_dtype(cell: Any) -> None:
     lstm_jax.check_cell(cell)
 
@@ -576,21 +490,3 @@ def test_a_cell_in_a_block_needs_equal_sizes_only() -> None:
     model_lib.check_cells(model)
     with pytest.raises(UserError, match="Adding"):
         model_lib.check_cells(model.clone(block="none"))
-
-
-def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
-    model = tiny_config.model
-    for rounds in (-1, 101):
-        model.cell, model.options = "mogrifier", {"rounds": rounds}
-        message = f"rounds of the cell .* {rounds}: it must be from 0 to 100$"
-        with pytest.raises(UserError, match=message):
-            resume.resolve_model(config_lib.complete_config(tiny_config))
-    model.num_layers, model.options = 100, {"rounds": 100}
-    with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
-        resume.resolve_model(config_lib.complete_config(tiny_config))
-    # The most layers, of a common cell.
-    model.cell, model.options, model.block = "lstm", {}, "residual"
-    model_lib.check_cells(model_lib.make_model(model, 9))
-    model.cell, model.options = "slstm", {"heads": 2**20 + 1}
-    with pytest.raises(UserError, match="heads of .*: it must be from -1,048,576 to 1,048,576$"):
-        model_lib.make_model(model, 9).make_cells()

@@ -8,7 +8,7 @@ import models
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.export import activations
-from test_cells import EQUATIONS, sigmoid
+from test_cells import STEPS, sigmoid
 
 LENGTH = 1100  # Two chunks, the second partial.
 GATES = {"lstm": ("input", "forget", "", "output"), "gru": ("reset", "update", "")}
@@ -33,11 +33,12 @@ def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) 
 
     inputs, expected = params["embedding"]["embedding"][ids], []
     for layer in range(layers):
-        p, states = params[f"{cell}_{layer}"], [(np.zeros((1, 9)), np.zeros((1, 9)))]
+        p, (step, number) = params[f"{cell}_{layer}"], STEPS[cell]
+        states = [(np.zeros((1, 9)),) * number]
         for x in inputs:
-            states.append(EQUATIONS[cell](p, x[None], *states[-1]))
-        hidden, cells = (np.concatenate(part) for part in zip(*states, strict=True))
-        expected.append(hidden[1:] if cell in ("gru", "rnn") else np.tanh(cells[1:]))
+            states.append(step(p, x[None], *states[-1]))
+        hidden, *cells = (np.concatenate(part) for part in zip(*states, strict=True))
+        expected.append(np.tanh(cells[0][1:]) if cells else hidden[1:])
         assert set(reading.saturation[layer]) == gates
         if cell in GATES:
             sums = inputs @ p["input_kernel"] + hidden[:-1] @ p["recurrent_kernel"] + p["bias"]

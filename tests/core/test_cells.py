@@ -1,109 +1,322 @@
-"""Compare each cell with its equations in NumPy, in float64."""
+"""Compare each cell with its paper's equations, in NumPy and float64.
+
+The references share nothing with the cells: minGRU and minLSTM are computed with logarithms, as in
+the code of their paper; sLSTM and mLSTM without a stabilizer, mLSTM as one sum over all steps.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import models
 from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.cells import rglru as rglru_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
+from lstm_jax.cells.protocol import run_cell
 from lstm_jax.errors import UserError
 from lstm_jax.model import check_recurrence
 
-BATCH, INPUTS, HIDDEN = 4, 5, 7
+BATCH, TIME, INPUTS, HIDDEN, HEADS = 2, 9, 5, 8, 4
+
+Arrays = dict[str, Any]
+Array = np.ndarray
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-def normalize(x: np.ndarray) -> np.ndarray:
+def softplus(x: Array) -> Array:
+    return np.logaddexp(0, x)
+
+
+def normalize(x: Array) -> Array:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
-def lstm(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+# Steps from x and the state, [batch, n] each, to the next state, which begins with h.
+
+
+def project(p: Arrays, x: Array, h: Array, gates: int) -> tuple[list[Array], list[Array]]:
+    """Return x W and h U of each gate, with layer normalization if it has parameters."""
     xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
-    normalized = "cell_scale" in p
-    if normalized:
+    if "input_scale" in p:
         xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
-    i, f, g, o = np.split(xs + hs + p["bias"], 4, axis=1)
-    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-    output_cell = normalize(c) * p["cell_scale"] + p["cell_bias"] if normalized else c
-    return sigmoid(o) * np.tanh(output_cell), c
+    return np.split(xs + p["bias"], gates, 1), np.split(hs, gates, 1)
 
 
-def mogrifier(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+def lstm(p: Arrays, x: Array, h: Array, c: Array) -> tuple[Array, ...]:
+    i, f, g, o = map(np.add, *project(p, x, h, 4))
+    pi, pf, po = p.get("peepholes", np.zeros((3, 1)))
+    c = sigmoid(f + pf * c) * c + sigmoid(i + pi * c) * np.tanh(g)
+    shown = normalize(c) * p["cell_scale"] + p["cell_bias"] if "cell_scale" in p else c
+    return sigmoid(o + po * c) * np.tanh(shown), c
+
+
+def mogrifier(p: Arrays, x: Array, h: Array, c: Array) -> tuple[Array, ...]:
     for k in range(1, 6):
-        kernel = p[f"round_kernel_{k}"]
         if k % 2:
-            x = 2 * sigmoid(h @ kernel) * x
+            x = 2 * sigmoid(h @ p[f"round_kernel_{k}"]) * x
         else:
-            h = 2 * sigmoid(x @ kernel) * h
+            h = 2 * sigmoid(x @ p[f"round_kernel_{k}"]) * h
     return lstm(p, x, h, c)
 
 
-def gru(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
-    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
-    if "input_scale" in p:
-        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
-    xr, xz, xn = np.split(xs + p["bias"], 3, axis=1)
-    hr, hz, hn = np.split(hs, 3, axis=1)
+def multiplicative(p: Arrays, x: Array, h: Array, c: Array) -> tuple[Array, ...]:
+    return lstm(p, x, (x @ p["input_factor"]) * (h @ p["hidden_factor"]), c)
+
+
+def gru(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
+    (xr, xz, xn), (hr, hz, hn) = project(p, x, h, 3)
     n = np.tanh(xn + sigmoid(xr + hr) * (hn + p["recurrent_bias"]))
     z = sigmoid(xz + hz)
-    return (1 - z) * n + z * h, c
+    return ((1 - z) * n + z * h,)
 
 
-def rnn(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
-    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
-    if "input_scale" in p:
-        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
-    return np.tanh(xs + hs + p["bias"]), c
+def rnn(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
+    (xs,), (hs,) = project(p, x, h, 1)
+    return (np.tanh(xs + hs),)
 
 
-EQUATIONS = {"lstm": lstm, "mogrifier": mogrifier, "gru": gru, "rnn": rnn}
+def rglru(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
+    u = x @ p["input_kernel"] + p["bias"]
+    r, i = np.split(sigmoid(u @ p["gate_kernel"] + p["gate_bias"]), 2, axis=-1)
+    a = sigmoid(p["decay"]) ** (8 * r)
+    return (a * h + np.sqrt(1 - a**2) * i * u,)
+
+
+def paragru(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
+    r, z, n = np.split(x @ p["input_kernel"] + p["bias"], 3, axis=-1)
+    scale_r, scale_z, scale_n = p["recurrent_scale"]
+    r, z = sigmoid(r + scale_r * h), sigmoid(z + scale_z * h)
+    return ((1 - z) * h + z * np.tanh(n + scale_n * r * h),)
+
+
+def slstm(p: Arrays, x: Array, h: Array, c: Array, n: Array) -> tuple[Array, ...]:
+    sums, size = np.split(x @ p["input_kernel"] + p["bias"], 4, axis=1), HIDDEN // HEADS
+    for head in range(HEADS):
+        own = slice(head * size, (head + 1) * size)
+        read = np.split(h[:, own] @ p["recurrent_kernel"][head], 4, axis=1)
+        for gate, part in zip(sums, read, strict=True):
+            gate[:, own] += part
+    i, f, z, o = sums
+    c, n = sigmoid(f) * c + np.exp(i) * np.tanh(z), sigmoid(f) * n + np.exp(i)
+    return sigmoid(o) * c / n, c, n
+
+
+def over_time(step: Callable[..., tuple[Array, ...]], states: int) -> Callable[..., Array]:
+    def run(p: Arrays, x: Array) -> Array:
+        state, outputs = (np.zeros((len(x), HIDDEN)),) * states, []
+        for x_t in x.swapaxes(0, 1):
+            state = step(p, x_t, *state)
+            outputs.append(state[0])
+        return np.stack(outputs, 1)
+
+    return run
+
+
+# All steps at once.
+
+
+def scan_in_logarithms(log_a: Array, log_b: Array) -> Array:
+    """Return h_t = a_t h_(t-1) + b_t from h_0 = 0 (Heinsen 2023), for arrays [batch, time, n]."""
+    total = np.cumsum(log_a, axis=1)
+    return np.exp(total + np.logaddexp.accumulate(log_b - total, axis=1))
+
+
+def log_g(x: Array) -> Array:
+    return np.where(x >= 0, np.log(np.maximum(x, 0) + 0.5), -softplus(-x))
+
+
+def mingru(p: Arrays, x: Array) -> Array:
+    z, n = np.split(x @ p["input_kernel"] + p["bias"], 2, axis=-1)
+    return scan_in_logarithms(-softplus(z), -softplus(-z) + log_g(n))
+
+
+def minlstm(p: Arrays, x: Array) -> Array:
+    f, i, n = np.split(x @ p["input_kernel"] + p["bias"], 3, axis=-1)
+    difference = softplus(-f) - softplus(-i)
+    return scan_in_logarithms(-softplus(difference), -softplus(-difference) + log_g(n))
+
+
+def mlstm(p: Arrays, x: Array) -> Array:
+    q, k, v, o = np.split(x @ p["input_kernel"] + p["bias"], 4, axis=-1)
+    i, f = np.split(x @ p["gate_kernel"] + p["gate_bias"], 2, axis=-1)
+    size, outputs = HIDDEN // HEADS, np.zeros_like(q)
+    for head in range(HEADS):
+        own = slice(head * size, (head + 1) * size)
+        for t in range(x.shape[1]):
+            value, total = np.zeros((len(x), size)), np.zeros(len(x))
+            for s in range(t + 1):
+                kept = np.prod(sigmoid(f[:, s + 1 : t + 1, head]), axis=1)
+                match = (q[:, t, own] * k[:, s, own]).sum(1) / np.sqrt(size)
+                weight = kept * np.exp(i[:, s, head]) * match
+                value += weight[:, None] * v[:, s, own]
+                total += weight
+            outputs[:, t, own] = value / np.maximum(np.abs(total), 1)[:, None]
+    return sigmoid(o) * outputs
+
+
+def block(p: Arrays, x: Array) -> Array:
+    """Compute the block around a minGRU."""
+
+    def norm(x: Array) -> Array:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    x = x @ p["input_kernel"]
+    padded = np.pad(norm(x) * p["cell_scale"], ((0, 0), (3, 0), (0, 0)))
+    parts = [(padded[:, t : t + 4] * p["convolution"]).sum(1) for t in range(x.shape[1])]
+    y = x + mingru(p["cell"], np.stack(parts, axis=1) + p["convolution_bias"])
+    a, b = np.split((norm(y) * p["mlp_scale"]) @ p["mlp_kernel"], 2, axis=-1)
+    gelu = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+    return y + (gelu * b) @ p["output_kernel"]
+
+
+# With the number of states.
+STEPS: dict[str, tuple[Callable[..., tuple[Array, ...]], int]] = {
+    "lstm": (lstm, 2),
+    "peephole": (lstm, 2),
+    "mogrifier": (mogrifier, 2),
+    "multiplicative": (multiplicative, 2),
+    "gru": (gru, 1),
+    "rnn": (rnn, 1),
+    "rglru": (rglru, 1),
+    "paragru": (paragru, 1),
+    "slstm": (slstm, 3),
+}
+REFERENCES: dict[str, Callable[[Arrays, Array], Array]] = {
+    **{name: over_time(*step) for name, step in STEPS.items()},
+    "minlstm": minlstm,
+    "mingru": mingru,
+    "mlstm": mlstm,
+    "block": block,
+}
+N, H = INPUTS, HIDDEN
+# The table in docs/cells.md.
+PARAMETERS = {
+    "lstm": 4 * H * (N + H + 1),
+    "peephole": 4 * H * (N + H + 1) + 3 * H,
+    "mogrifier": 4 * H * (N + H + 1) + 5 * N * H,
+    "multiplicative": 4 * H * (N + H + 1) + H * (N + H),
+    "gru": 3 * H * (N + H + 1) + H,
+    "rnn": H * (N + H + 1),
+    "minlstm": 3 * H * (N + 1),
+    "mingru": 2 * H * (N + 1),
+    "rglru": H * (N + 1) + 2 * H * (H + 1) + H,
+    "paragru": 3 * H * (N + 1) + 3 * H,
+    "slstm": 4 * H * (N + H // HEADS + 1),
+    "mlstm": 4 * H * (N + 1) + 2 * HEADS * (N + 1),
+    "block": 6 * H**2 + 7 * H + N * H + 2 * H * (H + 1),
+}
+
+
+def make(name: str, layer_norm: bool = False) -> Any:
+    if name == "block":
+        return Block(INPUTS, HIDDEN, make_cell(cells.CELLS["mingru"], HIDDEN, HIDDEN))
+    return make_cell(cells.CELLS[name], INPUTS, HIDDEN, layer_norm=layer_norm)
+
+
+def make_problem(cell: Any) -> tuple[Arrays, Array, Array]:
+    """Return parameters in float64, inputs, and weights of the outputs in a loss."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(BATCH, TIME, INPUTS))
+    carry = cell.initial_carry(BATCH)
+    shapes = jax.eval_shape(cell.init, jax.random.key(0), carry, jnp.asarray(inputs[:, 0]))
+    params = jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape), shapes["params"])
+    return params, inputs, rng.normal(size=(BATCH, TIME, HIDDEN))
 
 
 def count_parameters(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
-    cell = cells.CELLS[name](INPUTS, HIDDEN, "float32", layer_norm)
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(
+    ("name", "layer_norm"),
+    [(name, False) for name in REFERENCES] + [(name, True) for name in ("lstm", "gru", "rnn")],
+)
+def test_outputs_and_gradients_agree_with_the_paper(
+    name: str, layer_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 4)  # Three chunks, the last one partial.
+    cell = make(name, layer_norm)
+    params, inputs, weights = make_problem(cell)
+    normalizing = 2 * len(params["bias"]) + 2 * HIDDEN * (name == "lstm") if layer_norm else 0
+    assert count_parameters(params) == PARAMETERS[name] + normalizing
+    expected = REFERENCES[name](params, inputs)
+    assert np.abs(expected).max() > 0.1
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    @jax.jit(static_argnums=1)
+    @functools.partial(jax.grad, has_aux=True)
+    def differentiate(params: Any, implementation: str) -> tuple[jax.Array, jax.Array]:
+        carry = jax.tree.map(lambda x: x.astype(float), cell.initial_carry(BATCH))
+        arguments = carry, jnp.asarray(inputs), None, implementation
+        _, outputs = cell.apply({"params": params}, *arguments, method=run_cell)
+        return (outputs * weights).sum(), outputs
 
-    carry = jax.tree.map(lambda x: normal(*x.shape), cell.initial_carry(BATCH))
-    inputs = normal(BATCH, INPUTS)
-    shapes = jax.eval_shape(cell.init, jax.random.key(0), carry, inputs)["params"]
-    params = jax.tree.map(lambda x: 0.5 * normal(*x.shape), shapes)
-    last, outputs = jax.jit(cell.apply)({"params": params}, carry, inputs)
-    p = {key: np.asarray(value, np.float64) for key, value in params.items()}
-    before = np.asarray(getattr(carry, "cell", carry.hidden), np.float64)
-    hidden = np.asarray(carry.hidden, np.float64)
-    h, c = EQUATIONS[name](p, np.asarray(inputs, np.float64), hidden, before)
-    np.testing.assert_allclose(outputs, h, atol=1e-5)
-    np.testing.assert_array_equal(outputs, last.hidden)
-    if hasattr(last, "cell"):
-        np.testing.assert_allclose(last.cell, c, atol=1e-5)
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        raveled, unflatten = ravel_pytree(params)
+        flat = np.asarray(raveled)
+        for implementation in ("scan", "auto") if hasattr(cell, "run_parallel") else ("scan",):
+            gradients, outputs = differentiate(params, implementation)
+            np.testing.assert_allclose(outputs, expected, atol=1e-5)
+            gradient = np.asarray(ravel_pytree(gradients)[0])
+            for _ in range(5):
+                step = 1e-5 * rng.standard_normal(flat.shape)
+                above, below = (
+                    (REFERENCES[name](jax.tree.map(np.asarray, unflatten(x)), inputs) * weights)
+                    for x in map(jnp.asarray, (flat + step, flat - step))
+                )
+                numeric = (above.sum() - below.sum()) / 2
+                np.testing.assert_allclose(gradient @ step, numeric, rtol=1e-5)
 
-    # The table in docs/cells.md.
-    n, h_ = INPUTS, HIDDEN
-    gates = {"lstm": 4, "mogrifier": 4, "gru": 3, "rnn": 1}[name]
-    expected = gates * h_ * (n + h_ + 1)
-    expected += {"lstm": 0, "mogrifier": 5 * n * h_, "gru": h_, "rnn": 0}[name]
-    if layer_norm:
-        expected += 2 * gates * h_ + (2 * h_ if gates == 4 else 0)
-    assert count_parameters(params) == expected
+
+@pytest.mark.parametrize("name", ["slstm", "mlstm"])
+def test_large_gates_stay_finite(name: str) -> None:
+    cell = make(name)
+    params, inputs, _ = make_problem(cell)
+    bias = "bias" if name == "slstm" else "gate_bias"
+    gates = 4 if name == "slstm" else 2
+
+    @jax.jit(static_argnums=1)
+    @jax.value_and_grad
+    def run(given: Any, implementation: str) -> jax.Array:
+        carry, x = cell.initial_carry(BATCH), jnp.asarray(inputs, jnp.float32)
+        arguments = carry, x, None, implementation
+        outputs: Any = cell.apply({"params": given}, *arguments, method=run_cell)
+        return outputs[1].sum()
+
+    for i, f in ((200.0, 0.0), (-60.0, -200.0), (-60.0, 50.0), (-200.0, 0.0)):
+        values = np.zeros((gates, len(params[bias]) // gates))
+        values[:2] = np.array([[i], [f]])
+        given = {**params, bias: values.ravel()}
+        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
+        for implementation in ("scan", "auto")[: 2 if name == "mlstm" else 1]:
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(given, implementation)))
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_the_recurrent_kernel_of_each_head_is_orthogonal_at_first(heads: int) -> None:
+    cell = make_cell(cells.CELLS["slstm"], INPUTS, 32, options={"heads": heads})
+    carry, inputs = cell.initial_carry(1), jnp.zeros((1, INPUTS))
+    kernels = cell.init(jax.random.key(0), carry, inputs)["params"]["recurrent_kernel"]
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel @ kernel.T, np.eye(32 // heads), atol=1e-5)
+
+
+def test_the_decay_is_uniform_at_first() -> None:
+    decay = 1 / (1 + np.exp(-np.asarray(rglru_lib._draw_decay(jax.random.key(0), (1000,))))) ** 8
+    share = (decay - 0.9) / (0.999 - 0.9)
+    assert share.min() >= -1e-4 and share.max() <= 1 + 1e-4
+    np.testing.assert_allclose(np.sort(share), np.linspace(0, 1, 1000), atol=0.06)
 
 
 @pytest.mark.parametrize("name", cells.CELLS)
@@ -114,45 +327,39 @@ def test_an_initial_carry_can_be_donated(name: str) -> None:
     assert len(buffers) == len(arrays)  # No two arrays share one.
 
 
-@pytest.mark.parametrize(
-    ("name", "layer_norm"), [("lstm", True), ("mogrifier", False), ("gru", True), ("rnn", False)]
-)
-def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: bool) -> None:
-    model = model_lib.LanguageModel(
-        11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
-    )
-    params = models.draw_params(model)
-    assert "kernel" not in params["dense"]
-    ids = np.random.default_rng(0).integers(0, 11, (3, 8))
-    logits, last = models.apply(model, params, ids, model.initial_carry(3))
-    step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
-    carry = model.initial_carry(3)
-    for t in range(8):
-        one, carry = step(ids[:, t], carry)
-        np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
-
-
 # `check_cell` compares a scan with the parallel form of those that have one.
 @pytest.mark.parametrize(
-    ("name", "block"), [("peephole", "none"), ("slstm", "none"), ("slstm", "residual")]
+    ("name", "layer_norm", "block"),
+    [
+        ("lstm", True, "none"),
+        ("mogrifier", False, "none"),
+        ("gru", True, "none"),
+        ("rnn", False, "none"),
+        ("peephole", False, "none"),
+        ("slstm", False, "none"),
+        ("slstm", False, "residual"),
+    ],
 )
-def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
-    scan = model_lib.LanguageModel(11, 4, 8, 2, "scan", cell=name, block=block)
-    parallel = scan.clone(recurrence="parallel")
+def test_every_execution_gives_the_same_logits(name: str, layer_norm: bool, block: str) -> None:
+    options: Any = {"cell": name, "layer_norm": layer_norm, "block": block}
+    scan = model_lib.LanguageModel(11, 4, 8, 2, "scan", tie_embeddings=True, **options)
     params = models.draw_params(scan)
+    assert "kernel" not in params["dense"]
     ids, carry = np.random.default_rng(0).integers(0, 11, (3, 8)), scan.initial_carry(3)
     logits, last = models.apply(scan, params, ids, carry)
-    step = jax.jit(functools.partial(scan.apply_step, scan.prepare_step(params)))
-    for t in range(8):
-        one, carry = step(ids[:, t], carry)
-        np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
-    if block == "none" and name == "slstm":
+    for model in (scan, scan.clone(recurrence="auto")):
+        step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
+        after = carry
+        for t in range(8):
+            one, after = step(ids[:, t], after)
+            np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, last)
+    parallel = scan.clone(recurrence="parallel")
+    if block == "none" and not scan.runs_gated_layers:
         with pytest.raises(ValueError, match="needs a cell with a method run_parallel"):
             check_recurrence(parallel)
     else:
-        other, _ = models.apply(parallel, params, ids, parallel.initial_carry(3))
+        other, _ = models.apply(parallel, params, ids, carry)
         np.testing.assert_allclose(other, logits, atol=1e-5)
 
 
@@ -201,8 +408,3 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) 
     ids, carry = np.arange(8)[None], model.initial_carry(1)
     outputs = [models.apply(model, params, ids, carry)[0] for params in (plain, dropped)]
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-4
-
-
-def test_the_table_of_cells_is_read_only() -> None:
-    with pytest.raises(TypeError):
-        cells.CELLS["peephole"] = cells.LSTMCell  # type: ignore[index]

@@ -10,7 +10,7 @@ import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import regularization
-from test_cells import EQUATIONS
+from test_cells import lstm
 
 
 def make_rates(**rates: float) -> ConfigDict:
@@ -74,7 +74,7 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
         cell = hidden = np.zeros((3, 9))
         outputs = []
         for x in inputs.swapaxes(0, 1):
-            hidden, cell = EQUATIONS["lstm"](p, x, hidden, cell)
+            hidden, cell = lstm(p, x, hidden, cell)
             outputs.append(hidden)
         return np.stack(outputs, axis=1)
 
