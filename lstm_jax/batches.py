@@ -115,17 +115,9 @@ def make_batches(
 ) -> tuple[Iterator[Batch], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
-    Grain reads them in advance.
-
-    Args:
-      ids: the training text.
-      batches: the `batches` fields of a config.
-      seed: determines the order.
-      part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
-      first_step: the number of steps before the first batch.
-
-    Raises:
-      UserError: if the text is shorter than one batch.
+    Grain reads them in advance. `seed` determines the order; `part` is (k, n) for the k-th of n
+    equal parts of each batch, and only this part is read; `first_step` is that of the first batch.
+    Raise `UserError` if the text is shorter than one batch.
     """
     import grain  # Importing it takes a tenth of a second.
 
@@ -136,6 +128,5 @@ def make_batches(
         return cut_batch(ids, begins.reshape(number, -1)[index], starts, batches.window_length)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    # Endless: Grain's own epochs would all have the same elements.
-    steps = grain.MapDataset.range(first_step, 2**31)
+    steps = grain.MapDataset.range(first_step, 2**31)  # Grain's epochs would be the same.
     return iter(steps.map(read_step).to_iter_dataset(options)), order.steps_per_epoch

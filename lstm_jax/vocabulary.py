@@ -48,18 +48,15 @@ class Vocabulary:
     """The tokens of a text and their ids.
 
     Id 0 is "" (padding), id 1 is "[UNK]" (any token that is not in the vocabulary), and the tokens
-    follow in code-point order. If the text consists of documents, one token is the stop token: the
-    text between two of them, such as a blank line.
-
-    The tokens of kind "bytes" are always the 256 bytes, so that any file can be a text: those above
-    127 are surrogates, as in Python's "surrogateescape". Those of kind "bpe" are the bytes, and
-    then parts of words in the order in which they were learned. Those of kind "tokens" are what is
-    between white space, with one space before each, and line breaks; other white space is lost.
+    follow in code-point order. Those of kind "bytes" are always the 256 bytes, so that any file can
+    be a text: those above 127 are surrogates, as in Python's "surrogateescape". Those of kind "bpe"
+    are the bytes, and then parts of words in the order in which they were learned. Those of kind
+    "tokens" have one space before each; other white space but line breaks is lost.
 
     Attributes:
       tokens: the text of each id, special ones included.
       kind: the kind of tokens, one of `KINDS`.
-      stop: the stop token, or "" if there is none.
+      stop: the stop token, the text between two documents, or "" if there is none.
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "characters", stop: str = "") -> None:
@@ -99,10 +96,9 @@ class Vocabulary:
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
         The tokens are those that occur at least `min_count` times and have at most
-        `MAX_TOKEN_LENGTH` characters; for kind "bytes", all bytes. For kind "bpe", the counts are
-        those of words, and `size` is the maximum number of tokens.
-
-        Raise `UserError` if none occurs often enough, or the stop token does not occur.
+        `MAX_TOKEN_LENGTH` characters. For kind "bpe", the counts are those of words, and `size` is
+        the maximum number of tokens. Raise `UserError` if none occurs often enough, or the stop
+        token does not occur.
         """
         if stop and not counts.get(stop):
             name = "end of a file" if stop == FILE_END else repr(stop)

@@ -24,9 +24,6 @@ flags.DEFINE_alias("model", "workdir")
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Tokens of --from by id, as in the vocabulary.json of a run."
 )
-_TEXT = flags.DEFINE_string(
-    "text", None, "Text that --from was trained on. Its characters are the default vocabulary."
-)
 _MODULES = flags.DEFINE_list(
     "modules",
     ["embedding", "lstm", "linear"],
@@ -60,7 +57,7 @@ def main() -> None:
     if _TO.value:
         transfer.export_weights(directory, file)
     else:
-        transfer.import_weights(file, directory, _VOCABULARY.value, _TEXT.value, _MODULES.value)
+        transfer.import_weights(file, directory, _VOCABULARY.value, _MODULES.value)
 
 
 if __name__ == "__main__":

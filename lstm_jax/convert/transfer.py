@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import card, torch_weights
@@ -21,29 +19,34 @@ MODULES = ("embedding", "lstm", "linear")
 
 
 def import_weights(
-    source: Path,
-    directory: Path,
-    vocabulary_file: str | None,
-    text_file: str | None,
-    modules: Sequence[str] = MODULES,
+    source: Path, directory: Path, vocabulary_file: str | None, modules: Sequence[str] = MODULES
 ) -> None:
     """Make the folder of a model from a file of weights, or raise `UserError`.
 
-    `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those of
-    the vocabulary.json `vocabulary_file`, or else the characters of this text. `modules` are the
-    names of the Embedding, the LSTM or GRU, and the Linear.
+    The tokens are those of `vocabulary_file`, a vocabulary.json. `modules` are the names of the
+    Embedding, the LSTM or GRU, and the Linear.
     """
-    if not vocabulary_file and not text_file:
+    example = '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
+    if not vocabulary_file:
         raise UserError(
-            f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
-            "with the text whose characters are the tokens"
+            f"{source} does not contain its vocabulary: give --vocabulary FILE, with the tokens by "
+            f"id, such as {example}"
         )
-    directory = workdir.check_path(directory).absolute()
-    config, tokens, stop = _describe_text(vocabulary_file, text_file)
+    config, directory = config_lib.default(), workdir.check_path(directory).absolute()
+    content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
+    try:
+        fields = json.loads(content)
+        tokens, kind, stop = list(fields["units"]), fields["kind"], fields["stop"]
+        separators = {texts.find_stop_text(s, stop.__contains__): s for s in SEPARATORS}
+        config.data.units, config.data.document_separator = kind, separators[stop]
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UserError(
+            f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as {example}"
+        ) from None
     try:
         arrays = torch_weights.read_file(source)
         fields, params = torch_weights.to_model(arrays, modules)
-        params, vocabulary = torch_weights.add_special_rows(params, tokens, config.data.units, stop)
+        params, vocabulary = torch_weights.add_special_rows(params, tokens, kind, stop)
     except UserError as error:
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
@@ -51,33 +54,6 @@ def import_weights(
     print(f"{messages.format_parameters(params)}\n")
     print_line(f"Wrote the model of {source} to {directory}")
     print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
-
-
-def _describe_text(
-    vocabulary_file: str | None, text_file: str | None
-) -> tuple[ConfigDict, Sequence[str], str]:
-    """Return a config with the `data` fields of a model, its tokens by id, and the stop token."""
-    config, tokens, stop = config_lib.default(), list[str](), ""
-    if vocabulary_file:
-        content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
-        try:
-            fields = json.loads(content)
-            tokens, stop = list(fields["units"]), fields["stop"]
-            names = {texts.find_stop_text(s, stop.__contains__): s for s in SEPARATORS}
-            config.data.units, config.data.document_separator = fields["kind"], names[stop]
-        except (ValueError, TypeError, LookupError, AttributeError):
-            raise UserError(
-                f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as "
-                '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
-            ) from None
-    if text_file:
-        config.data.path = texts.make_absolute(text_file)
-        loaded = texts.load_texts(config_lib.complete_config(config).data)
-        config.data.sha256 = loaded.sha256
-        if not vocabulary_file:
-            text = "".join(split.read() for split in loaded.texts.values())
-            tokens = [*Vocabulary.from_text(text).tokens]
-    return config, tokens, stop
 
 
 def export_weights(directory: Path, target: Path) -> None:

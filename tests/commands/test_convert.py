@@ -17,11 +17,9 @@ import pytest
 import models
 import runs
 from lstm_jax import config, generation, training
-from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import torch_weights, transfer
-from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
@@ -79,16 +77,13 @@ def convert(arrays: torch_weights.StateDict, cell: str = "lstm") -> tuple[dict[s
 @pytest.mark.parametrize("name", STORED)
 def test_an_imported_model_reproduces_the_logits_of_its_library(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    transfer.import_weights(FIXTURES / name, directory, str(TOKENS), None, NAMES)
+    transfer.import_weights(FIXTURES / name, directory, str(TOKENS), NAMES)
     trained = workdir.load_trained(directory)
     assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
     with np.load(FIXTURES / "logits.npz") as expected:
         ours = compute_logits(trained, TEXT.read_text())[::10]
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
-    # No partial directory is left, and the text gives the same vocabulary.
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    transfer.import_weights(FIXTURES / name, tmp_path / "by_text", None, str(TEXT), NAMES)
-    assert workdir.load_vocabulary(tmp_path / "by_text").tokens == trained.vocabulary.tokens
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "no partial directory is left"
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -112,17 +107,13 @@ def test_a_run_survives_export_and_import(
     text = text_file.read_text(encoding="utf-8")[:300]
     target, directory = tmp_path / "model.safetensors", tmp_path / "again"
     transfer.export_weights(trained, target)
-    transfer.import_weights(target, directory, f"{target}.vocabulary.json", str(text_file))
+    transfer.import_weights(target, directory, f"{target}.vocabulary.json")
     after = workdir.load_trained(directory)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     ours, theirs = compute_logits(before, text), compute_logits(after, text)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert generate_greedily(after, "ROMEO:", 80) == generate_greedily(before, "ROMEO:", 80)
-    ids = texts.load_texts_of_run(after.config.data)["test"].encode(after.vocabulary)
-    losses = [loss_lib.compute_loss(each.model, each.params, ids) for each in (before, after)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    transfer.import_weights(target, tmp_path / "plain", f"{target}.vocabulary.json", None)
-    transfer.export_folder(tmp_path / "plain", tmp_path / "folder", "float32")
+    transfer.export_folder(directory, tmp_path / "folder", "float32")
     assert "added here:\n\n    unknown\n" in (tmp_path / "folder" / "README.md").read_text()
     tiny_config.init_from, tiny_config.max_steps = str(directory), 1
     assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0
@@ -135,7 +126,7 @@ def test_missing_special_tokens_are_added_and_never_predicted(
     arrays = make_arrays(len(tokens))
     model = save(arrays, tmp_path / "model.safetensors")
     vocabulary = write_vocabulary(tmp_path / "tokens.json", tokens)
-    transfer.import_weights(model, tmp_path / "run", vocabulary, None)
+    transfer.import_weights(model, tmp_path / "run", vocabulary)
     trained = workdir.load_trained(tmp_path / "run")
     assert trained.vocabulary.tokens == ("", "[UNK]", *"abcd")
     carry = trained.model.initial_carry(1)
@@ -154,27 +145,10 @@ def test_documents_keep_their_stop_token(separator: str, stop: str, tmp_path: Pa
     vocabulary = Vocabulary.from_text(f"ab{stop}ba{stop}", stop=stop)
     model = save(make_arrays(tokens=len(vocabulary)), tmp_path / "model.safetensors")
     (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary.to_fields()))
-    for name in ("train", "valid", "test"):
-        (tmp_path / f"{name}.txt").write_text("ab\n\nba\n\n")
-    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
-    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), text_files)
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"))
     trained = workdir.load_trained(tmp_path / "run")
     assert trained.vocabulary.stop == stop
     assert trained.config.data.document_separator == separator
-    read = texts.load_texts_of_run(trained.config.data, None)
-    assert [len(text.encode(trained.vocabulary)) for text in read.values()] == [
-        6 if separator == "blank_line" else 9
-    ] * 3
-
-
-def test_the_characters_of_all_splits_are_the_vocabulary(tmp_path: Path) -> None:
-    for name, text in (("train", "ab"), ("valid", "ca"), ("test", "db")):
-        (tmp_path / f"{name}.txt").write_text(text)
-    model = save(make_arrays(tokens=4), tmp_path / "model.safetensors")
-    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
-    transfer.import_weights(model, tmp_path / "run", None, text_files)
-    assert workdir.load_vocabulary(tmp_path / "run").tokens == ("", "[UNK]", *"abcd")
-    assert workdir.load_config(tmp_path / "run").data.path == text_files
 
 
 @pytest.mark.parametrize(
@@ -263,12 +237,12 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     words = write_vocabulary(tmp_path / "words.json", ["", "[UNK]", *"abcdefghijklm", "word"])
     (tmp_path / "list.json").write_text(json.dumps(["a", "b"]))
     for arguments, message in (
-        ((model, tmp_path / "run", str(TOKENS), None, NAMES), "can't write to .* not empty"),
-        ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
-        ((model, tmp_path / "new", words, None, NAMES), "the model has"),
-        ((model, tmp_path / "new", str(tmp_path / "list.json"), None), "is not a vocabulary.json"),
-        ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
-        ((broken, tmp_path / "new", str(TOKENS), None), "not a safetensors file"),
+        ((model, tmp_path / "run", str(TOKENS), NAMES), "can't write to .* not empty"),
+        ((model, tmp_path / "new", None), "give --vocabulary FILE, with the tokens"),
+        ((model, tmp_path / "new", words, NAMES), "the model has"),
+        ((model, tmp_path / "new", str(tmp_path / "list.json")), "is not a vocabulary.json"),
+        ((model, tmp_path / "new", "nothing.json"), "can't read nothing.json"),
+        ((broken, tmp_path / "new", str(TOKENS)), "not a safetensors file"),
     ):
         with pytest.raises(UserError, match=message):
             transfer.import_weights(*arguments)
@@ -335,7 +309,8 @@ def test_torch_and_back(cell: str, num_layers: int, tmp_path: Path) -> None:
     model = Model(len(set(text)))  # Most vocabularies have no "" and "[UNK]".
     path, modules = tmp_path / "model.safetensors", ("embedding", cell, "linear")
     safetensors.save_file(model.state_dict(), path)
-    transfer.import_weights(path, tmp_path / "run", None, str(TEXT), modules)
+    tokens = write_vocabulary(tmp_path / "tokens.json", sorted(set(text)))
+    transfer.import_weights(path, tmp_path / "run", tokens, modules)
     trained = workdir.load_trained(tmp_path / "run")
     ids, ours = trained.vocabulary.encode(text), compute_logits(trained, text)
     np.testing.assert_allclose(ours[:, 2:], model.predict(ids - 2), rtol=0, atol=1e-5)

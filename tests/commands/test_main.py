@@ -355,7 +355,7 @@ def test_flags_set_fields_and_one_without_effect_gives_a_warning(
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
         (["convert", "--workdir=x"], "give --workdir DIR, and either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "must end in .safetensors"),
-        (["convert", "--workdir=x", "--from=a.safetensors", "--text=good.txt"], "No such file"),
+        (["convert", "--workdir=x", "--from=a.safetensors"], "give --vocabulary FILE"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )

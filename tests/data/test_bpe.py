@@ -166,7 +166,7 @@ def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     transfer.export_weights(bpe_run, target)
     tokens = f"{target}.vocabulary.json"
-    transfer.import_weights(target, tmp_path / "again", tokens, None)
+    transfer.import_weights(target, tmp_path / "again", tokens)
     ours, theirs = (workdir.load_trained(path) for path in (bpe_run, tmp_path / "again"))
     assert ours.vocabulary.to_fields() == theirs.vocabulary.to_fields()
     page.write_page(bpe_run, "First Citizen: Zoë", tmp_path / "page.html")
