@@ -13,6 +13,7 @@ docs/config.md` writes the table of all fields as a page.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import re
 import runpy
 from collections.abc import Iterator, Mapping
@@ -152,13 +153,9 @@ class ModelConfig:
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text.")
     recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas", "parallel"] = field("auto",
-        "Implementation of the recurrence. scan: step by step, the readable reference. parallel: "
-        "all steps at once, for cells that support it. xla, c (CPUs with AVX-512), cudnn (LSTMs on "
-        "a GPU, in float32), pallas (TPUs): for LSTM, peephole LSTM, GRU and RNN cells. auto: the "
-        "fastest that supports the cell.", resume=True)
-    dtype: Dtype = field("float32", "Dtype of matmul operands; parameters, cell states, softmax "
-        "and loss are float32. auto: bfloat16 on TPUs, on GPUs that have it, and for LSTM, "
-        "peephole LSTM, GRU and RNN layers on CPUs that multiply faster in it.", resume=True)
+        "Implementation of the recurrence (docs/models.md).", resume=True)
+    dtype: Dtype = field("float32", "Dtype of matmuls. auto: the faster one (docs/models.md).",
+        resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
         relevant_if="model.rematerialize < batches.window_length")
@@ -472,20 +469,24 @@ def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 
 
 def explain(field: Field) -> str:
-    """Return the meaning of a field, and its conditions."""
-    allowed = _describe_allowed(field)
-    conditions = [f"`{allowed}`" if isinstance(field.allowed, str) and allowed else allowed]
-    conditions += [f"`{field.requires}`"] if field.requires else []
-    listed = "; ".join(filter(None, conditions))
-    only = f" Has an effect if `{field.relevant_if}`." if field.relevant_if else ""
-    return field.meaning + (f" Allowed: {listed}." if listed else "") + only
+    """Return the meaning of a field, its choices if it has any, and its conditions."""
+    conditions = {
+        "Allowed: {}.": isinstance(field.allowed, tuple) and _describe_allowed(field),
+        "Needs `{}`.": field.requires,
+        "Has an effect if `{}`.": field.relevant_if,
+    }
+    shown = [words.format(condition) for words, condition in conditions.items() if condition]
+    return " ".join([field.meaning, *shown])
 
 
 if __name__ == "__main__":
     print(
         "# Config fields\n\nGenerated from config.py. Numbers are written as in Python: 1_000 is "
-        "1000. A run may change the fields marked\n[resume] when it resumes.\n"
+        "1000. A run may change the fields marked\n[resume] when it resumes."
     )
-    for one in filter(lambda field: field.is_flag, FIELDS.values()):
-        mark = " [resume]" * one.resume
-        print(f"- `--config.{one.name}={one.default!r}`{mark}: {explain(one)}")
+    listed = [field for field in FIELDS.values() if field.is_flag]
+    for section, fields in itertools.groupby(listed, lambda field: field.name.rpartition(".")[0]):
+        print(f"\n## {section or 'run'}\n")
+        for one in fields:
+            mark = " [resume]" * one.resume
+            print(f"- `--config.{one.name}={one.default!r}`{mark}: {explain(one)}")
