@@ -57,15 +57,14 @@ def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> 
     return ";".join(str(paths[name]) for name in ("train", "validation", "test"))
 
 
-def main() -> int:
-    """Train all models that are not trained yet; return the exit code."""
+def main() -> None:
+    """Train all models that are not trained yet."""
     config, out = command.read_experiment()[0], Path(os.path.expanduser(_OUT.value))
     if config.data.document_separator == "file":
         raise lstm_jax.UserError("files that are documents can't be written into one text")
     teachers = [out / f"teacher_{k}" for k in range(_TEACHERS.value)]
     for k, directory in enumerate(teachers):
-        if code := lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory):
-            return code
+        lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory)
     fields = {
         "num_epochs": _EPOCHS.value,
         "optimizer.learning_rate": 4e-3,
@@ -75,7 +74,7 @@ def main() -> int:
         "data.path": generate_splits(teachers, texts.read_splits(config.data), out),
     }
     config = dataclasses.replace(config, regularization=RegularizationConfig())  # None.
-    return lstm_jax.train(change_fields(config, fields), out / "student")
+    lstm_jax.train(change_fields(config, fields), out / "student")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from absl import flags
 
 from lstm_jax import config
 from lstm_jax.errors import warn
-from lstm_jax.run import command
+from lstm_jax.run import command, interrupts
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
 _WORKDIR = flags.DEFINE_string(
@@ -49,9 +49,10 @@ def main() -> int:
         warn(message)
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
-    from lstm_jax.devices import hosts
+    from lstm_jax.devices import hosts, memory, parallel
     from lstm_jax.run import trackers, workdir
 
+    parallel.use_cores(experiment)
     directory = workdir.check_path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     unwatched = contextlib.nullcontext(lambda row: None)
@@ -59,7 +60,12 @@ def main() -> int:
         hosts.join_processes(*processes, _JOIN_SECONDS.value),
         trackers.open_wandb(directory) if _TRACK.value else unwatched as watch,
     ):
-        return training.train(experiment, directory, watch)
+        memory.keep_freed_memory()
+        try:
+            training.train(experiment, directory, watch)
+        except interrupts.Stopped as stopped:
+            return stopped.code
+    return 0
 
 
 if __name__ == "__main__":

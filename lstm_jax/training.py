@@ -1,22 +1,38 @@
-"""Train a model, from its text to the test loss: open the run, take steps, finish."""
+"""Train a model: the loop, with what it logs, saves and validates, up to the test loss.
 
-from collections.abc import Callable, Sequence
+`run/opening.py` opens the run, new or resumed; `train_step.py` has the step.
+"""
+
+import contextlib
+import json
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
 from lstm_jax.config import Config
-from lstm_jax.devices import parallel
-from lstm_jax.run import messages, metrics, session, workdir
-from lstm_jax.run.finish import finish_run
-from lstm_jax.run.loop import Loop, Observer
-from lstm_jax.run.observers import observe
-from lstm_jax.run.plan import Plan
-from lstm_jax.train_step import TrainStep, make_train_step
+from lstm_jax.controls import Controls
+from lstm_jax.data import files
+from lstm_jax.devices import feeding, hosts, parallel
+from lstm_jax.errors import NotFiniteError, name_setting, warn
+from lstm_jax.run import advice, distillation, messages, metrics, workdir
+from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
+from lstm_jax.run.library import Run
+from lstm_jax.run.opening import OpenRun, open_run
+from lstm_jax.run.progress import Pacer, Progress
+from lstm_jax.train_step import TrainState, make_train_step
+
+_SECONDS_OF_CURVES = 10  # Plotting takes a tenth of a second, while the devices wait.
+_WARM_UP, _TRACED = 3, 5  # Calls of the training step before a trace, and in it.
 
 
 def train(
@@ -24,7 +40,7 @@ def train(
     directory: Path | str,
     watch: metrics.Watch = lambda row: None,
     quiet: bool = False,
-) -> int:
+) -> Run:
     """Train the model that `config` describes, or resume the run in `directory`.
 
     Args:
@@ -33,59 +49,261 @@ def train(
       watch: called with each recorded loss, as a row of metrics.jsonl, for
         example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
-      quiet: whether to print nothing but warnings.
+      quiet: whether to print nothing.
 
     Returns:
-      The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
+      The trained model, as `load` does: the checkpoint with the best validation loss. The rows of
+      metrics.jsonl are its `metrics`.
 
     Raises:
       UserError: if the config is invalid; the text can't be read or is too short; the working
         directory holds another run or a damaged one, is in use, or can't be written; or the
         loss, a gradient or a parameter is not finite.
+      Stopped: a `KeyboardInterrupt`, after Ctrl-C or SIGTERM, with everything saved.
     """
     complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
-    parallel.use_cores(complete)
     with (
         jax.enable_x64(False),  # The caller may have enabled it, and set a mesh.
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
-        session.open_run(complete, directory, watch, quiet) as run,
+        open_run(complete, directory, watch, quiet) as run,
     ):
         messages.print_setup(run)
         if not run.is_finished:
-            _train(run)
-        if not run.loop.exit_code:
-            finish_run(run)
-        return run.loop.exit_code
+            take_steps(run)
+        return finish_run(run)
 
 
-def _train(run: session.Session) -> None:
-    """Train a run to the last step, or until a signal or `patience` ends it."""
-    train_step = make_train_step(run.model, run.optimizer, run.config, run.mesh)
-    feed = run.make_feed()
-    with observe(run) as observers:
-        take_steps(run.loop, train_step, feed.next, run.plan, observers)
+def take_steps(run: OpenRun) -> None:
+    """Take training steps until the last, or until `patience` or a signal ends them.
 
-
-def take_steps(
-    loop: Loop,
-    train_step: TrainStep,
-    next_batch: Callable[[int], Any],
-    plan: Plan,
-    observers: Sequence[Observer],
-) -> None:
-    """Take training steps until the last; call the observers, in their order, after each call.
-
-    `next_batch(n)` returns the batches of the next n steps, on the devices.
+    Raise `Stopped` after a signal, when the state is saved.
     """
-    for observer in observers:
-        observer.before_first_step(loop)
-    while loop.step < loop.last_step:
-        steps = plan.count_steps_of_call(loop.step)
-        batch = next_batch(steps)
-        traced = jax.profiler.StepTraceAnnotation("train", step_num=loop.step + 1)
-        # The step must not transfer anything else to the devices.
-        with jax.transfer_guard("disallow"), traced:
-            loop.state = train_step(loop.state, batch)
-        loop.step += steps
-        for observer in observers:
-            observer.after_step(loop)
+    config, plan, state, step, calls = run.config, run.plan, run.state, run.step, 0
+    train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
+    feed, stop, pacer, last_step = make_feed(run), StopRequest(), Pacer(step), plan.total_steps
+    with (
+        contextlib.closing(Progress(step, last_step, plan.steps_per_epoch, run.prints)) as progress,
+        contextlib.ExitStack() as trace,
+        handle_signals(stop.handle_signal),
+    ):
+        try:
+            if not run.is_resumed:  # `validate` waits for it: no run resumes without a checkpoint.
+                state = save(run, state, step)
+            # Resuming has removed the row of an earlier validation.
+            if run.is_validated or plan.validates_at(step):
+                last_step = validate(run, state, step, progress, stop)
+            check_signals(stop)
+            while step < last_step:
+                steps = plan.count_steps_of_call(step)
+                batch = feed.next(steps)
+                traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
+                # The step must not transfer anything else to the devices.
+                with jax.transfer_guard("disallow"), traced:
+                    state = train_step(state, batch)
+                step, calls = step + steps, calls + 1
+                is_agreed = pacer.wait(step, state)
+                progress.after_step(step)
+                profile(run, state, calls, trace)
+                if step % config.log_every_steps == 0:
+                    state = log(run, state, step, progress)
+                is_due = plan.validates_at(step)
+                if is_due or (is_agreed and is_save_due(run)):
+                    state = save(run, state, step)
+                if is_due:  # After the save: a run that is stopped in it resumes from here.
+                    last_step = validate(run, state, step, progress, stop)
+                if is_agreed or is_due:
+                    check_signals(stop)
+        except Stopped:
+            if step != run.checkpoints.last_step:
+                save(run, state, step)
+            run.checkpoints.wait()
+            plot_curves(run)
+            run.print(messages.describe_stop(run, step))
+            raise
+
+
+def make_feed(run: OpenRun) -> feeding.Feed:
+    """Return the training batches from the run's step, on the devices of its mesh."""
+    ids, config, predictions = run.ids["train"], run.config, None
+    on_devices = feeding.fits_on_device(ids)
+    if config.distill.teachers:
+        teachers = distillation.load_teachers(config.distill.teachers, run.vocabulary)
+        predictions, on_devices = distillation.predict_text(teachers, ids), True
+    return feeding.Feed(ids, config, run.mesh, run.step, on_devices, predictions)
+
+
+def check_signals(stop: StopRequest) -> None:
+    """Raise `Stopped` if a signal arrived in any process; all call it at the same step."""
+    if code := hosts.max_over_processes(stop.code):
+        raise Stopped(code)
+
+
+def profile(run: OpenRun, state: TrainState, calls: int, trace: contextlib.ExitStack) -> None:
+    """Start or end the trace of some calls of the training step, soon after the first."""
+    if run.config.profile and hosts.is_first() and calls in (_WARM_UP, _WARM_UP + _TRACED):
+        jax.block_until_ready(state.loss_sum)
+        trace.close()
+        if calls == _WARM_UP:
+            trace.enter_context(jax.profiler.trace(str(run.directory)))
+
+
+def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> TrainState:
+    """Record the mean training loss since the last row; return the state with sums of zero."""
+    state = check_finite(run, state)
+    if number := int(state.loss_steps):
+        loss = float(state.loss_sum) / number
+        speed = progress.measure_speed(step) * run.plan.tokens_per_step
+        progress.update(step, loss, speed)
+        extra: metrics.Extra = {
+            "learning_rate": run.plan.get_learning_rate(step, int(state.skipped)),
+            "gradient_norm": float(state.norm_sum) / number,
+        }
+        if speed:  # Otherwise it is unknown.
+            extra["tokens_per_second"] = round(speed)
+        record(run, step, "train", loss, **extra)
+    return state.clear("loss_sum", "norm_sum", "loss_steps")
+
+
+def record(
+    run: OpenRun, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]
+) -> None:
+    """Write a row of metrics and pass it to `watch`, in process 0 only."""
+    if run.writer is None:
+        return
+    if split != "train":
+        bits = loss_lib.compute_bits_per_character(loss, [run.sizes[split]])
+        extra["bits_per_character"] = bits
+    run.writer.write(step, run.plan.count_epochs(step), split, loss, **extra)
+
+
+def is_save_due(run: OpenRun) -> bool:
+    """Return whether the last save is old; each process has its own clock, so they agree on it."""
+    is_saving = run.checkpoints.check()
+    is_old = time.monotonic() - run.checkpoints.last_time >= run.config.checkpoint_every_seconds
+    return bool(hosts.max_over_processes(is_old and not is_saving))
+
+
+def save(run: OpenRun, state: TrainState, step: int) -> TrainState:
+    """Start saving a checkpoint, with the sizes of the files that the run appends to."""
+    state = check_finite(run, state)
+    sizes = workdir.measure_history(run.directory)
+    # Arrays that every device has are saved from one, not in a part by each.
+    params, rest = jax.tree.map(parallel.get_one_copy, (state.evaluated, state.rest))
+    run.checkpoints.save(step, params, rest, sizes)
+    return state
+
+
+def validate(
+    run: OpenRun, state: TrainState, step: int, progress: Progress, stop: StopRequest
+) -> int:
+    """Record the validation loss and a sample; return the step at which training ends.
+
+    That is this step if `patience` ends it. In a single process, a signal ends the validation.
+    """
+    number, ids = run.config.validation_tokens, run.ids["validation"]
+    alone = jax.process_count() == 1
+    with stop.at_once() if alone else contextlib.nullcontext():  # Others would wait for this one.
+        params, key = parallel.gather_on_one_device((state.evaluated, state.key), run.mesh)
+        loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
+        sample = generate_sample(run, params, jax.random.fold_in(key, step))
+    run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
+    if hosts.is_first():
+        record(run, step, "validation", loss, sample=sample)
+        workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
+        run.checkpoints.record_validation(step, loss)
+        run.print(messages.describe_validation(run, step, loss, sample))
+        warning = advice.find_suspicion({"validation": loss}, len(run.vocabulary))
+        if step and warning:
+            run.print(f"warning: {warning}\n")
+    progress.start_clock(step)
+    if step == run.plan.total_steps or run.ends_early():
+        if step < run.plan.total_steps:
+            run.print(messages.describe_early_end(run, step))
+            progress.finish(step)
+        return step
+    if step:
+        plot_curves(run, _SECONDS_OF_CURVES)
+    return run.plan.total_steps
+
+
+def check_finite(run: OpenRun, state: TrainState) -> TrainState:
+    """Save the batch of a step that was skipped because a number was not finite, and warn.
+
+    Return the state without the number of this step. Raise `NotFiniteError` if more steps were
+    skipped so far than `config.max_skipped_steps`.
+    """
+    if not (step := int(state.first_skipped)):
+        return state
+    path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
+    if hosts.is_first():
+        place = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, *place, config.batches.window_length)
+        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+        files.write_file(path, f"{json.dumps(saved)}\n".encode())
+    skipped, allowed = int(state.skipped), config.max_skipped_steps
+    message = (
+        f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
+    )
+    if skipped > allowed:
+        run.checkpoints.wait()
+        clips = config.optimizer.max_gradient_norm > 0
+        clip = "" if clips else f"{name_setting('optimizer.max_gradient_norm', 1)}, "
+        raise NotFiniteError(
+            f"{message}: the last good checkpoint is that of step {run.checkpoints.last_step}; "
+            f"resume from it with a lower optimizer.learning_rate, {clip}or max_skipped_steps "
+            f"above {allowed}"
+        )
+    with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
+        warn(f"{message}; skipped {skipped} of at most {allowed}")
+    return state.clear("first_skipped")
+
+
+def generate_sample(run: OpenRun, params: model_lib.Params, key: jax.Array) -> str:
+    """Return a text that the model generates, as a terminal can show it."""
+    (text,) = generation.generate_texts(
+        run.model,
+        params,
+        run.vocabulary,
+        key,
+        length=run.config.sample.length,
+        controls=Controls(temperature=run.config.sample.temperature),
+        stop_token=False,
+    )
+    return messages.make_printable(text)
+
+
+def plot_curves(run: OpenRun, seconds: float = 0) -> None:
+    """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
+    path = run.directory / workdir.CURVES
+    if hosts.is_first() and not (path.exists() and time.time() - path.stat().st_mtime < seconds):
+        metrics.plot_metrics(run.read_metrics(), path)
+
+
+def finish_run(run: OpenRun) -> Run:
+    """Measure the best checkpoint on the test split, sample from it, and return it."""
+    run.checkpoints.wait()
+    hosts.wait_for_all("all is saved")
+    rows = run.read_metrics()
+    params, step = workdir.load_params(run.directory, run.model)
+    trained = workdir.Trained(run.config, run.vocabulary, run.model, params, step)
+    measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
+    loss = measured[-1] if measured else loss_lib.compute_loss(run.model, params, run.ids["test"])
+    if hosts.is_first():
+        if not measured:
+            record(run, step, "test", loss)
+        plot_curves(run)
+        # On a device, as in `validate`: else the function that generates would be compiled again.
+        key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
+        run.print(
+            f"\n{generate_sample(run, params, key)}\n\n"
+            f"Test loss at step {step}, the step with the best validation loss: "
+            f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
+        )
+        if sentence := advice.advise(rows):
+            run.print(sentence)
+        run.print(messages.list_files(run))
+        best = [row["loss"] for row in rows if (row["split"], row["step"]) == ("validation", step)]
+        losses = {"test": loss, "validation": best[-1] if best else None}
+        if warning := advice.find_suspicion(losses, len(run.vocabulary)):
+            warn(warning)
+    return Run(trained, run.directory)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lstm_jax.run.metrics import Row
-from lstm_jax.run.zero_state import ZeroState
 
 # Fractions of a loss. Runs that differ only in their seed differ by a few thousandths.
 _RISE, _FALL = 0.005, 0.01
@@ -57,9 +56,7 @@ def _average_training_loss(rows: Sequence[Row], step: int) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def find_suspicion(
-    losses: Mapping[str, float | None], vocabulary_size: int, zero: ZeroState | None = None
-) -> str | None:
+def find_suspicion(losses: Mapping[str, float | None], vocabulary_size: int) -> str | None:
     """Return a warning if the losses of a trained model, by split, are suspicious, else None."""
     guessing = math.log(vocabulary_size)
     for name, loss in losses.items():
@@ -73,11 +70,5 @@ def find_suspicion(
         return (
             f"the test loss, {test:.3f} nats per token, is far from the validation loss, "
             f"{validation:.3f}: either the texts differ, or the model fails on one of them"
-        )
-    if zero is not None and zero.excess > _FAR:
-        return (
-            "the model starts badly: without the text before it, as at the start of each sample, "
-            f"the loss is up to {zero.excess:.3f} nats per token higher: raise "
-            "batches.reset_probability"
         )
     return None

@@ -6,12 +6,8 @@ checksum of each file (`sha256sum -c SHA256SUMS` verifies them too).
 
 import contextlib
 import functools
-import itertools
-import logging
-import os
-import re
 import shutil
-import traceback
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +17,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lstm_jax import model as model_lib
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.model import Params
-from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
 _UNFINISHED = ".unfinished"
+SEAL = "SHA256SUMS"
+# Written after the checkpoint is sealed, so the seal does not cover it.
+VALIDATION = "validation.json"
 # Where Orbax makes directories in the background, the threads of a save signal each other under a
 # number that is the latest of the whole process. If two runs in one process save at the same time,
 # a thread may thus wait for a directory of the other run.
@@ -36,24 +33,23 @@ _UNFINISHED = ".unfinished"
 _OPTIONS = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
 
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    trace = record.exc_info[2] if record.exc_info else None
-    names = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
-    return not any(name.startswith(_ORBAX) for name in names)
+class _ArraysHandler(ocp.StandardCheckpointHandler):
+    """Writes each array to a directory of its own, so that `sha256sum` can check it."""
 
+    def __init__(self) -> None:
+        super().__init__(use_ocdbt=False)
 
-# The threads of a save log every exception with its traceback; `CheckpointWriter` raises it.
-_ORBAX = str(Path(ocp.__file__).parent)
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_is_not_of_orbax)
+    def finalize(self, directory: Any) -> None:
+        """Do nothing: in this format nothing has to be merged, of which Orbax would warn."""
 
 
 def _make_handler() -> ocp.CompositeCheckpointHandler:
-    """Return the handler of a save: each array is a directory, which `seal` can check."""
-    items = {name: ocp.StandardCheckpointHandler(use_ocdbt=False) for name in ("params", "state")}
+    """Return the handler of a save."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in ("params", "state"):
+        registry.add(name, ocp.args.StandardSave, _ArraysHandler())
     return ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(async_options=_OPTIONS),
-        handler_registry=ocp.handlers.create_default_handler_registry(**items),
+        composite_options=ocp.CompositeOptions(async_options=_OPTIONS), handler_registry=registry
     )
 
 
@@ -62,6 +58,10 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
     Only the processes of one run may use it, one of which holds the lock of the working directory.
     All of them call the same methods in the same order.
+
+    Attributes:
+      last_step: the step of the last save, by an earlier process, too; -1 if there is none.
+      last_time: when it began, or the writer was made, by `time.monotonic`.
     """
 
     # Orbax's CheckpointManager with LatestN and BestN would break three guarantees: SHA256SUMS is
@@ -71,27 +71,18 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
     # `to_json` and `experimental_collect_matching_metrics`, which Orbax calls.
 
     def __init__(self, directory: Path) -> None:
-        """Make the directory and remove unfinished checkpoints of killed processes.
-
-        Raise `UserError` if anything else has the name of a checkpoint.
-        """
+        """Make the directory and remove unfinished checkpoints of killed processes."""
         self._directory = directory.resolve()
         if hosts.is_first():
             self._directory.mkdir(exist_ok=True)
-            self._clear()
+            for path in self._directory.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
         hosts.wait_for_all("checkpoints")
+        self.last_step = max(list_steps(self._directory), default=-1)
+        self.last_time = time.monotonic()
         self._orbax = ocp.AsyncCheckpointer(_make_handler(), async_options=_OPTIONS)
         self._thread = ThreadPoolExecutor(1)
-        self._saving: tuple[int, Future[None]] | None = None
-
-    def _clear(self) -> None:
-        known = {str(step) for step in list_steps(self._directory)}
-        for path in sorted(self._directory.iterdir()):
-            unfinished = _UNFINISHED in path.name
-            if unfinished and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
-            elif unfinished or (path.name.isdecimal() and path.name not in known):
-                raise UserError(f"{path} is not a checkpoint: move it away")
+        self._saving: Future[None] | None = None
 
     def save(
         self, step: int, params: Params, state: Mapping[str, object], history: Mapping[str, int]
@@ -114,8 +105,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
                 ),
             )
         except Exception as error:  # Orbax re-raises any exception of its storage.
-            raise self._failed(step, error) from None
-        self._saving = step, self._thread.submit(self._finish, path, step)
+            raise self._describe(error) from None
+        self.last_step, self.last_time = step, time.monotonic()
+        self._saving = self._thread.submit(self._finish, path, step)
 
     def _finish(self, path: Path, step: int) -> None:
         self._orbax.wait_until_finished()
@@ -128,7 +120,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         for old in set(steps) - {*steps[-2:], find_best_step(self._directory)}:
             unfinished = self._directory / f"{old}{_UNFINISHED}"
             (self._directory / str(old)).rename(unfinished)
-            shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, `_clear` tries again.
+            shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next writer tries.
 
     def record_validation(self, step: int, loss: float) -> None:
         """Add the validation loss, in nats per token, to the checkpoint of `step`."""
@@ -137,46 +129,61 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
     def check(self) -> bool:
         """Return whether a save is in progress; raise `UnavailableError` if one has failed."""
-        if self._saving and self._saving[1].done():
+        if self._saving and self._saving.done():
             self.wait()
         return self._saving is not None
 
     def wait(self) -> None:
         """Wait until the last save is finished; raise `UnavailableError` if it has failed."""
         if self._saving:
-            step, future = self._saving
-            self._saving = None
+            saving, self._saving = self._saving, None
             try:
-                future.result()
+                saving.result()
             except Exception as error:
-                raise self._failed(step, error) from None
+                raise self._describe(error) from None
 
-    def _failed(self, step: int, error: Exception) -> UnavailableError:
-        """Remove an incomplete checkpoint; return the error to raise."""
-        for remains in self._directory.glob(f"{step}{_UNFINISHED}*"):
-            shutil.rmtree(remains, ignore_errors=True)
-        last = list_steps(self._directory)
-        before = f"the last good one is step {last[-1]}" if last else "there is none before it"
-        verb = "resume from there" if last else "start again"
+    def _describe(self, error: Exception) -> UnavailableError:
         reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         return UnavailableError(
-            f"can't write the checkpoint of step {step} in {self._directory} "
-            f"({reason}); {before}: free space or make it writable, then {verb} with "
-            f"the same command"
+            f"can't write a checkpoint in {self._directory} ({reason}): free space or make it "
+            "writable, then resume with the same command"
         )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self.wait()
-        except UserError:
             if error is None:
-                raise
+                self.wait()
         finally:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # `wait` has raised it already.
                 self._orbax.close()
-            with contextlib.suppress(OSError):  # TensorStore makes it again if the run was moved.
-                self._directory.rmdir()
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Flush every file of a checkpoint to disk, and write its checksum to SHA256SUMS."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    lines = [
+        f"{files.hash_file(path, sync=True)}  {path.relative_to(checkpoint).as_posix()}\n"
+        for path in paths
+    ]
+    files.write_file(checkpoint / SEAL, "".join(lines).encode())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return how a checkpoint's files differ from those that were sealed; None if they don't.
+
+    Other files are ignored: file managers add some.
+    """
+    try:
+        lines = (checkpoint / SEAL).read_text().splitlines()
+        for digest, _, name in (line.partition("  ") for line in lines):
+            if files.hash_file(checkpoint / name) != digest:
+                return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    return None if lines else f"{SEAL} is empty"
 
 
 def restore_latest(
@@ -194,18 +201,16 @@ def restore_latest(
     step, restored, damaged = _restore_first(
         directory,
         lambda step: (step, 0),  # The latest one has the highest rank.
-        params,
+        params=ocp.args.StandardRestore(_abstract(params)),
         state=ocp.args.StandardRestore(_abstract(state)),
         history=ocp.args.JsonRestore(),
     )
-    if step is None:
-        return None
     for path, damage in damaged.items() if hosts.is_first() else ():
-        ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        names = (path.with_name(f"{path.name}.damaged{end}") for end in ends)
-        path.rename(aside := next(name for name in names if not os.path.lexists(name)))
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)  # That of an earlier time.
+        path.rename(aside)
         warn(f"{path} is damaged ({damage}): it is now {aside.name}")
-    return step, restored
+    return None if step is None else (step, restored)
 
 
 def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
@@ -219,7 +224,8 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
       UserError: if there is none, all are damaged, or one does not hold such `params`.
     """
     rank = functools.partial(_rank, directory)
-    step, restored, damaged = _restore_first(directory, rank, params)
+    arguments = ocp.args.StandardRestore(_abstract(params))
+    step, restored, damaged = _restore_first(directory, rank, params=arguments)
     if step is None:
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
     for path, damage in damaged.items():
@@ -228,13 +234,9 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
 
 
 def list_steps(directory: Path) -> list[int]:
-    """Return the steps of all checkpoints in order, without links and numbers beyond int32."""
-    if not directory.is_dir():
-        return []
-    with os.scandir(directory) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name)]
-    return sorted(number for number in numbers if number < 2**31)
+    """Return the steps of all checkpoints in order."""
+    names = [path.name for path in directory.glob("*/")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def find_best_step(directory: Path) -> int | None:
@@ -251,34 +253,40 @@ def _rank(directory: Path, step: int) -> tuple[float, int]:
 def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
     try:
-        loss = files.read_json(directory / str(step) / VALIDATION)["loss"]
+        loss: float = files.read_json(directory / str(step) / VALIDATION)["loss"]
     except (OSError, ValueError, KeyError):
         return None
-    return loss if isinstance(loss, float) and np.isfinite(loss) else None
+    return loss if np.isfinite(loss) else None
 
 
 def _restore_first(
-    directory: Path, rank: Callable[[int], tuple[float, int]], params: Params, **other_items: object
+    directory: Path, rank: Callable[[int], tuple[float, int]], **items: object
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
     The last item describes the damage of those ranked higher. Raise `UserError` if all are damaged,
     or one does not hold arrays of these names, shapes and dtypes.
     """
-    items = {"params": ocp.args.StandardRestore(_abstract(params)), **other_items}
     damaged: dict[Path, str] = {}
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
         step = max(steps, key=rank)
         path = directory / str(step)
         damage = find_damage(path)
         if damage is None:
-            restored = _restore_items(path, items)
-            if restored is None:
-                continue
-            damage = _find_disagreement(restored, step)
-        if damage is None:
-            return step, restored, damaged
-        if path.exists():  # Otherwise the run has replaced it by a newer one.
+            try:
+                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                    arguments = ocp.args.Composite(**items)
+                    return step, checkpointer.restore(path.resolve(), args=arguments), damaged
+            except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
+                raise
+            except Exception as error:  # Orbax re-raises any exception of its storage.
+                if path.exists():
+                    raise UserError(
+                        f"the checkpoint {path} does not hold the arrays that the config and this "
+                        f"code describe ({one_line(error)[:300]}): use the code that saved it, or "
+                        f"start a new run with its parameters (--init_from {directory.parent})"
+                    ) from None
+        elif path.exists():  # Otherwise the run has just replaced it by a newer one.
             damaged[path] = damage
     if damaged:
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
@@ -287,66 +295,6 @@ def _restore_first(
             f"use another working directory"
         )
     return None, None, damaged
-
-
-def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
-    """Return the items of a checkpoint; None if the run has just removed it.
-
-    Raise `UserError` if it does not hold arrays of these names, shapes and dtypes.
-    """
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
-        for name in {"params", "state"} & items.keys():
-            # Orbax restores None for an array that was None, or masked, when it was saved.
-            if None in jax.tree.leaves(restored[name], is_leaf=lambda leaf: leaf is None):
-                raise ValueError(f"an array of {name} is missing")
-        return restored
-    except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
-        raise
-    except Exception as error:  # Orbax re-raises any exception of its storage.
-        if not path.exists():
-            return None
-        differing = _compare_names(path, "state", items)
-        if differing and not _compare_names(path, "params", items):
-            raise UserError(
-                f"the training state in {path} {differing}, unlike that of this code: use the code "
-                "that saved it, or start a new run with its parameters "
-                f"(--init_from {path.parents[1]})"
-            ) from None
-        raise UserError(
-            f"the checkpoint {path} does not hold the model that the config describes: "
-            f"{one_line(error)[:300]}"
-        ) from None
-
-
-def _compare_names(path: Path, item: str, items: Mapping[str, Any]) -> str:
-    """Say which array an item of a checkpoint has in addition, or lacks; "" if neither."""
-    if item not in items:
-        return ""
-    saved = {array.parent.name for array in (path / item).glob("*/.zarray")}
-    leaves = jax.tree.leaves_with_path(items[item].item)
-    expected = {jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves}
-    names = sorted(saved ^ expected)
-    return f"{'has' if names[0] in saved else 'lacks'} {names[0]}" if names else ""
-
-
-# Jitted, so that it works on arrays that are divided over processes.
-_is_finite = jax.jit(model_lib.is_finite)
-
-
-def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
-    """Return what is wrong with restored items, or None."""
-    state, history = restored.get("state"), restored.get("history", {})
-    saved = int(state.get("step", step)) if isinstance(state, dict) else step
-    if saved != step:
-        return f"it is the checkpoint of step {saved}"
-    if not _is_finite(restored.params):
-        return "its parameters are not finite"
-    sizes = history.values() if isinstance(history, dict) else [None]
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        return "it has no sizes in its history"
-    return None
 
 
 def _abstract(tree: Any) -> Any:

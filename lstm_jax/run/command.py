@@ -49,6 +49,8 @@ def _run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
         sys.stdout.flush()
+    except interrupts.Stopped as stopped:
+        code = stopped.code
     except Exception as error:
         _report(error)
     if code:  # A signal stopped training, which has saved and reported this.

@@ -8,6 +8,7 @@ import numpy as np
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
@@ -29,31 +30,32 @@ def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
     return trained
 
 
-def check_texts(teachers: str, of_teachers: str, of_run: str) -> None:
-    """Check by `data.sha256` that teachers have not read the validation or test text of a run.
+def check_teachers(config: Config, vocabulary: Vocabulary, length: int) -> None:
+    """Check the teachers of a run whose training text has `length` tokens.
 
-    Raise `UserError` if they have; warn if that is unknown, because their text is another one.
+    Raise `UserError` if they can't be loaded, have read the run's validation or test text, or their
+    probabilities don't fit into memory; warn if their text is another one.
     """
-    digest, *sizes = of_teachers.split(":")
-    own_digest, *own_sizes = of_run.split(":")
+    if 2 * length * len(vocabulary) > _MOST_BYTES:
+        raise UserError(
+            f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "
+            "two for each token of the text and of the vocabulary: use a shorter text"
+        )
+    teachers = config.distill.teachers
+    loaded = load_teachers(teachers, vocabulary)
+    # Checksum of the text, and the bytes of each split: the training text comes first.
+    (digest, *sizes), (own_digest, *own_sizes) = (
+        each.data.sha256.split(":") for each in (loaded.config, config)
+    )
     if digest != own_digest:
         warn(
             f"{teachers}, in config.distill.teachers, was trained on another text: if it contains "
             "the validation or test text of this run, these losses are too low"
         )
-    elif int(sizes[0]) > int(own_sizes[0]):  # The training text comes first.
+    elif int(sizes[0]) > int(own_sizes[0]):
         raise UserError(
             f"{teachers}, in config.distill.teachers, was trained on validation or test text of "
             "this run: use teachers with the same splits (data.fractions)"
-        )
-
-
-def check_length(length: int, vocabulary_size: int) -> None:
-    """Raise `UserError` if the probabilities for a text of this number of tokens don't fit."""
-    if 2 * length * vocabulary_size > _MOST_BYTES:
-        raise UserError(
-            f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "
-            "two for each token of the text and of the vocabulary: use a shorter text"
         )
 
 

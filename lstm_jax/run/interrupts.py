@@ -2,7 +2,7 @@
 
 Python would raise KeyboardInterrupt wherever the program is at that time. That may be in an import,
 which can't be repeated, or in a callback from which no exception propagates. So the process ends at
-once, as a killed one does: files get their names when they are complete.
+once, as a killed one does: files get their names when they are complete. Training requests a stop.
 """
 
 import contextlib
@@ -14,6 +14,44 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped training, with everything saved: the same call resumes."""
+
+    def __init__(self, code: int) -> None:
+        """Set the exit code of the command: 130 after Ctrl-C, 143 after SIGTERM."""
+        super().__init__(f"training was stopped and is saved: it can be resumed (exit code {code})")
+        self.code = code
+
+
+class StopRequest:
+    """The first signal that `handle_signal` gets requests a stop; further ones change nothing."""
+
+    code = 0  # The exit code, after a signal.
+    _at_once = False
+
+    def handle_signal(self, number: int, unused: object) -> None:
+        """Handle a signal: raise `Stopped` within `at_once`, otherwise at the next `check`."""
+        if not self.code:
+            self.code = 128 + number
+            if self._at_once:
+                raise Stopped(self.code)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has arrived."""
+        if self.code:
+            raise Stopped(self.code)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise `Stopped` immediately."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
 
 
 def exit_at_once() -> None:

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from lstm_jax import model as model_lib
 from lstm_jax.config import DTYPES
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, ensemble, workdir
+
+if TYPE_CHECKING:
+    from lstm_jax.run.metrics import Row
 
 # Called before each token is drawn, with the ids so far, int32 [n] with the prompt, and the logits
 # of the next token, float32 [vocabulary]; returns the logits to use instead.
@@ -71,8 +74,9 @@ class Run:
       step: the training step of this checkpoint.
     """
 
-    def __init__(self, trained: workdir.Trained) -> None:
-        """Use a model that `workdir.load_trained` has loaded."""
+    def __init__(self, trained: workdir.Trained, directory: Path | None = None) -> None:
+        """Use a model that `workdir.load_trained` has loaded from a directory."""
+        self._directory = directory
         self.config, self.vocabulary, self.model, self._params, self.step = trained
         self._arrays = generation.prepare_params(self.model, self._params)
 
@@ -80,6 +84,14 @@ class Run:
     def params(self) -> Any:
         """Return the parameters, in new dicts: an assignment would not reach all methods."""
         return jax.tree.map(lambda array: array, self._params)
+
+    @property
+    def metrics(self) -> list["Row"]:
+        """Return the rows of metrics.jsonl; [] if a model has no run, or is an ensemble."""
+        from lstm_jax.run import metrics  # It imports TensorBoard's events.
+
+        path = self._directory and self._directory / workdir.METRICS
+        return metrics.read_metrics(path) if path else []
 
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
@@ -297,7 +309,8 @@ def load(
     if not isinstance(paths, Sequence) or isinstance(paths, bytes) or not paths:
         raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
     with jax.enable_x64(False):  # Parameters are float32.
-        return Run(ensemble.load_ensemble(paths, dtype)[0])
+        single = workdir.find_model(paths[0]) if len(paths) == 1 else None
+        return Run(ensemble.load_ensemble(paths, dtype)[0], single)
 
 
 def _get_shapes(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.errors import make_visible, name_setting
 from lstm_jax.ops import choice
 from lstm_jax.run import cell_file, workdir
-from lstm_jax.run.session import Session
+from lstm_jax.run.opening import OpenRun
 from lstm_jax.vocabulary import FILE_END, TextSize
 
 # Tokens of the window that is printed.
@@ -21,9 +21,9 @@ _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n)
 _PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): "\n\n"}
 
 
-def print_setup(run: Session) -> None:
+def print_setup(run: OpenRun) -> None:
     """Print the model, the text with its first window, and initial weights or changed fields."""
-    config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.loop.step
+    config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.step
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     recurrence = model.recurrence
@@ -36,7 +36,7 @@ def print_setup(run: Session) -> None:
         recurrence = " and ".join(sorted(chosen))
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     run.print(
-        f"{format_parameters(run.loop.state.params)}\n\n"
+        f"{format_parameters(run.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {run.plan.steps_per_epoch:,}; "
         f"recurrence: {recurrence}, matmuls in {model.dtype}, on {run.mesh.size} x "
@@ -99,9 +99,9 @@ def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
     return described if is_character else f"{described}, {bits:.4f} bits per character"
 
 
-def describe_validation(run: Session, loss: float, sample: str) -> str:
-    """Return the message about the validation after the steps so far, with its sample."""
-    step, plan = run.loop.step, run.plan
+def describe_validation(run: OpenRun, step: int, loss: float, sample: str) -> str:
+    """Return the message about the validation after `step` steps, with its sample."""
+    plan = run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
     first = "before training" if run.config.init_from else "untrained"
     name = f"epoch {round(done, 4):g} of {round(total, 4):g}" if step else first
@@ -109,25 +109,25 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
     return f"\n=== {name}: validation loss {described}\n{sample}\n"
 
 
-def describe_early_end(run: Session) -> str:
-    """Return the message that `patience` ends training after the steps so far."""
+def describe_early_end(run: OpenRun, step: int) -> str:
+    """Return the message that `patience` ends training after `step` steps."""
     return (
-        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: the validation loss has "
-        f"not improved for {run.config.patience} validations"
+        f"Training ends at step {step} of {run.plan.total_steps}: the validation loss has not "
+        f"improved for {run.config.patience} validations"
     )
 
 
-def describe_stop(run: Session) -> str:
-    """Return the message that a signal has stopped training after the steps so far."""
+def describe_stop(run: OpenRun, step: int) -> str:
+    """Return the message that a signal has stopped training after `step` steps."""
     return (
-        f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
+        f"\nStopped at step {step} of {run.plan.total_steps}. Everything is saved in "
         f"{make_visible(str(run.directory))}: the same command resumes."
     )
 
 
-def _describe_end(run: Session) -> str:
+def _describe_end(run: OpenRun) -> str:
     """Return the message that a run has ended, and how to train it longer."""
-    plan, step, field, reason = run.plan, run.loop.step, run.plan.limit, ""
+    plan, step, field, reason = run.plan, run.step, run.plan.limit, ""
     if run.ends_early():
         field = "patience"
         reason = f": the validation loss has not improved for {run.config.patience} validations"
@@ -138,7 +138,7 @@ def _describe_end(run: Session) -> str:
     )
 
 
-def list_files(run: Session) -> str:
+def list_files(run: OpenRun) -> str:
     """Return lines about the files of a run, and the command that generates text."""
     directory = make_visible(str(run.directory))
     return (

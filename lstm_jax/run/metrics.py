@@ -1,14 +1,16 @@
-"""Write and read the losses of a run: metrics.jsonl and TensorBoard events."""
+"""Write, read and plot the losses of a run: metrics.jsonl and TensorBoard events."""
 
 import contextlib
+import io
 import json
+import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -21,7 +23,11 @@ from lstm_jax.data import files
 from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UserError, name_failure
 
-_LARGEST = 2**26  # Limit in bytes of the part of metrics.jsonl that is read.
+if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
+    from matplotlib.figure import Figure
+
+# From Okabe and Ito's palette, which color-blind readers can distinguish.
+_COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 
 
 class Extra(TypedDict, total=False):
@@ -123,13 +129,9 @@ class MetricsWriter(contextlib.ExitStack[None]):
             quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
             row["sample"] = sample
-        try:
-            # What it prints is not behind the bar. Without tqdm's lock: it may wait for a thread.
-            with tqdm.external_write_mode(sys.stderr, nolock=True):
-                self._watch(row)
-        except BaseException as error:
-            error.is_of_watch = True  # type: ignore[attr-defined]  # For `session`.
-            raise
+        # What it prints is not behind the bar. Without tqdm's lock: it may wait for a thread.
+        with tqdm.external_write_mode(sys.stderr, nolock=True):
+            self._watch(row)
         self._lines.write(line.encode())
         self._lines.flush()
 
@@ -145,17 +147,50 @@ def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl; [] if the file does not exist.
 
-    An incomplete last line, which is still being written, and all but the last 64 MiB of the file
-    are left out.
+    An incomplete last line, which is still being written, is left out.
 
     Raises:
       UserError: if the file can't be read, or a line is not JSON.
     """
-    with name_failure(f"can't read {path}"):
-        content = files.read_tail(path, _LARGEST)
-    if len(content) == _LARGEST:  # The first line may be incomplete.
-        content = content[content.find(b"\n") + 1 :]
     try:
+        with name_failure(f"can't read {path}"):
+            content = path.read_bytes() if path.exists() else b""
         return [json.loads(line) for line in content.split(b"\n")[:-1]]
     except ValueError as error:
         raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None
+
+
+def plot_metrics(rows: Sequence[Row], path: Path) -> None:
+    """Write a figure of the losses of all splits over steps as a PNG file, atomically."""
+    picture = io.BytesIO()
+    draw_metrics(rows).savefig(picture, format="png")
+    files.write_file(path, picture.getvalue())
+
+
+def draw_metrics(rows: Sequence[Row]) -> "Figure":
+    """Return a figure of the losses of all splits over steps."""
+    from matplotlib.figure import Figure
+
+    # Fixed margins, because a layout engine would double the time of drawing.
+    figure = Figure(figsize=(8, 5), layout="none")  # type: ignore[arg-type]
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.11, top=0.97)
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    rows = [row for row in rows if row["step"]]
+    for split, style, size in (("train", ".-", 1), ("validation", "o-", 4), ("test", "*", 12)):
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            label = f"{split}, last {losses[-1]:.3f}"
+            axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
+    if axes.lines:
+        axes.legend()
+    # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
+    finite = [row for row in rows if math.isfinite(row["loss"])]
+    if ordered := sorted(row["loss"] for row in finite):
+        measured = [row["loss"] for row in finite if row["split"] != "train"]
+        top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
+        if top > ordered[0]:
+            margin = 0.05 * (top - ordered[0])
+            axes.set_ylim(ordered[0] - margin, top + margin)
+    return figure

@@ -1,16 +1,49 @@
-"""Show the progress of training: a bar on a terminal, plain lines elsewhere."""
+"""Keep pace with the devices, and show the progress of training."""
 
 import sys
 import time
 
+import jax
 from tqdm import tqdm
 
-from lstm_jax.run.loop import Loop, Observer
+from lstm_jax.devices import hosts
+from lstm_jax.train_step import TrainState
 
 _SECONDS_BETWEEN_LINES = 10
+# In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
+# if a step is dispatched while 32 computations are in flight on one of the devices.
+_MOST_STEPS_AHEAD = 16
 
 
-class Progress(Observer):
+class Pacer:
+    """Waits for the devices about once a second.
+
+    JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
+    wait for all of them. Between the waits, processes may be at different steps. So they agree on
+    signals and on checkpoints only after one. If a process has several CPU devices, the waits are
+    at most 16 steps apart.
+    """
+
+    def __init__(self, step: int) -> None:
+        """Start when `step` steps are done; wait for the next one."""
+        self._step, self._steps, self._clock = step, 1, time.monotonic()
+        devices = jax.local_devices()
+        shared = len(devices) > 1 and devices[0].platform == "cpu"
+        self._most = _MOST_STEPS_AHEAD if shared else sys.maxsize
+
+    def wait(self, step: int, state: TrainState) -> bool:
+        """Wait if it is time to; return whether all processes are at this step now."""
+        if step - self._step < self._steps:
+            return jax.process_count() == 1
+        jax.block_until_ready(state.loss_sum)
+        milliseconds = hosts.max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
+        steps = int(self._steps / max(milliseconds, 1) * 1e3)
+        self._steps = min(max(steps, 1), self._most)
+        self._step, self._clock = step, time.monotonic()
+        return True
+
+
+class Progress:
     """Measures the speed of training; shows step, epoch, loss, speed and remaining time.
 
     On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
@@ -33,10 +66,10 @@ class Progress(Observer):
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
         )
 
-    def after_step(self, loop: Loop) -> None:
+    def after_step(self, step: int) -> None:
         """Start the clock again after the first call."""
         if self._start[0] == self._first:
-            self.start_clock(loop.step)
+            self.start_clock(step)
 
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on, with `step` steps done.

@@ -53,7 +53,7 @@ def main() -> int:
         raise UserError(f"sweeps need {error.name}: pip install 'lstm-jax[sweep]'") from None
     import jax
 
-    from lstm_jax.devices import parallel
+    from lstm_jax.devices import memory, parallel
     from lstm_jax.ops.processor import count_cores
     from lstm_jax.sweep import search
     from lstm_jax.sweep import space as space_lib
@@ -62,6 +62,7 @@ def main() -> int:
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
     parallel.use_cores(experiment, least=count_cores())
     jax.devices()
+    memory.keep_freed_memory()
     seeds, file = _SEEDS.value, _SPACE.value
     if bool(seeds) == bool(file):
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")

@@ -22,7 +22,7 @@ from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
-from lstm_jax.run.signals import Stopped, StopRequest
+from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
@@ -152,15 +152,12 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
             contextlib.redirect_stderr(file),
             signals.at_once(),
         ):
-            if exit_code := training.train(config, directory, watch):
-                raise Stopped(exit_code)
+            training.train(config, directory, watch)
     except NotFiniteError as error:
         trial.set_user_attr(study_lib.REASON, str(error))
         raise TrialPruned from None
-    except (Stopped, UnavailableError, OSError) as error:
+    except (Stopped, UnavailableError, OSError):
         study_lib.retry(sweep.study, sweep.study.trials[trial.number])
-        if isinstance(error, Stopped):  # Otherwise Optuna does it.
-            sweep.study.tell(trial, state=TrialState.FAIL)
         raise
     # Errors caused by the settings of a trial or by too little memory.
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:

@@ -116,7 +116,7 @@ def test_a_run_survives_export_and_import(
     transfer.export_folder(directory, tmp_path / "folder", "float32")
     assert "added here:\n\n    unknown\n" in (tmp_path / "folder" / "README.md").read_text()
     tiny_config.init_from, tiny_config.max_steps = str(directory), 1
-    assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0
+    training.train(config.complete_config(tiny_config), tmp_path / "run")
 
 
 @pytest.mark.parametrize("tokens", [["[UNK]", *"abcd"], [*"abcd"], ["", *"abcd"]])

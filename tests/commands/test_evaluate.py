@@ -12,7 +12,6 @@ from lstm_jax import model as model_lib
 from lstm_jax.data.texts import hold_text
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
-from lstm_jax.run.zero_state import measure_zero_state
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 MODEL = LanguageModel(11, 6, 9)
@@ -45,18 +44,6 @@ def test_only_long_texts_are_read_in_streams() -> None:
     longest = loss_lib.LONGEST_IN_ONE
     assert loss_lib.count_streams(np.zeros(2)) == loss_lib.count_streams(np.zeros(longest)) == 1
     assert loss_lib.count_streams(np.zeros(longest + 1)) > 1
-
-
-def test_a_zero_state_is_compared_with_the_carry_of_the_text_before() -> None:
-    ids, length = make_ids(40), 13  # A third of the text.
-    pairs = []
-    for start in (13, 19, 26):  # From the first to the last position with that length around it.
-        text = ids[start - length : start + length + 1]
-        cold, warm = compute_losses(text[length:]).mean(), compute_losses(text)[length:].mean()
-        pairs.append((cold, cold - warm))
-    expected = np.mean(pairs, axis=0)[0], *np.max(pairs, axis=0)
-    measured = measure_zero_state(MODEL, PARAMS, ids, 3)
-    np.testing.assert_allclose(measured, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])

@@ -23,7 +23,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
-from lstm_jax.run import command, interrupts, metrics, signals, workdir
+from lstm_jax.run import command, interrupts, metrics, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -401,7 +401,7 @@ def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, mes
 def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        stop = signals.StopRequest()
+        stop = interrupts.StopRequest()
         with interrupts.handle_signals(stop.handle_signal):
             signal.raise_signal(signal.SIGINT)
         stop.check()  # Raises nothing.

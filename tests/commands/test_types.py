@@ -29,7 +29,8 @@ following: list[tuple[str, float]] = run.next("ROMEO", n=5)
 config = lstm_jax.config.default()
 config.data.path = "my.txt"
 rows: list[Mapping[str, Any]] = []
-exit_code: int = lstm_jax.train(config, "runs/mine", rows.append, quiet=True)
+own: lstm_jax.Run = lstm_jax.train(config, "runs/mine", rows.append, quiet=True)
+losses: list[float] = [row["loss"] for row in own.metrics]
 controls = lstm_jax.Controls(temperature=0.5, top_p=0.9)
 try:
     lstm_jax.check_cell(object)  # error: arg-type

@@ -1,26 +1,19 @@
 """Test which checkpoints are kept, restored, and refused if they are damaged."""
 
-import errno
-import gc
 import json
 import os
 import shutil
 import subprocess
 import threading
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-import disks
-import runs
-from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, seal
+from lstm_jax.run import checkpoints
 
 PARAMS = {"w": jnp.zeros(3)}
 KEY = jax.random.key(0)
@@ -91,23 +84,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
     assert tmp_path.stat().st_ino in flushed, "its name, too"
 
 
-def test_a_checkpoint_that_can_not_be_deleted_ends_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On network disks, a directory stays while a reader has one of its files open."""
-
-    def refuse(path: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
-            raise OSError(errno.ENOTEMPTY, "Directory not empty")
-
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
-    for first in (1, 4):
-        with checkpoints.CheckpointWriter(tmp_path) as writer:
-            for step in range(first, first + 3):
-                save(writer, step)
-    assert checkpoints.list_steps(tmp_path) == [5, 6]
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -176,38 +152,12 @@ def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
         checkpoints.restore_best_params(tmp_path / "none", PARAMS)
 
 
-def test_damaged_checkpoints_get_unique_names(saved: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    for _ in range(2):
-        shutil.copytree(saved / "2", directory / "2", dirs_exist_ok=True)
-        (directory / "2" / seal.SEAL).write_text("")
-        checkpoints.restore_latest(directory, PARAMS, STATE)
-    assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
-
-
 def test_a_checkpoint_of_another_model_raises_an_error(saved: Path) -> None:
     for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
-        with pytest.raises(UserError, match="does not hold the model that the config describes"):
+        with pytest.raises(UserError, match="does not hold the arrays that the config"):
             checkpoints.restore_best_params(saved, other)
-        with pytest.raises(UserError, match="does not hold the model that the config describes"):
+        with pytest.raises(UserError, match="does not hold the arrays that the config"):
             checkpoints.restore_latest(saved, other, STATE)
-
-
-def test_a_checkpoint_of_other_code_names_what_differs(saved: Path) -> None:
-    more = {**STATE, "optimizer": (optax.EmptyState(), optax.TraceState({"w": jnp.zeros(3)}))}
-    for state, message in ((more, r"lacks optimizer\.1\.trace\.w"), ({"key": KEY}, "has count")):
-        with pytest.raises(UserError, match=f"2 {message}, unlike that of this code: .*init_from"):
-            checkpoints.restore_latest(saved, PARAMS, state)
-
-
-def test_an_array_that_was_masked_is_missing(tmp_path: Path) -> None:
-    with checkpoints.CheckpointWriter(tmp_path) as writer:
-        state: dict[str, Any] = {**STATE, "optimizer": optax.TraceState({"w": optax.MaskedNode()})}
-        writer.save(1, PARAMS, state, {"metrics.jsonl": 1})
-    state["optimizer"] = optax.TraceState({"w": jnp.zeros(3)})
-    with pytest.raises(UserError, match="1 lacks optimizer.trace.w, unlike that of this code"):
-        checkpoints.restore_latest(tmp_path, PARAMS, state)
 
 
 def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Path) -> None:
@@ -226,7 +176,7 @@ def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:
         pytest.skip("there is no sha256sum here")
-    command = [sha256sum, "--check", "--strict", "--quiet", seal.SEAL]
+    command = [sha256sum, "--check", "--strict", "--quiet", checkpoints.SEAL]
     subprocess.run(command, cwd=saved / "2", check=True)
 
 
@@ -273,38 +223,6 @@ def test_a_modified_validation_loss_is_ignored(saved: Path, tmp_path: Path) -> N
     assert checkpoints.find_best_step(directory) == 2
 
 
-@pytest.mark.parametrize("name", ["5.unfinished", "7", "2147483648", "9" * 100])
-def test_a_file_in_the_place_of_a_checkpoint_raises_an_error(
-    name: str, saved: Path, tmp_path: Path
-) -> None:
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    (directory / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{directory / name} is not a checkpoint: move it away"):
-        checkpoints.CheckpointWriter(directory)
-    assert (directory / name).read_text() == "mine"
-    assert checkpoints.list_steps(directory) == [1, 2]
-
-
-def test_a_checkpoint_with_nonfinite_parameters_is_skipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs.save_params(tmp_path, 1, {"w": jnp.ones(3)})
-    runs.save_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
-    _, step = checkpoints.restore_best_params(tmp_path, PARAMS)
-    assert step == 1
-    assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
-
-
-def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
-    # The sum of the squares overflows float32, no single square does.
-    params = {"w": jnp.full(10_000, 9e17)}
-    assert model_lib.is_finite(params)
-    runs.save_params(tmp_path, 1, params)
-    _, step = checkpoints.restore_best_params(tmp_path, params)
-    assert step == 1
-
-
 @pytest.mark.slow
 def test_runs_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
     errors: list[UserError] = []
@@ -328,26 +246,3 @@ def test_runs_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
         thread.join(60)
     assert not errors
     assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[6, 7]] * 2
-
-
-@pytest.mark.process
-def test_a_save_that_fails_prints_nothing_and_says_what_to_do(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with (
-        disks.mounted(tmp_path / "disk", "-o", "size=1m") as disk,
-        checkpoints.CheckpointWriter(disk / "checkpoints") as writer,
-    ):
-        save(writer, 1)
-        writer.wait()
-        for step, advice in (
-            (2, "the last good one is step 1: .*, then resume from there with the same command$"),
-            (3, "there is none before it: .*, then start again with the same command$"),
-        ):
-            disks.fill(disk)
-            with pytest.raises(UserError, match=advice):
-                save(writer, step)
-                writer.wait()
-            shutil.rmtree(disk / "checkpoints" / "1", ignore_errors=True)
-    gc.collect()  # asyncio logs the exception of a future that nobody asked for.
-    assert not caplog.records

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax import train_step
+from lstm_jax import train_step, training
 from lstm_jax.errors import UserError
-from lstm_jax.run import distillation, session, workdir
+from lstm_jax.run import distillation, opening, workdir
+from lstm_jax.vocabulary import Vocabulary
 
 
 def test_the_gradient_is_that_of_text_and_teachers() -> None:
@@ -60,21 +62,28 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
         losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
         chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
         np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)
+    config = config_lib.complete_config({"distill": {"teachers": str(trained)}})
     with pytest.raises(UserError, match="don't fit into"):
-        distillation.check_length(2**30, len(vocabulary))
+        distillation.check_teachers(config, vocabulary, 2**30)
 
 
-def test_teachers_that_read_the_test_text_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for sizes in ("90:5:5", "80:10:10"):
-        distillation.check_texts("runs/a", f"one:{sizes}", "one:90:5:5")
-    assert not capsys.readouterr().err
+def test_teachers_that_read_the_test_text_are_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(record: str) -> str:
+        text = config_lib.DataConfig(sha256=record)
+        loaded = SimpleNamespace(config=config_lib.Config(data=text))
+        monkeypatch.setattr(distillation, "load_teachers", lambda *unused: loaded)
+        distillation.check_teachers(config, Vocabulary.from_text("abc"), 100)
+        return capsys.readouterr().err
+
+    fields = {"distill": {"teachers": "runs/a"}, "data": {"sha256": "one:90:5:5"}}
+    config = config_lib.complete_config(fields)
+    assert not check("one:90:5:5") and not check("one:80:10:10")
     for record in ("two:90:5:5", ""):  # Imported weights have no record of their text.
-        distillation.check_texts("runs/a", record, "one:90:5:5")
-        assert (
-            "runs/a, in config.distill.teachers, was trained on another" in capsys.readouterr().err
-        )
+        assert "runs/a, in config.distill.teachers, was trained on another" in check(record)
     with pytest.raises(UserError, match="runs/a, .* was trained on validation or test text"):
-        distillation.check_texts("runs/a", "one:95:3:2", "one:90:5:5")
+        check("one:95:3:2")
 
 
 def test_a_run_checks_the_texts_of_its_teachers(
@@ -88,7 +97,7 @@ def test_a_run_checks_the_texts_of_its_teachers(
     config = config_lib.change_fields(workdir.load_config(trained), {**fields, "data.sha256": ""})
     with (
         pytest.raises(UserError, match="was trained on validation or test text of this run"),
-        session.open_run(config, tmp_path / "run"),
+        opening.open_run(config, tmp_path / "run"),
     ):
         pass
 
@@ -110,8 +119,8 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
     before = config.read_bytes()
     arguments = runs.make_arguments(text_file, whole, f"--config.distill.teachers={tmp_path}")
     assert commands.run("main", *arguments).returncode == 2 and config.read_bytes() == before
-    with session.open_run(workdir.load_config(whole), whole) as opened:
-        batch = opened.make_feed().next()
+    with opening.open_run(workdir.load_config(whole), whole) as opened:
+        batch = training.make_feed(opened).next()
         assert batch.soft_targets is not None
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
     done = commands.run("main", *arguments, "--config.data.units=bytes")

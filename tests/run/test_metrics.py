@@ -11,7 +11,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 import runs
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError
-from lstm_jax.run import figures, metrics
+from lstm_jax.run import metrics
 
 
 def test_a_row_is_written_after_tensorboard_and_watch_have_it(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Pat
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    figures.draw_metrics([row | {"loss": float("nan")}, row])
+    metrics.draw_metrics([row | {"loss": float("nan")}, row])
     with path.open("ab") as file:
         file.write(b"\xff\xfe{\n")
     with pytest.raises(UserError, match="metrics.jsonl is damaged"):
@@ -117,7 +117,7 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     rows: list[Any] = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
-    figures.save_figure(figures.draw_metrics(rows), path)
+    metrics.plot_metrics(rows, path)
     with Image.open(path) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
@@ -125,9 +125,7 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     fewer: list[list[Any]] = [rows[-1:], [], [{**rows[0], "loss": float("inf")}]]
     for few in fewer:
-        figures.save_figure(
-            figures.draw_metrics(few), path
-        )  # It does not fail if there is nothing to draw.
+        metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
 def test_tensorboard_shows_no_later_step_of_a_killed_process(tmp_path: Path) -> None:
@@ -144,8 +142,8 @@ def test_the_plot_shows_every_validation_and_test_point() -> None:
     rows: list[Any] = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
     rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
     rows += [{"step": 100, "split": "test", "loss": 8.93}]
-    low, high = figures.draw_metrics(rows).axes[0].get_ylim()
+    low, high = metrics.draw_metrics(rows).axes[0].get_ylim()
     assert low < 2.05 and 8.93 < high < 11
     rows[0]["loss"] = 1000.0
-    low, high = figures.draw_metrics(rows[:-1]).axes[0].get_ylim()
+    low, high = metrics.draw_metrics(rows[:-1]).axes[0].get_ylim()
     assert low > 1.9 and high < 5, "the first steps are cut off"

@@ -2,19 +2,13 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import platform
-import random
 import shutil
 import signal
-import string
-import urllib.error
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +17,14 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
-import draws
 import runs
 from lstm_jax import batches, training
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.data import texts
-from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import checkpoints, metrics, resume, workdir, zero_state
+from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, metrics, resume, workdir
+from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
 
 
@@ -62,7 +55,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
         tiny_config.optimizer.average_decay = 0.9
-    assert training.train(tiny_config, whole) == 0
+    training.train(tiny_config, whole)
 
     steps = 0
     make = training.make_train_step
@@ -80,19 +73,23 @@ def test_a_stopped_run_resumes_bit_for_bit(
         return stopping
 
     monkeypatch.setattr(training, "make_train_step", make_stopping)
-    assert training.train(tiny_config, stopped) == 128 + number
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stop:
+        training.train(tiny_config, stopped)
+    assert stop.value.code == 128 + number
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     if kind == "schedule_free":
         tiny_config.optimizer.b1 = 0.3
         with pytest.raises(UserError, match=r"optimizer.b1 was 0.9 and is 0.3.*: resume with that"):
             training.train(tiny_config, stopped)
         tiny_config.optimizer.b1 = 0.9
-    assert training.train(tiny_config, stopped) == 0
+    training.train(tiny_config, stopped)
     runs.assert_same(whole, stopped)
 
 
 def test_a_run_writes_all_its_files(trained: Path) -> None:
     names = {path.name for path in trained.iterdir() if "tfevents" not in path.name}
-    files = "config.json curves.png metrics.jsonl samples.txt vocabulary.json"
+    files = ".lock config.json curves.png metrics.jsonl samples.txt vocabulary.json"
     assert names == {"checkpoints", *files.split()}
     assert len(list(trained.glob("events.out.tfevents.*"))) >= 1
     rows = metrics.read_metrics(trained / workdir.METRICS)
@@ -131,13 +128,13 @@ def test_a_finished_run_says_so(
     directory = shutil.copytree(trained, tmp_path / "run")
     before = (directory / workdir.METRICS).read_bytes()
     (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
-    assert training.train(tiny_config, directory) == 0
+    training.train(tiny_config, directory)
     assert (directory / workdir.CURVES).exists()
     output = capsys.readouterr().out
     assert "is finished after 2 epochs" in output and "--config.num_epochs=4" in output
     assert (directory / workdir.METRICS).read_bytes() == before
     tiny_config.data.path = str(shutil.copy(tiny_config.data.path, tmp_path / "moved.txt"))
-    assert training.train(tiny_config, directory) == 0
+    training.train(tiny_config, directory)
     assert workdir.load_config(directory).data.path == tiny_config.data.path
 
 
@@ -173,63 +170,12 @@ def test_a_validation_text_too_short_is_refused_before_training(
     assert not (tmp_path / "run" / workdir.METRICS).exists()
 
 
-@pytest.mark.slow
-def test_a_run_that_could_not_write_its_config_starts_again(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_config.max_steps = 1
-    with monkeypatch.context() as patch, pytest.raises(UnavailableError, match="the same command"):
-        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "vocabulary.json"))
-        patch.setattr(workdir, "save_vocabulary", mock.Mock(side_effect=full))
-        training.train(tiny_config, tmp_path)
-    assert training.train(tiny_config, tmp_path) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "error",
-    [
-        urllib.error.URLError("no server"),
-        FileNotFoundError(2, "No such file", "/plots/loss.png"),
-        OSError(28, "No space left"),
-        TimeoutError(110, "slow"),
-    ],
-)
-def test_an_error_of_the_callback_is_not_about_the_disk(
-    error: OSError, tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    def watch(row: Mapping[str, Any]) -> None:
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        training.train(tiny_config, tmp_path, watch)
-    assert caught.value is error
-
-
 def test_training_does_not_use_the_mesh_of_the_caller(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.max_steps = 1
     with jax.set_mesh(jax.make_mesh((1,), ("x",))):
-        assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
-
-
-@pytest.mark.parametrize("split", ["validation", "train"])
-def test_a_run_that_is_moved_says_so_and_makes_no_directory(
-    split: str, tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    directory.mkdir()
-
-    def watch(row: Mapping[str, Any]) -> None:
-        if row["split"] == split:
-            directory.rename(tmp_path / "moved")
-            if split == "train":  # As a save in progress may do.
-                (directory / workdir.CHECKPOINTS).mkdir(parents=True)
-
-    with pytest.raises(UnavailableError, match="was moved or deleted"):
-        training.train(tiny_config, directory, watch)
-    assert not directory.exists() and len(runs.read_losses(tmp_path / "moved")) > 0
+        training.train(tiny_config, tmp_path / "run", quiet=True)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
@@ -286,7 +232,7 @@ def test_a_run_skips_max_skipped_steps_and_then_stops(
     np.testing.assert_array_equal(ids["inputs"], batch.inputs)
     np.testing.assert_array_equal(ids["targets"], batch.targets)
 
-    assert training.train(tiny_config, tmp_path) == 0, "without the poison, the step is finite"
+    training.train(tiny_config, tmp_path)
     restored = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in restored)
 
@@ -303,7 +249,7 @@ def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config.optimizer.learning_rate = 0.01
     tiny_config.optimizer.max_gradient_norm = 1.0
     capsys.readouterr()
-    assert training.train(tiny_config, tmp_path) == 0
+    training.train(tiny_config, tmp_path)
     assert (
         "From step 0 on, optimizer.learning_rate is 0.01; it was 1e+38" in capsys.readouterr().out
     )
@@ -337,47 +283,6 @@ def test_the_initial_bias_matches_the_token_frequencies(
     assert first["zeros"] == pytest.approx(np.log(len(vocabulary)), abs=0.02)
 
 
-def make_text_of_two_scripts(length: int) -> str:
-    """Return paragraphs of random words, each paragraph in Latin or in Japanese letters."""
-    draw = random.Random(0)
-    letters = string.ascii_lowercase, "".join(map(chr, range(0x3042, 0x3094)))
-    scripts = [
-        ["".join(draw.choices(each, k=draw.randint(2, 6))) for _ in range(150)] for each in letters
-    ]
-    text = ""
-    while len(text) < length:
-        text += " ".join(draw.choices(draw.choice(scripts), k=draw.randint(20, 200))) + ".\n"
-    return text
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-@pytest.mark.drawn
-@pytest.mark.skipif(draws.TIMES == 1, reason="a drawn test")
-@pytest.mark.parametrize("is_on", [True, False])
-def test_a_model_trained_on_streams_recovers_from_a_zero_state(
-    is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(make_text_of_two_scripts(300_000), encoding="utf-8")
-    tiny_config.data.path, tiny_config.data.units = str(text), "bytes"
-    tiny_config.batches.batch_size, tiny_config.batches.window_length = 32, 96
-    tiny_config.model.embedding_size, tiny_config.model.hidden_size = 64, 128
-    tiny_config.optimizer.learning_rate, tiny_config.optimizer.warmup_steps = 4e-3, 20
-    tiny_config.num_epochs = 1
-    if not is_on:
-        tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
-    assert training.train(tiny_config, tmp_path / "run") == 0
-    output = capsys.readouterr()
-    trained = workdir.load_trained(tmp_path / "run")
-    ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
-    zero = zero_state.measure_zero_state(trained.model, trained.params, ids, 256)
-    if is_on:
-        assert zero.excess < 0.1 and output.err == ""
-    else:  # The measurement must detect this.
-        assert zero.excess > 2 and "the model starts badly" in output.err
-
-
 @pytest.mark.slow
 def test_nonfinite_parameters_are_never_saved(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.optimizer.warmup_steps = 0
@@ -407,20 +312,6 @@ def test_fewer_epochs_than_a_run_has_had_raise_an_error(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
-    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = shutil.copytree(trained, tmp_path / "run")
-    saved_in = directory / workdir.CHECKPOINTS
-    (saved_in / "140").rename(saved_in / "2000000000")
-    assert training.train(tiny_config, directory) == 0
-    output = capsys.readouterr()
-    assert "2000000000 is damaged (it is the checkpoint of step 140)" in output.err
-    assert "Resuming from step 70 of 140" in output.out
-    assert checkpoints.list_steps(saved_in) == [70, 140]
-
-
-@pytest.mark.slow
 def test_a_new_run_starts_from_the_weights_of_another(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,7 +321,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     tiny_config.data.path = str(new)
     tiny_config.init_from = str(trained)
     tiny_config.max_steps = 1
-    assert training.train(tiny_config, tmp_path / "run") == 0
+    training.train(tiny_config, tmp_path / "run")
     source = workdir.load_trained(trained)
     output = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in output
@@ -461,7 +352,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     # The run resumes with or without `init_from`; another value raises an error, unless the model
     # has moved.
     tiny_config.init_from = ""
-    assert training.train(tiny_config, tmp_path / "run") == 0
+    training.train(tiny_config, tmp_path / "run")
     assert workdir.load_config(tmp_path / "run").init_from == str(trained)
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="init_from was"):
@@ -469,7 +360,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     config = workdir.load_config(tmp_path / "run")
     moved = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
     workdir.save_config(tmp_path / "run", moved)
-    assert training.train(tiny_config, tmp_path / "run") == 0
+    training.train(tiny_config, tmp_path / "run")
 
 
 def test_weights_of_a_model_of_other_sizes_raise_an_error(
@@ -483,7 +374,6 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="there is no trained model in"):
         training.train(tiny_config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_all_settings_of_given_weights_are_named_in_one_line(
@@ -531,7 +421,7 @@ def test_a_run_with_missing_files_does_not_start_over(
         training.train(tiny_config, directory)
     assert sorted(directory.rglob("*")) == before
     (tmp_path / name).rename(directory / name)
-    assert training.train(tiny_config, directory) == 0
+    training.train(tiny_config, directory)
 
 
 @pytest.mark.slow
@@ -541,7 +431,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     directory = tmp_path / "run"
     shutil.copytree(trained, directory)
     (directory / workdir.CHECKPOINTS / "140" / "state" / "step" / "0").unlink()
-    assert training.train(tiny_config, directory) == 0
+    training.train(tiny_config, directory)
     output = capsys.readouterr()
     assert "Resuming from step 70 of 140" in output.out
     assert "140 is damaged (state/step/0 is missing): it is now 140.damaged" in output.err

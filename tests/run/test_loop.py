@@ -1,0 +1,355 @@
+"""Test the parts of the training loop: when it acts, what it logs, how it stops."""
+
+import functools
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+import runs
+from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax import training
+from lstm_jax.devices import hosts
+from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
+from lstm_jax.run.opening import Plan
+from lstm_jax.run.progress import Pacer, Progress
+from lstm_jax.train_step import TrainState
+
+
+class KilledError(Exception):
+    """Ends a run without a checkpoint, as SIGKILL does."""
+
+
+def kill_at(step: int, split: str) -> Callable[[Mapping[str, Any]], None]:
+    """Return a callback for `training.train` that ends the run after this row."""
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if (row["step"], row["split"]) == (step, split):
+            raise KilledError
+
+    return watch
+
+
+def list_steps(directory: Path, split: str = "validation") -> list[int]:
+    return [step for step, name, _ in runs.read_losses(directory) if name == split]
+
+
+def make_plan(**fields: int) -> Plan:
+    return Plan(config_lib.complete_config({"num_epochs": 2, **fields}), 70)
+
+
+def make_state(**counters: float) -> TrainState:
+    """Return a state without parameters, whose counters are 0 unless given."""
+    names = ("loss_sum", "norm_sum", "loss_steps", "skipped", "first_skipped", "step")
+    values: dict[str, Any] = {name: jnp.asarray(counters.get(name, 0)) for name in names}
+    return TrainState({}, None, (), (), jax.random.key(0), **values)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_plan_validates_within_and_after_epochs_and_at_the_end() -> None:
+    def list_validations(plan: Plan) -> list[int]:
+        return [step for step in range(plan.total_steps + 1) if plan.validates_at(step)]
+
+    assert list_validations(make_plan()) == [0, 70, 140]
+    every = make_plan(validate_every_steps=30)
+    assert list_validations(every) == [0, 30, 60, 70, 90, 120, 140]
+    assert list_validations(make_plan(validate_every_steps=30, max_steps=101)) == [
+        *(0, 30, 60, 70, 90, 101)
+    ]
+    assert list_validations(make_plan(max_steps=1000)) == [0, 70, 140]
+
+
+def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() -> None:
+    plan = make_plan(steps_per_call=8, log_every_steps=20, validate_every_steps=30, max_steps=101)
+    step, ends = 0, {0}
+    while step < plan.total_steps:
+        step += plan.count_steps_of_call(step)
+        ends.add(step)
+    assert step == 101
+    assert {20, 30, 40, 60, 70, 80, 90, 100, 101} <= ends and len(ends) < 60
+
+
+def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
+    measured = Progress(10, 140, 70, True)
+    clock.now += 50  # It compiles.
+    measured.after_step(11)
+    assert measured.measure_speed(11) == 0
+    clock.now += 2
+    measured.after_step(15)
+    assert measured.measure_speed(15) == 2
+    measured.start_clock(15)  # After a validation.
+    clock.now += 1
+    assert measured.measure_speed(18) == 3
+
+
+def test_progress_is_a_line_every_ten_seconds_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    shown = Progress(step=0, total_steps=101, steps_per_epoch=101, shown=True)
+    shown.start_clock(0)  # After the first validation.
+    clock.now += 30
+    shown.update(1, 2.5, 0.0)
+    shown.start_clock(1)
+    clock.now += 5
+    shown.update(6, 2.4, 1.0)  # Too early for a line.
+    clock.now += 15
+    shown.update(21, 2.25, 4321.0)
+    shown.close()
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
+        "step 1/101, epoch 0.01, loss 2.500, 50:00 left",  # The speed was not measured yet.
+        "step 21/101, epoch 0.21, loss 2.250, 4,321 tokens/s, 1:20 left",
+    ]
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_bar_ends_at_100_percent(
+    early: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = Progress(0, 410 if early else 205, 205, shown=True)
+    clock.now += 30
+    shown.start_clock(5)
+    clock.now += 10
+    shown.update(105, 2.25, 4321.0)
+    shown.update(195, 2.0, 4321.0)
+    shown.start_clock(205)
+    if early:
+        shown.finish(205)
+    shown.close()
+    output = capsys.readouterr()
+    last = output.err.split("\r")[-1]
+    assert last.startswith("step 205/205, epoch 1.00, loss 2.000, 4,321 tokens/s 100%")
+    assert "0:00 left" in last and output.out == ""
+
+
+def test_a_row_has_the_means_since_the_last_one(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(training, "record", lambda run, *row, **more: rows.append((row, more)))
+    config = config_lib.complete_config({"optimizer": {"warmup_steps": 20}})
+    run: Any = SimpleNamespace(config=config, plan=Plan(config, 70))
+    progress = Progress(0, 140, 70, True)
+    clock.now += 5
+    state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3, skipped=1)
+    state = training.log(run, state, 10, progress)
+    speed = 2 * config.batches.batch_size * config.batches.window_length
+    rate = pytest.approx(0.4 * config.optimizer.learning_rate)  # One of ten was skipped.
+    numbers = {"learning_rate": rate, "gradient_norm": 1.0, "tokens_per_second": speed}
+    assert rows == [((10, "train", 2.0), numbers)]
+    assert float(state.loss_sum) == float(state.norm_sum) == int(state.loss_steps) == 0
+    training.log(run, state, 20, progress)
+    assert len(rows) == 1, "all steps were skipped"
+
+
+def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock) -> None:
+    config = config_lib.complete_config({"checkpoint_every_seconds": 60.0})
+    checkpoints: Any = SimpleNamespace(check=lambda: False, last_time=clock.now)
+    run: Any = SimpleNamespace(config=config, checkpoints=checkpoints)
+    clock.now += 59
+    assert not training.is_save_due(run)
+    clock.now += 1
+    assert training.is_save_due(run)
+    checkpoints.check = lambda: True
+    assert not training.is_save_due(run)
+
+
+@pytest.mark.slow
+def test_a_signal_aborts_a_validation(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*unused: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it is measured to the end")
+
+    monkeypatch.setattr(training.loss_lib, "compute_loss", interrupt)
+    with pytest.raises(Stopped) as stopped:
+        training.train(tiny_config, tmp_path, quiet=True)
+    assert stopped.value.code == 143 and runs.read_losses(tmp_path) == []
+    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0]
+
+
+def test_the_first_signal_requests_a_stop() -> None:
+    stop = StopRequest()
+    with handle_signals(stop.handle_signal):
+        training.check_signals(stop)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="130"):
+        training.check_signals(stop)
+
+
+def test_processes_agree_only_when_they_have_waited_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    pacer, state = Pacer(0), make_state()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "max_over_processes", lambda value: max(value, 250))
+    agreed = [step for step in range(1, 14) if pacer.wait(step, state)]
+    assert agreed == [1, 5], "a step took 250 ms, then 4 steps 250 ms"
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert pacer.wait(14, state), "one process agrees with itself"
+
+
+def test_few_steps_are_in_flight_on_several_cpu_devices(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    waits: list[int] = []
+    step = 0
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: waits.append(step))
+    monkeypatch.setattr(hosts, "max_over_processes", lambda value: 1)
+    device, state = jax.devices("cpu")[0], make_state()
+    for devices, expected in (([device], [1, 1001]), ([device, device], [1, 17, 33, 49])):
+        waits.clear()
+        monkeypatch.setattr(jax, "local_devices", functools.partial(list, devices))
+        pacer = Pacer(0)
+        for step in range(1, expected[-1] + 10):
+            pacer.wait(step, state)
+        assert waits == expected
+
+
+@pytest.mark.slow
+def test_a_profiled_run_leaves_a_trace(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.profile, tiny_config.max_steps = True, 9  # It traces steps 4 to 8.
+    training.train(tiny_config, tmp_path)
+    (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    content = trace.read_bytes()
+    assert b"train_step" in content and b"step_num" in content  # The functions, and the steps.
+
+
+@pytest.mark.slow
+def test_validating_more_often_does_not_change_training(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.validate_every_steps = 30
+    with pytest.raises(KilledError):
+        training.train(tiny_config, tmp_path, kill_at(90, "validation"))
+    training.train(tiny_config, tmp_path)
+    assert list_steps(tmp_path) == [0, 30, 60, 70, 90, 120, 140]
+    found = runs.read_numbers(tmp_path)
+    assert len(set(found)) == len(found), "each step once"
+    assert set(runs.read_numbers(trained)) <= set(found)
+    samples = (tmp_path / workdir.SAMPLES).read_text()
+    assert samples.count("=== step ") == 7 and "=== step 30," in samples
+
+
+@pytest.mark.slow
+def test_max_steps_ends_the_run_and_its_schedule(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.max_steps = 103
+    training.train(tiny_config, tmp_path)
+    assert "=== epoch 1.4714 of 1.4714: validation loss" in capsys.readouterr().out
+    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
+    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
+    (rate,) = [row["learning_rate"] for row in rows if (row["step"], row["split"]) == (60, "train")]
+    schedule = optimizer_lib.make_schedule(tiny_config.optimizer, 103)
+    assert rate == pytest.approx(float(schedule(59)), rel=1e-5)
+    training.train(tiny_config, tmp_path)
+    output = capsys.readouterr().out
+    assert "is finished after 103 steps. To train longer" in output
+    assert "--config.max_steps=206" in output
+    tiny_config.max_steps = 50
+    with pytest.raises(UserError, match=r"trained 103 steps already, and .*max_steps=50 is fewer"):
+        training.train(tiny_config, tmp_path)
+    tiny_config.max_steps = 0
+    training.train(tiny_config, tmp_path)
+    assert list_steps(tmp_path) == [0, 70, 103, 140]
+
+
+@pytest.fixture
+def patient_config(tiny_config: ConfigDict) -> ConfigDict:
+    """Return a config whose validation losses soon stop falling."""
+    tiny_config.optimizer.learning_rate = 0.2
+    tiny_config.optimizer.schedule = "constant"
+    tiny_config.validate_every_steps = 15
+    tiny_config.num_epochs, tiny_config.patience = 20, 3
+    return tiny_config
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
+    patient_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    training.train(patient_config, whole)
+    output = capsys.readouterr().out
+    losses = {s: loss for s, split, loss in runs.read_losses(whole) if split == "validation"}
+    *_, before, last = steps = list(losses)
+    best = min(losses, key=losses.__getitem__)
+    assert last < 1400 and steps.index(last) - steps.index(best) == 3
+    assert (
+        f"Training ends at step {last} of 1400: the validation loss has not improved for 3 "
+        "validations\n"
+    ) in output
+    assert f"Test loss at step {best}, the step with the best validation loss" in output
+    assert list_steps(whole, "test") == [best]
+
+    # Before a validation, and during the last one, whose loss is lost.
+    for step, split in ((before // 10 * 10, "train"), (last, "validation")):
+        with pytest.raises(KilledError):
+            training.train(patient_config, killed, kill_at(step, split))
+    training.train(patient_config, killed)
+    runs.assert_same(whole, killed)
+
+    # It is finished, and more patience resumes it.
+    content, saved = ((whole / name).read_bytes() for name in (workdir.METRICS, workdir.CONFIG))
+    capsys.readouterr()
+    changed = patient_config.copy_and_resolve_references()
+    changed.optimizer.weight_decay = 0.5
+    training.train(changed, whole)
+    output = capsys.readouterr().out
+    assert (whole / workdir.CONFIG).read_bytes() == saved, "it was not trained with another one"
+    assert "weight_decay" not in output and not (whole / workdir.CHANGES).exists()
+    assert (
+        "epochs: the validation loss has not improved for 3 validations. To train longer" in output
+    )
+    assert "--config.patience=6" in output
+    assert (whole / workdir.METRICS).read_bytes() == content
+    patient_config.patience, patient_config.max_steps = 0, last + 5
+    training.train(patient_config, whole)
+    assert list_steps(whole)[: len(steps)] == steps and list_steps(whole)[-1] == last + 5
+
+
+@pytest.mark.slow
+def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.max_steps, tiny_config.validation_tokens = 20, 300
+    training.train(tiny_config, tmp_path)
+    trained = workdir.load_trained(tmp_path)
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    ids = trained.vocabulary.encode(text[18_000:18_300])
+    losses = {step: loss for step, name, loss in runs.read_losses(tmp_path) if name == "validation"}
+    expected = loss_lib.compute_loss(trained.model, trained.params, ids)
+    assert losses[20] == pytest.approx(expected, rel=1e-6)
+    tiny_config.validation_tokens = 0
+    with pytest.raises(UserError, match="validation_tokens was 300 and is 0"):
+        training.train(tiny_config, tmp_path)
+    tiny_config.validation_tokens = 1
+    with pytest.raises(UserError, match="validation_tokens is 1: it needs"):
+        training.train(tiny_config, tmp_path / "other")
