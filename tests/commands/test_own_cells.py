@@ -164,7 +164,7 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     assert other.returncode == 2 and "has no class Other derived from" in other.stderr
 
 
-HEADER = """import flax.linen as nn
+SOURCE = """import flax.linen as nn
 import jax.numpy as jnp
 class Mine(nn.Module):
     input_size: int
@@ -174,81 +174,56 @@ class Mine(nn.Module):
         return jnp.zeros((batch_size, self.hidden_size))
     @nn.compact
     def __call__(self, carry, inputs):
+        return carry, nn.Dense(self.hidden_size)(inputs) + carry
 """
-GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
+RETURNED = "carry, nn.Dense(self.hidden_size)(inputs) + carry"
+# What is replaced in `SOURCE`, by what, and the error. Nothing is replaced at the end.
+MISTAKES = [
+    ("import flax", "import nothing_like_it, flax", r"file .*own.py, line 1: ModuleNotFoundError"),
+    ("class Mine(nn.Module)", "class Mine", "own.py has no class Mine derived from flax.linen.Mod"),
+    ("    input_size: int\n", "", "Mine .*own.py, line 3.* has no field input_size"),
+    ("initial_carry", "first_carry", "line 3.* has no method initial_carry"),
+    ("__call__", "call", "own.py, line 3.* has no method __call__"),
+    ("scale: float = 1.0", "scale: float", "own.py, line 3.*: its field scale needs a default"),
+    ("(self, carry, inputs)", "(self, carry)", r"line 9.*__call__ must be \(self, carry, inputs\)"),
+    (
+        "return jnp.zeros",
+        "jnp.zeros",
+        r"line 7.*: initial_carry\(3\) returned None: it must return",
+    ),
+    ("(batch_size, self", "(1, self", r"line 7.*\(3\) returned float32\[1, 24\]: the first axis"),
+    (RETURNED, "inputs", "line 9.*: it must return a tuple of the next carry and the outputs"),
+    (RETURNED, "carry, inputs", r"its outputs are float32\[3, 8\]: it must .* here \[3, 24\]"),
+    (RETURNED, "(carry, carry), carry", r"it must be as in initial_carry, float32\[3, 24\]"),
+    (
+        "        return carry",
+        "        self.variable('memory', 'x', jnp.zeros, ())\n        return carry",
+        "variables in the collection 'memory': return all state in the carry",
+    ),
+    (
+        "",
+        "    def run_parallel(self, carry, inputs, starts):\n        return inputs\n",
+        "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
+    ),
+    (
+        "",
+        "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
+        r"own.py, line 12.*: a is float32\[3, 8\]: it must return floats",
+    ),
+    (
+        "",
+        "    def activation(self, carry):\n        return carry[0]\n",
+        r"own.py, line 12.*: activation is float32\[24\]: it must return floats",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("import nothing_like_it\n", r"cell file .*own.py, line 1: ModuleNotFoundError"),
-        ("class Mine: pass\n", "own.py has no class Mine derived from flax.linen.Module"),
-        (
-            "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
-            "Mine .*own.py, line 2.* has no field input_size",
-        ),
-        (
-            HEADER.replace("initial_carry", "first_carry") + GOOD,
-            "line 3.* has no method initial_carry",
-        ),
-        (
-            HEADER + "        return nn.Dense(self.hidden_size)(inputs)\n",
-            "line 9.*: it must return a tuple of the next carry and the outputs",
-        ),
-        (
-            HEADER + "        return carry, inputs\n",
-            r"its outputs are float32\[3, 8\]: it must return floats .* here \[3, 24\]",
-        ),
-        (
-            HEADER.replace("scale: float = 1.0", "scale: float") + GOOD,
-            "own.py, line 3.*: its field scale needs a default",
-        ),
-        (HEADER.partition("    @nn.compact")[0], "own.py, line 3.* has no method __call__"),
-        (
-            HEADER.replace("(self, carry, inputs)", "(self, carry)") + GOOD,
-            r"own.py, line 9.*: the arguments of __call__ must be \(self, carry, inputs\)",
-        ),
-        (
-            HEADER.replace("return jnp.zeros(", "jnp.zeros(") + GOOD,
-            r"own.py, line 7.*: initial_carry\(3\) returned None: it must return arrays",
-        ),
-        (
-            HEADER.replace("jnp.zeros(", "self.param('a', nn.initializers.ones, ") + GOOD,
-            "own.py, line 8.*: AssertionError",
-        ),
-        (
-            HEADER
-            + GOOD
-            + "    def run_parallel(self, carry, inputs, starts):\n        return inputs\n",
-            "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
-        ),
-        (
-            HEADER + GOOD + "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
-            r"own.py, line 12.*: a is float32\[3, 8\]: it must return floats",
-        ),
-        (
-            HEADER + GOOD + "    def activation(self, carry):\n        return carry[0]\n",
-            r"own.py, line 12.*: activation is float32\[24\]: it must return floats",
-        ),
-        (
-            HEADER + "        return (carry, carry), carry\n",
-            r"the next carry is \(float32.*\): it must be as in initial_carry, float32\[3, 24\]",
-        ),
-        (
-            HEADER.replace("(batch_size, self", "(1, self") + GOOD,
-            r"line 7.*initial_carry\(3\) returned float32\[1, 24\]: the first axis",
-        ),
-        (
-            HEADER + "        self.variable('memory', 'x', jnp.zeros, ())\n" + GOOD,
-            "variables in the collection 'memory': return all state in the carry",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "message"), MISTAKES)
 def test_a_mistake_in_a_cell_is_one_line(
-    source: str, message: str, tiny_config: ConfigDict, tmp_path: Path
+    old: str, new: str, message: str, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     path = tmp_path / "own.py"
-    path.write_text(source)
+    path.write_text(SOURCE.replace(old, new) if old else SOURCE + new)
     name_cell(tiny_config, path, "Mine")
     with pytest.raises(UserError, match=message) as error:
         training.train(tiny_config, tmp_path / "run")
@@ -262,7 +237,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     tiny_config.max_steps = 1
     for name in ("one", "two"):
         path = tmp_path / f"{name}.py"
-        path.write_text(HEADER + GOOD + f"# {name}\n")
+        path.write_text(f"{SOURCE}# {name}\n")
         name_cell(tiny_config, path, "Mine")
         training.train(tiny_config, tmp_path / name, quiet=True)
     for name in ("one", "two"):
@@ -270,7 +245,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
     assert capsys.readouterr().err == ""
     # A mistake in a file that has changed is one line, too.
-    path.write_text(HEADER + "        return carry, inputs\n")
+    path.write_text(SOURCE.replace(RETURNED, "carry, inputs"))
     cell_file.load_cell(f"{path}:Mine")
     with pytest.raises(UserError, match=r"two.py, line 9.*: its outputs are float32\[3, 8\]"):
         workdir.load_trained(tmp_path / "two")
@@ -296,7 +271,7 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
     fields: dict[str, Any], message: str, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     path = tmp_path / "own.py"
-    path.write_text(HEADER + GOOD)
+    path.write_text(SOURCE)
     name_cell(tiny_config, path, "Mine")
     tiny_config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):

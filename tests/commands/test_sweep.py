@@ -3,20 +3,15 @@
 import contextlib
 import functools
 import json
-import os
 import random
 import re
 import runpy
 import shlex
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +35,7 @@ from lstm_jax.sweep import report, search, space, study
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 ROOT = Path(__file__).parents[2]
-# The number of workers to kill for each kind of study, and the seed of the moments.
+# The number of workers to kill.
 KILLS = draws.TIMES
 # Enough trials for one to run at every kill: the other worker finishes two or three of them while a
 # killed worker restarts.
@@ -72,37 +67,6 @@ def rows(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    """Start a PostgreSQL server on the loopback address and return its URL."""
-    found = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
-    binaries = next((Path(path).parent for path in found if path), None)
-    if binaries is None:
-        pytest.skip("there is no PostgreSQL server here")
-    pytest.importorskip("psycopg")
-    # Not below pytest's own directory, which only its user can read.
-    data = Path(tempfile.mkdtemp())
-    user: list[str] = []
-    if os.geteuid() == 0:  # PostgreSQL does not run as root.
-        shutil.chown(data, "nobody")
-        user = ["setpriv", "--reuid=nobody", "--clear-groups", "--inh-caps=-all"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run_there(program: str, *arguments: str) -> None:
-        command = [*user, str(binaries / program), f"--pgdata={data}", *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd="/")
-
-    run_there("initdb", "--username=me", "--auth=trust")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {data}"
-    run_there("pg_ctl", "start", "--wait", f"--log={data}/log", f"--options={options}")
-    yield f"postgresql://me@127.0.0.1:{port}/postgres"
-    os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGINT)
-    commands.wait_until(lambda: not (data / "postmaster.pid").exists())
-    shutil.rmtree(data)
-
-
 def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
     """Wait until a worker trains a trial: it then holds the lock of a working directory."""
 
@@ -115,21 +79,15 @@ def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 @pytest.mark.drawn
 def test_trials_of_killed_workers_are_resumed(
-    kind: str, text_file: Path, space_file: Path, tmp_path: Path, request: pytest.FixtureRequest
+    text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
-    where: list[str] = []
-    if kind == "postgresql":
-        where = [f"--study={request.getfixturevalue('server')}"]
-    directory = tmp_path / "sweep"
-    flags = runs.make_sweep_flags(
-        text_file, directory, f"--space={space_file}", f"--trials={TRIALS}", *where
-    )
+    directory, more = tmp_path / "sweep", (f"--space={space_file}", f"--trials={TRIALS}")
+    flags = runs.make_sweep_flags(text_file, directory, *more)
     workers = [start(flags) for _ in range(2)]
     commands.wait_until((directory / "trials.jsonl").exists, workers[0], 100)
-    chance = random.Random(f"{draws.SEED} {kind}")
+    chance = random.Random(draws.SEED)
     before: dict[int, dict] = {}
     for _ in range(KILLS):
         place = chance.randrange(2)
@@ -185,26 +143,20 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_trials_writes_the_results_and_the_same_command_resumes(
-    number: signal.Signals,
-    text_file: Path,
-    space_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    text_file: Path, space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = f"--space={space_file}", "--trials=2"
-    flags = runs.make_sweep_flags(text_file, tmp_path, *more)
+    flags = runs.make_sweep_flags(text_file, tmp_path, f"--space={space_file}", "--trials=2")
     write = report.write_trials
 
     def stop(*given: Any) -> None:
         monkeypatch.undo()
         write(*given)
-        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(report, "write_trials", stop)  # After the first trial.
     stopped = commands.run("sweep", *flags)
-    assert stopped.returncode == 128 + number, stopped.stderr
+    assert stopped.returncode == 130, stopped.stderr
     assert "Best of " in stopped.stdout and "Traceback" not in stopped.stderr
     before = [row for row in rows(tmp_path) if row["state"] == "complete"]
     assert len(before) == 1 and (tmp_path / report.BEST).exists()
