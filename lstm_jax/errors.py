@@ -1,11 +1,14 @@
-"""The exception for a user's mistake, and one-line messages."""
+"""The exception for a user's mistake, one-line messages, and the log of the package."""
 
 import contextlib
+import logging
 import shlex
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOGGER = logging.getLogger("lstm_jax")
 
 
 def name_setting(name: str, value: object) -> str:
@@ -46,8 +49,28 @@ def print_line(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning on one line of standard error."""
-    print("warning:", make_visible(message), file=sys.stderr)
+    """Log a warning on one line."""
+    _LOGGER.warning("%s", make_visible(message))
+
+
+def note(message: str) -> None:
+    """Log what takes time, on one line."""
+    _LOGGER.info("%s", make_visible(message))
+
+
+class _StandardError(logging.Handler):
+    """Prints records on the current standard error, warnings as `warning: ...`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else "warning: "
+        print(f"{prefix}{record.getMessage()}", file=sys.stderr)
+
+
+def show_log() -> None:
+    """Print what the package logs on standard error: commands do."""
+    _LOGGER.handlers = [_StandardError()]
+    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.propagate = False
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import commands
 import draws
 import runs
 from lstm_jax import config as config_lib
-from lstm_jax import training
+from lstm_jax import errors, training
 from lstm_jax.data import files, texts
 from lstm_jax.devices import compilation_cache
 from lstm_jax.ops import native
@@ -31,6 +31,8 @@ from lstm_jax.ops import native
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+errors.show_log()  # As in commands, so that tests of functions find warnings there, too.
 
 # Compiled programs are kept for the next run of the tests: compiling takes most of their time.
 # `pytest --cache-clear` removes them.

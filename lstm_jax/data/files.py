@@ -5,10 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from lstm_jax.errors import note
 
 
 def read_tail(path: Path, limit: int) -> bytes:
@@ -30,7 +31,7 @@ def hash_file(path: Path, sync: bool = False) -> str:
 def lock_file(file: int | IO[bytes], waiting: str = "") -> bool:
     """Lock an open file or directory until it is closed or the process ends, however it ends.
 
-    If another process holds the lock, print the message `waiting` and wait, or without one raise
+    If another process holds the lock, log the message `waiting` and wait, or without one raise
     `BlockingIOError`. Return False if the file system has no locks.
     """
     try:
@@ -38,7 +39,7 @@ def lock_file(file: int | IO[bytes], waiting: str = "") -> bool:
     except BlockingIOError:
         if not waiting:
             raise
-        print(waiting, file=sys.stderr)
+        note(waiting)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False

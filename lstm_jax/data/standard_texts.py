@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import files
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, note
 
 SPLITS = ("train", "validation", "test")
 # Give up on a server that sends nothing for this time, and on the package index.
@@ -148,7 +148,7 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
     text = STANDARD_TEXTS[name]
     missing = [file for file in text.downloads if not (data_dir / file.name).exists()]
     if missing:
-        print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
+        note(f"Downloading {name}, once, to {data_dir}")
     for i, file in enumerate(missing):
         try:
             content = _receive(file)

@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from lstm_jax import config
-from lstm_jax.errors import UserError, make_visible, one_line
+from lstm_jax.errors import UserError, make_visible, one_line, show_log
 from lstm_jax.run import interrupts
 
 # What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
@@ -31,6 +31,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     A user's mistake (`UserError`, a bad flag, a config file that fails) is printed as one line on
     standard error, with exit code 2. For signals, see `interrupts`.
     """
+    show_log()
     interrupts.exit_at_once()  # While libraries are imported, which takes seconds.
     # A name of a file, or a sample, must not end a training if the terminal can't show it.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

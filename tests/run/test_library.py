@@ -66,6 +66,41 @@ def test_importing_the_package_imports_nothing_else() -> None:
         _ = lstm_jax.nothing  # type: ignore[attr-defined]
 
 
+_UNCHANGED = """
+import logging, os, signal, sys, warnings
+# What these packages set when they are imported is not of this one.
+import flax, jax, matplotlib.figure, optax, orbax.checkpoint, requests, tensorboardX, threadpoolctl
+
+def describe():
+    loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
+    settings = {log.name: (log.level, log.filters[:], log.handlers[:]) for log in loggers}
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return {
+        "logging": {name: values for name, values in settings.items() if any(values)},
+        "sys": (sys.stdout, sys.stderr, sys.excepthook, sys.unraisablehook, signals),
+        "environment": dict(os.environ),
+        "JAX": dict(jax.config.values),
+        "warnings": warnings.filters[:],
+    }
+
+before = describe()
+import lstm_jax
+config = lstm_jax.config.default()
+config.data.path, directory = sys.argv[1:]
+config.max_steps, config.model.hidden_size, config.batches.batch_size = 1, 8, 4
+lstm_jax.train(config, directory, quiet=True)
+lstm_jax.load(directory).generate("A", length=3)
+after = describe()
+assert before == after, [(before[key], after[key]) for key in before if before[key] != after[key]]
+"""
+
+
+@pytest.mark.process
+def test_training_and_loading_leave_the_process_as_it_was(text_file: Path, tmp_path: Path) -> None:
+    done = commands.run_python("-c", _UNCHANGED, text_file, tmp_path / "run")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.slow
 def test_the_blocks_of_the_page_run(
     trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
