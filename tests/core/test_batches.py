@@ -12,12 +12,6 @@ def fields(kind: str, batch_size: int, window_length: int) -> ConfigDict:
     return ConfigDict({"kind": kind, "batch_size": batch_size, "window_length": window_length})
 
 
-def test_tiny_shakespeare_makes_156_steps_an_epoch(shakespeare: dict[str, str]) -> None:
-    ids = np.zeros(len(shakespeare["train"]), np.int32)
-    _, steps = batches.make_batches(ids, fields("windows", 64, 100), seed=0)
-    assert steps == 156
-
-
 def test_windows_are_reshuffled_each_epoch_and_cover_the_text_once() -> None:
     ids = np.arange(1000, dtype=np.int32)  # Each id is its own position.
     iterator, steps = batches.make_batches(ids, fields("windows", 4, 10), seed=1)
@@ -68,11 +62,6 @@ def test_an_iterator_starts_at_any_step(kind: str) -> None:
             np.testing.assert_array_equal(a, b)
     another, _ = batches.make_batches(ids, fields(kind, 3, 7), seed=6, first_step=steps + 3)
     assert (next(another).inputs != expected[0].inputs).any()
-
-
-def test_an_unknown_kind_of_batches_is_an_error() -> None:
-    with pytest.raises(UserError, match="kind is 'window': it must be one of windows, streams"):
-        batches.make_batches(np.zeros(99, np.int32), fields("window", 3, 7), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
