@@ -118,9 +118,8 @@ def print_end(study: Study, trial: FrozenTrial, wanted: int) -> None:
 
 def describe_state(trial: FrozenTrial) -> str:
     """Return the state of a trial in one word."""
-    if trial.state == TrialState.PRUNED and REASON in trial.user_attrs:
-        return "diverged"
-    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+    has_failed = trial.state == TrialState.FAIL or REASON in trial.user_attrs
+    return "failed" if has_failed else trial.state.name.lower()
 
 
 def describe_settings(trial: FrozenTrial) -> str:

@@ -20,8 +20,8 @@ from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.config import Config
 from lstm_jax.data import texts
-from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
-from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
+from lstm_jax.errors import UnavailableError, UserError, one_line
+from lstm_jax.run import cell_file, interrupts, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
@@ -47,10 +47,6 @@ class Sweep(NamedTuple):
     space: space_lib.Space
     directory: Path
     trials: int  # The total number to finish, over all workers.
-
-
-class _TrialError(Exception):
-    """A trial can't be trained with its settings."""
 
 
 @use_optuna()
@@ -126,17 +122,14 @@ def run_worker(sweep: Sweep, signals: StopRequest) -> None:
         if len(trials) >= sweep.trials and TrialState.WAITING not in {t.state for t in trials}:
             return
         sweep.study.optimize(
-            lambda trial: _run_trial(sweep, trial, signals),
-            n_trials=1,
-            catch=_TrialError,
-            callbacks=[end_trial],
+            lambda trial: _run_trial(sweep, trial, signals), n_trials=1, callbacks=[end_trial]
         )
 
 
 def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
     """Train a trial and return its validation loss; queue it again if it is interrupted.
 
-    Raise `TrialPruned` or `_TrialError`, with the reason in the trial.
+    Raise `TrialPruned` if it can't be trained with its settings, with the reason in the trial.
     """
     sweep.study.sampler = sweep.make_sampler(trial.number)
     overrides, config = sweep.space.draw_config(trial, sweep.experiment)
@@ -153,9 +146,6 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
             signals.at_once(),
         ):
             training.train(config, directory, watch)
-    except NotFiniteError as error:
-        trial.set_user_attr(study_lib.REASON, str(error))
-        raise TrialPruned from None
     except (Stopped, UnavailableError, OSError):
         study_lib.retry(sweep.study, sweep.study.trials[trial.number])
         raise
@@ -163,8 +153,18 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
         reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
         trial.set_user_attr(study_lib.REASON, reason)
-        raise _TrialError from None
-    return _measure(trial, directory)
+        raise TrialPruned from None
+    validation, test = read_losses(directory)
+    trial.set_user_attr(study_lib.TEST_LOSS, test)
+    return validation
+
+
+def read_losses(directory: Path) -> tuple[float, float]:
+    """Return the validation loss of the best checkpoint of a run, and its test loss."""
+    losses: dict[str, list[float]] = {"train": [], "validation": [], "test": []}
+    for row in metrics.read_metrics(directory / workdir.METRICS):
+        losses[row["split"]].append(row["loss"])
+    return min(losses["validation"]), losses["test"][-1]
 
 
 def _report_loss(
@@ -179,16 +179,3 @@ def _report_loss(
     is_last = epoch == config.num_epochs or row["step"] == config.max_steps
     if not is_last and trial.should_prune():
         raise TrialPruned
-
-
-def _measure(trial: Trial, directory: Path) -> float:
-    """Return the validation loss of the best checkpoint of a trial; record its test loss."""
-    saved_in = directory / workdir.CHECKPOINTS
-    best = checkpoints.find_best_step(saved_in)
-    loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
-    if loss is None:
-        raise _TrialError
-    for row in metrics.read_metrics(directory / workdir.METRICS):
-        if row["split"] == "test" and math.isfinite(row["loss"]):
-            trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
-    return loss

@@ -1,6 +1,7 @@
 """The Optuna study that the workers of a sweep share: its storage, trials and samplers."""
 
 import contextlib
+import functools
 import random
 import time
 import warnings
@@ -115,17 +116,16 @@ def _open_storage(location: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(location))
     # By default, SQLite waits 5 seconds for other workers.
     settings = {"timeout": 60} if location.startswith("sqlite") else {}
-    for attempt in range(4):
-        try:
-            return RDBStorage(
-                location,
-                engine_kwargs={"connect_args": settings},
-                heartbeat_interval=BEAT_SECONDS,
-                grace_period=STALE_SECONDS,
-                heartbeat_stale_trial_callback=retry,
-            )
-        except (OptunaError, sqlalchemy.exc.SQLAlchemyError):
-            if attempt == 3:
-                raise
-        time.sleep(random.random())  # Several workers may create the tables at the same time.
-    raise AssertionError
+    open_database = functools.partial(
+        RDBStorage,
+        location,
+        engine_kwargs={"connect_args": settings},
+        heartbeat_interval=BEAT_SECONDS,
+        grace_period=STALE_SECONDS,
+        heartbeat_stale_trial_callback=retry,
+    )
+    for _ in range(3):  # Several workers may create the tables at the same time.
+        with contextlib.suppress(OptunaError, sqlalchemy.exc.SQLAlchemyError):
+            return open_database()
+        time.sleep(random.random())
+    return open_database()

@@ -280,7 +280,7 @@ def trained_in(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return 0
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(search, "_measure", lambda *unused: 1.0)
+    monkeypatch.setattr(search, "read_losses", lambda directory: (1.0, 1.5))
     return directories
 
 
@@ -370,14 +370,16 @@ def test_an_interrupted_trial_is_queued_again(
     assert [(row["trial"], row["state"]) for row in rows(tmp_path)] == [(0, "waiting")]
 
 
-def test_diverged_trials_are_pruned_with_their_reason(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [NotFiniteError("it is not finite"), UserError("it is too short"), MemoryError()]
+)
+def test_a_trial_that_cannot_be_trained_fails_with_its_reason(
+    error: Exception, tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = NotFiniteError("the loss is not finite")
     monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
-    search.run_worker(make_sweep(tmp_path, tiny_config, 1), StopRequest())
-    (row,) = rows(tmp_path)
-    assert row["state"] == "diverged" and "is not finite" in row["reason"]
+    search.run_worker(make_sweep(tmp_path, tiny_config, 2), StopRequest())
+    for row in rows(tmp_path):
+        assert row["state"] == "failed" and (str(error) or "MemoryError") in row["reason"]
 
 
 def test_a_signal_waits_until_all_parameters_are_drawn(
@@ -416,7 +418,7 @@ def test_a_bad_trial_is_pruned_after_an_epoch_unless_it_is_trained(
         return 0
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(search, "_measure", lambda *unused: 3.0)
+    monkeypatch.setattr(search, "read_losses", lambda directory: (3.0, 3.0))
     experiment = config_lib.complete_config({"num_epochs": 2, "max_steps": max_steps})
     pruner = optuna.pruners.ThresholdPruner(upper=2.0)
     search.run_worker(sweep := make_sweep(tmp_path, experiment, 1, pruner=pruner), StopRequest())
