@@ -86,7 +86,7 @@ def test_trials_of_killed_workers_are_resumed(
     directory, more = tmp_path / "sweep", (f"--space={space_file}", f"--trials={TRIALS}")
     flags = runs.make_sweep_flags(text_file, directory, *more)
     workers = [start(flags) for _ in range(2)]
-    commands.wait_until((directory / "trials.jsonl").exists, workers[0], 100)
+    commands.wait_until((directory / "trials.jsonl").exists, workers[0], 300)
     chance = random.Random(draws.SEED)
     before: dict[int, dict] = {}
     for _ in range(KILLS):
