@@ -42,7 +42,7 @@ _PRUNER = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
 
 
-def main() -> int:
+def main() -> None:
     """Run one worker of the sweep that the flags describe."""
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
@@ -81,7 +81,7 @@ def main() -> int:
         prune=not seeds and _PRUNER.value == "hyperband",
         seed=_SEED.value,
     )
-    return search.run_sweep(sweep)
+    search.run_sweep(sweep)
 
 
 if __name__ == "__main__":

@@ -89,19 +89,16 @@ def prepare_sweep(
 
 
 @use_optuna()
-def run_sweep(sweep: Sweep) -> int:
-    """Call `run_worker`, write the results and print a summary; return the exit code."""
-    exit_code, signals = 0, StopRequest()
+def run_sweep(sweep: Sweep) -> None:
+    """Call `run_worker`; write the results and print a summary, also if a signal stops it."""
+    signals = StopRequest()
     try:
         # The loop of a single run has its own handler.
         with interrupts.handle_signals(signals.handle_signal):
             run_worker(sweep, signals)
-    except Stopped as stopped:
-        exit_code = stopped.code
     finally:
         with interrupts.handle_signals(lambda *unused: None):
             print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
-    return exit_code
 
 
 def run_worker(sweep: Sweep, signals: StopRequest) -> None:
