@@ -119,8 +119,9 @@ class Page:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "lstm, documents": {"kind": "characters", "num_layers": 3, "stop": "\n\n"},
-    "lstm with layer_norm": {"kind": "characters", "layer_norm": True, "num_layers": 2},
+    "lstm with layer_norm, documents": {
+        **{"kind": "characters", "layer_norm": True, "num_layers": 3, "stop": "\n\n"}
+    },
     "gru with skip connections": {
         **{"kind": "words", "cell": "gru", "num_layers": 3, "skip_connections": True}
     },
@@ -176,16 +177,14 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
     assert "".join(shown.get_spans(".typed")) == "ROMEO:¿"
     assert shown.get_spans(".unknown") == ["¿"]
     assert find("#count").text.startswith("7 characters, ")
-    # A change in the middle is read from there; predictions at the cursor are marked.
+    # A change in the middle is read from there; the token at the cursor is marked.
     area.send_keys(Keys.BACKSPACE, "\nBut, soft! what light", *[Keys.ARROW_LEFT] * 6, "X")
     shown.wait()
     assert shown("area.value") == "ROMEO:\nBut, soft! whatX light"
-    assert find("#next-title").text == "Next character at the cursor"
     assert shown.get_spans(".at") == ["X"]
     area.send_keys(Keys.BACKSPACE, Keys.END, Keys.CONTROL, Keys.END)
     area.send_keys(Keys.NULL)
     shown.check_bars()
-    assert find("#next-title").text == "Next character"
     # The keyboard takes a word of the text ahead, and generates; the text is what was ahead.
     ahead = "".join(shown.get_spans(".ahead"))
     area.send_keys(Keys.ARROW_RIGHT)
@@ -214,20 +213,14 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
     shown.check_alphas(abs(reading.activations[int(button.get_attribute("value"))] / 127))
     for selector, number in (("circle", 3 * 24), ("circle.chosen", 3)):
         assert len(browser.find_elements("css selector", selector)) == number
-    # A likely token is appended by its button, with the keyboard.
+    # A likely token is appended by its button; then another continuation of what was typed.
     find("#next button:nth-child(2)").send_keys(Keys.ENTER)
     shown.check_bars()
-    assert len(shown("area.value")) == len(text) + 1
-    # Another continuation of what was typed; Escape stops.
     typed = shown("area.value")
+    assert len(typed) == len(text) + 1
     find("#another").click()
     shown.wait()
     assert shown("area.value").startswith(typed) and len(shown("area.value")) == len(typed) + 150
-    shown("byId('length').value = 20000")
-    find("#generate").click()
-    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
-    shown.wait()
-    assert len(shown("area.value")) < len(typed) + 20150
     shown.check_names_and_width()
 
 
@@ -290,7 +283,6 @@ def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     assert shown("area.value") == "It"
     assert shown.find("#status").text.endswith("the text has ended.")
     # A document begins as in `sample`. A stop token may be typed in parts.
-    assert shown.find("#count").text.startswith("2 tokens, ")
     for text in ("It", "It\n", "It\n\n", "It\n\nx", ""):
         shown.read(text)
         expected = generation.encode_prompt(trained.vocabulary, text)
@@ -326,14 +318,12 @@ def test_a_model_of_parts_of_characters_shows_characters(
     shown.find("#text").send_keys("x")
     shown.wait()
     assert shown("area.value") == generated + "x"
-    # A part of a character that is clicked is accepted with the rest; then a slider moves.
+    # A part of a character that is clicked is accepted with the rest.
     shown.read("x")
-    move = "byId('temperature').dispatchEvent(new Event('input'))"
     click = "((b) => (b.value = arguments[0], b.click()))(byId('next').firstChild)"
     for token in [t for t in tokens[2:] if "\udcc2" <= t[-1] <= "\udcf4"][:3]:
-        for script in (click, move, f"({move}, {move})"):
-            shown(script, tokens.index(token))
-            shown.wait()
+        shown(click, tokens.index(token))
+        shown.wait()
         spelled = "".join(tokens[i] for i in shown.get_each("id"))
         spelled = spelled.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         assert shown("area.value") == spelled
