@@ -63,11 +63,12 @@ def prepare_sweep(
     seed: int = 0,
 ) -> Sweep:
     """Check the space of a sweep, and open its study (see `python -m lstm_jax.sweep --help`)."""
-    draws = space.draw_trials(experiment)
-    points = space_lib.make_grid(draws) if grid else {}
+    choices = space.check(experiment)
     if grid:
-        number = math.prod(map(len, points.values()))
-        trials = min(trials or number, number)
+        if not all(choices.values()):
+            raise UserError("a grid needs choices: use suggest_categorical for every parameter")
+        points = math.prod(map(len, choices.values()))
+        trials = min(trials or points, points)
     experiment = dataclasses.replace(
         experiment,
         model=cell_file.resolve_cell(experiment.model),
@@ -83,7 +84,7 @@ def prepare_sweep(
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
     study = study_lib.open_study(path, location, name, shared, pruner)
-    make_sampler = functools.partial(study_lib.make_sampler, seed, points)
+    make_sampler = functools.partial(study_lib.make_sampler, seed, choices if grid else {})
     study.sampler = make_sampler(0)
     return Sweep(study, make_sampler, experiment, space, path, trials or 40)
 

@@ -1,13 +1,12 @@
-"""Load the search space of a sweep: a Python file that maps a trial to config overrides."""
+"""The search space of a sweep: a function from a trial to config overrides."""
 
 import runpy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import optuna
-from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import OptunaError
-from optuna.trial import BaseTrial, FrozenTrial
+from optuna.trial import BaseTrial
 
 from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, run_user_code
@@ -32,8 +31,8 @@ class Space(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def draw_trials(self, experiment: Config) -> list[FrozenTrial]:
-        """Check a fixed set of random draws, and return them."""
+    def check(self, experiment: Config) -> dict[str, list[object]]:
+        """Check a fixed set of random draws; return the choices of each parameter."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_PROBES):
             overrides, config = self.draw_config(study.ask(), experiment)
@@ -43,7 +42,8 @@ class Space(NamedTuple):
                     f"{self.name}: it changes {changed}, but losses on different texts or tokens "
                     "can't be compared: use one sweep for each"
                 )
-        return study.trials
+        drawn = [item for trial in study.trials for item in trial.distributions.items()]
+        return {name: [*getattr(values, "choices", ())] for name, values in drawn}
 
 
 def load_space(path: str) -> Space:
@@ -56,13 +56,3 @@ def make_seed_space(first: int, number: int) -> Space:
     """Return the space of consecutive seeds."""
     seeds = list(range(first, first + number))
     return Space("--seeds", lambda trial: {"seed": trial.suggest_categorical("seed", seeds)})
-
-
-def make_grid(draws: Iterable[FrozenTrial]) -> dict[str, list[Any]]:
-    """Return the values of each parameter; raise `UserError` for one without choices."""
-    grid: dict[str, list[Any]] = {}
-    for name, drawn in (item for draw in draws for item in draw.distributions.items()):
-        if not isinstance(drawn, CategoricalDistribution):
-            raise UserError(f"a grid needs choices: use suggest_categorical for {name!r}")
-        grid[name] = list(drawn.choices)
-    return grid

@@ -215,7 +215,7 @@ def test_a_broken_space_gives_a_one_line_error(
     if code is not None:
         path.write_text(code)
     with pytest.raises(UserError, match=message) as caught:
-        space.load_space(str(path)).draw_trials(config_lib.Config())
+        space.load_space(str(path)).check(config_lib.Config())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -223,15 +223,15 @@ def test_a_grid_needs_choices_and_visits_each_once(tmp_path: Path) -> None:
     path, experiment = tmp_path / "space.py", config_lib.Config()
     path.write_text(runs.SPACE)
     loaded = space.load_space(str(path))
-    with pytest.raises(UserError, match="use suggest_categorical for 'rate'"):
-        space.make_grid(loaded.draw_trials(experiment))
+    with pytest.raises(UserError, match="use suggest_categorical for every parameter"):
+        search.prepare_sweep(experiment, "grid", loaded, trials=None, grid=True)
     path.write_text(
         "def get_overrides(t):\n"
         "    return {'seed': t.suggest_categorical('s', [0, 2, 4]),\n"
         "            'optimizer.name': t.suggest_categorical('o', ['adam', 'sgd'])}"
     )
     loaded = space.load_space(str(path))
-    grid = space.make_grid(loaded.draw_trials(experiment))
+    grid = loaded.check(experiment)
     assert grid == {"s": [0, 2, 4], "o": ["adam", "sgd"]}
     record = optuna.create_study(sampler=study.make_sampler(0, grid, 0))
     drawn = [loaded.draw_config(record.ask(), experiment)[0] for _ in range(6)]

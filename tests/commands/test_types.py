@@ -39,20 +39,10 @@ except lstm_jax.UserError as error:
 
 number: int = run.generate("ROMEO:")  # error: assignment
 run.generate(b"ROMEO:")  # error: arg-type
-run.generate("ROMEO:", lenght=10)  # error: call-arg
 run.generate("ROMEO:", temperature="hot")  # error: arg-type
-for piece in run.stream("ROMEO:"):
-    piece.append("")  # error: attr-defined
-run.score(scores)  # error: arg-type
 run.hidden_states("ROMEO:").shape  # error: attr-defined
-run.read("ROMEO:")  # error: arg-type
-run.next("ROMEO", n="5")  # error: arg-type
-lstm_jax.load(1)  # error: arg-type
 lstm_jax.train(config)  # error: call-arg
-lstm_jax.Controls(top_q=0.9)  # error: call-arg
-lstm_jax.config.defaults()  # error: attr-defined
 lstm_jax.sample("ROMEO:")  # error: attr-defined
-raise lstm_jax.UserError.message  # error: attr-defined
 """
 
 
