@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax.config import BatchesConfig, check_value
+from lstm_jax.config import BatchesConfig
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids
 
@@ -98,7 +98,6 @@ def cut_batch(
 
 def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
     """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
-    check_value("batches.kind", batches.kind)
     size, window = batches.batch_size, batches.window_length
     order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
     if order.steps_per_epoch < 1:

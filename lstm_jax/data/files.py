@@ -28,11 +28,11 @@ def hash_file(path: Path, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(file: int | IO[bytes], waiting: str = "") -> bool:
-    """Lock an open file or directory until it is closed or the process ends, however it ends.
+def lock_file(file: int | IO[bytes], waiting: str = "") -> None:
+    """Lock an open file until it is closed or the process ends, however it ends.
 
     If another process holds the lock, log the message `waiting` and wait, or without one raise
-    `BlockingIOError`. Return False if the file system has no locks.
+    `BlockingIOError`. On a file system without locks, do nothing.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,8 +42,7 @@ def lock_file(file: int | IO[bytes], waiting: str = "") -> bool:
         note(waiting)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
-        return False
-    return True
+        pass
 
 
 def write_file(path: Path, content: bytes) -> None:
