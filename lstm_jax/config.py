@@ -94,18 +94,16 @@ class DataConfig:
         "test, in this order, in a text without splits.",
         "len(x) == 3 and min(x) > 0 and abs(sum(x) - 1) < 1e-6", relevant_if=
         "';' not in data.path if data.path else data.dataset not in STANDARD_TEXTS")
-    units: str = field("characters", "Kind of tokens. words: with the space before each. tokens: "
-        "what is between white space, and the end of each line. bytes: of any file. bpe: parts of "
-        "words, by byte-pair encoding.", vocabulary.KINDS, also="tokens tokenizer")
+    units: str = field("characters", "Kind of tokens (docs/data.md).", vocabulary.KINDS,
+        also="tokens tokenizer")
     vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens, with the 256 "
         "bytes and three special ones.", "259 <= x <= 2**20", also="vocab_size",
         relevant_if="data.units == 'bpe'")
     min_count: int = field(1, "Replace tokens that occur less often than this in the training text "
         "by [UNK], except bytes. bpe: learn only tokens that occur at least this often.",
         _POSITIVE_COUNT)
-    document_separator: str = field("", "End of a document, where the model learns to stop; the "
-        "next is read from a zero state. file: the end of each file, or of each example of a "
-        "dataset. Empty: the text is one document.", tuple(vocabulary.SEPARATORS))
+    document_separator: str = field("", "End of a document, each of which is read alone "
+        "(docs/data.md). Empty: the text is one document.", tuple(vocabulary.SEPARATORS))
     sha256: str = field("", "Checksum of the text, and bytes of each split.", is_flag=False)
 
 
@@ -230,9 +228,8 @@ class MeshConfig:
 
     data: int = field(0, "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs "
         "or TPUs; on a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True)
-    model: int = field(1, "Devices that also divide the matrices of parameters and optimizer state "
-        "between steps. Within a step, each still holds all parameters and gradients.", _SIZE,
-        resume=True)
+    model: int = field(1, "Devices that also divide parameters and optimizer state between steps "
+        "(docs/scale.md).", _SIZE, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
