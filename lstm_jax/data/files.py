@@ -12,14 +12,6 @@ from typing import IO, Any
 from lstm_jax.errors import note
 
 
-def read_tail(path: Path, limit: int) -> bytes:
-    """Read at most the last `limit` bytes of a file; b"" if there is none."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - limit, 0))
-        return file.read(limit)
-    return b""
-
-
 def hash_file(path: Path, sync: bool = False) -> str:
     """Return the SHA-256 of a file in hexadecimal; if `sync`, flush it to disk first."""
     with path.open("rb") as file:

@@ -79,8 +79,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._is_open = True
         self._lines = self.enter_context(self._path.open("ab"))
         # A killed process or a full disk can leave half a line.
-        if half := files.read_tail(self._path, 2**16).rpartition(b"\n")[2]:
-            self._lines.truncate(self._path.stat().st_size - len(half))
+        self._lines.truncate(self._path.read_bytes().rfind(b"\n") + 1)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
         suffix = f".{time.time_ns()}"  # TensorBoard reads files in the order of their names.

@@ -244,7 +244,8 @@ def _hold_lock(directory: Path) -> Iterator[None]:
 
 def _check_processes(config: Config, directory: Path) -> None:
     """Raise `UserError` in all processes if they don't train the same run."""
-    held = files.read_tail(directory / _LOCK, 2**10)  # It distinguishes directories.
+    lock = directory / _LOCK
+    held = lock.read_text() if lock.exists() else ""  # It distinguishes directories.
     steps = list_steps(directory / workdir.CHECKPOINTS)
     hosts.check_same(
         f"{held!r} {steps} {config.to_dict()}",
