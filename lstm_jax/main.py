@@ -53,7 +53,7 @@ def main() -> int:
     from lstm_jax.run import trackers, workdir
 
     parallel.use_cores(experiment)
-    directory = workdir.check_path(_WORKDIR.value or Path("runs", name))
+    directory = workdir.expand_path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     unwatched = contextlib.nullcontext(lambda row: None)
     with (

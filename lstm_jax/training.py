@@ -61,7 +61,7 @@ def train(
         loss, a gradient or a parameter is not finite.
       Stopped: a `KeyboardInterrupt`, after Ctrl-C or SIGTERM, with everything saved.
     """
-    complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
+    complete, directory = config_lib.complete_config(config), workdir.expand_path(directory)
     with (
         jax.enable_x64(False),  # The caller may have enabled it, and set a mesh.
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
@@ -82,7 +82,7 @@ def take_steps(run: OpenRun) -> None:
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
     feed, stop, pacer, last_step = make_feed(run), StopRequest(), Pacer(step), plan.total_steps
     with (
-        contextlib.closing(Progress(step, last_step, plan.steps_per_epoch, run.prints)) as progress,
+        contextlib.closing(Progress(plan, step, run.prints)) as progress,
         contextlib.ExitStack() as trace,
         handle_signals(stop.handle_signal),
     ):
@@ -152,14 +152,14 @@ def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> Train
     state = check_finite(run, state)
     if number := int(state.loss_steps):
         loss = float(state.loss_sum) / number
-        speed = progress.measure_speed(step) * run.plan.tokens_per_step
-        progress.update(step, loss, speed)
+        speed = progress.measure_speed(step)
+        progress.show(step, loss, speed)
         extra: metrics.Extra = {
             "learning_rate": run.plan.get_learning_rate(step, int(state.skipped)),
             "gradient_norm": float(state.norm_sum) / number,
         }
         if speed:  # Otherwise it is unknown.
-            extra["tokens_per_second"] = round(speed)
+            extra["tokens_per_second"] = round(speed * run.plan.tokens_per_step)
         record(run, step, "train", loss, **extra)
     return state.clear("loss_sum", "norm_sum", "loss_steps")
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError
 
 
 def get_path(name: str) -> Path:
@@ -19,19 +19,10 @@ def get_path(name: str) -> Path:
 
 
 def make_directory(name: str) -> Path | None:
-    """Make a directory in the user's cache, and return its path; None if it can't be used.
-
-    It holds machine code: a directory that others can write is not used, and a warning says so.
-    """
+    """Make a directory in the user's cache, and return its path; None if it can't be written."""
     with contextlib.suppress(OSError, UserError):
         directory = get_path(name)
         directory.mkdir(0o700, parents=True, exist_ok=True)
-        status = directory.lstat()  # A link may lead to a directory of someone else.
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022 or directory.is_symlink():
-            warn(
-                f"others can write to {directory}, so compiled functions are not kept there: "
-                "remove it, or set another directory in XDG_CACHE_HOME"
-            )
-        elif os.access(directory, os.W_OK):
+        if os.access(directory, os.W_OK):
             return directory
     return None

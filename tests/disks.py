@@ -23,11 +23,6 @@ def mounted(directory: Path, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-def resize(disk: Path, size: str) -> None:
-    """Change the size of the file system."""
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
-
-
 def fill(disk: Path) -> Path:
     """Append to a file until the disk is full, and return the file."""
     filler = disk / "filler"

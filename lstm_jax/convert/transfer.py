@@ -32,7 +32,7 @@ def import_weights(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, with the tokens by "
             f"id, such as {example}"
         )
-    config, directory = config_lib.default(), workdir.check_path(directory).absolute()
+    config, directory = config_lib.default(), workdir.expand_path(directory).absolute()
     content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
     try:
         fields = json.loads(content)

@@ -6,12 +6,11 @@ take part in saving checkpoints.
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
-import re
 import sys
 import traceback
+import zlib
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -21,14 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.background import call_in_thread
-from lstm_jax.errors import UnavailableError, UserError, make_visible, one_line
-
-_LOST = (
-    "another process of this run has ended or can't be reached (its own output says why): start "
-    "the same command for all processes, to resume from the last checkpoint"
-)
-# Parts of JAX's error messages when a process is lost.
-_LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
+from lstm_jax.errors import UserError, make_visible, one_line
 
 
 @contextlib.contextmanager
@@ -41,18 +33,21 @@ def join_processes(
     """Join the other processes of a run, if there are any, and leave together with them.
 
     Process 0 listens at `coordinator_address`, HOST:PORT. If the first three arguments are None,
-    they come from SLURM, Open MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX.
-    It initializes no devices. An exception within the block ends this process immediately, so that
+    they come from SLURM, Open MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX
+    but `parallel.use_cores`. An exception within the block ends this process immediately, so that
     no other process waits for it.
 
     Raises:
-      UserError: if the arguments don't fit together.
+      UserError: if an argument is missing, or the processes don't find each other.
     """
-    given = (coordinator_address, num_processes, process_id)
-    if num_processes == 1 or (given == (None, None, None) and not _is_started_by_a_cluster()):
+    given, is_cluster = (coordinator_address, num_processes, process_id), _is_in_a_cluster()
+    if num_processes == 1 or (given == (None, None, None) and not is_cluster):
         yield
         return
-    _check_flags(*given)
+    if None in given and not is_cluster:
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id belong together: set all three"
+        )
     # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -65,31 +60,23 @@ def join_processes(
         )
         call_in_thread(initialize, *given)  # So that Ctrl-C ends the wait for the others.
     except Exception as error:  # Detecting a cluster may raise anything.
-        _leave(
-            f"can't join the other processes ({one_line(error)[:300]}): name them with "
-            "--coordinator_address, --num_processes and --process_id, start all of them within "
+        raise UserError(
+            f"can't join the other processes ({one_line(error)}): start all of them within "
             "--join_seconds of each other, or train alone with --num_processes=1"
-        )
+        ) from None
     try:
+        if jax.default_backend() == "gpu":
+            # One that has a program in its cache would not take part in autotuning it, and the
+            # others would wait for its results.
+            jax.config.update("jax_enable_compilation_cache", False)
         yield
         _wait_for_devices()
     except BaseException as error:
-        # An `UnavailableError` may be that of a save in which all processes take part.
-        cause = error.__context__ if isinstance(error, UnavailableError) else error
-        reason = getattr(cause, "strerror", None) or str(cause)  # Without the name of a file.
-        if not isinstance(cause, UserError) and re.search(_LOST_PATTERN, reason):
-            _leave(_LOST)
-        if isinstance(error, UserError):
-            _leave(str(error))
-        if isinstance(error, BrokenPipeError):  # As in `| head`.
-            _leave("the reader of standard output has closed it")
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            traceback.print_exc()
-        _leave(f"process {jax.process_index()} failed: {one_line(error)[:300]}")
+        _leave(error)
     jax.distributed.shutdown()
 
 
-def _is_started_by_a_cluster() -> bool:
+def _is_in_a_cluster() -> bool:
     """Return whether the environment names other processes, in one of the ways that JAX reads."""
     env = os.environ
     # A shell in a SLURM allocation is not one of its tasks, and has no list of nodes.
@@ -115,25 +102,6 @@ def _is_in_a_tpu_pod() -> bool:
     return answer.ok and "," in answer.text
 
 
-def _check_flags(address: str | None, number: int | None, process: int | None) -> None:
-    if address is not None and not re.fullmatch(r".+:[0-9]+", address):
-        raise UserError(
-            f"--coordinator_address is {address!r}: it must be HOST:PORT, for example "
-            "localhost:9911"
-        )
-    if number is not None and number < 1:
-        raise UserError(f"--num_processes is {number}: it must be 1 or more")
-    if process is not None and not 0 <= process < (number or process + 1):
-        raise UserError(
-            f"--process_id is {process}: it must be from 0 to one less than --num_processes"
-            f"{'' if number is None else f', {number - 1}'}"
-        )
-    if None in (address, number, process) and not _is_started_by_a_cluster():
-        raise UserError(
-            "--coordinator_address, --num_processes and --process_id belong together: set all three"
-        )
-
-
 def _wait_for_devices() -> None:
     """Wait until each device of each process has finished its work.
 
@@ -145,12 +113,16 @@ def _wait_for_devices() -> None:
     jax.block_until_ready(jax.jit(jax.numpy.sum)(ones))
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(error: BaseException) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
-    line = f"error: {make_visible(message)}\n"
-    os.write(2, line.encode("utf-8", "backslashreplace"))
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
+    message = str(error)
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        message = (
+            f"process {jax.process_index()} failed ({one_line(error)[:300]}): if another process "
+            "has ended, see its output; start all with the same command to resume"
+        )
+    print("error:", make_visible(message), file=sys.stderr, flush=True)
     os._exit(2)
 
 
@@ -188,7 +160,7 @@ def max_over_processes(value: int) -> int:
 
 def check_same(text: str, what: str) -> None:
     """Raise `UserError` in all processes if their texts differ; `what` is for the message."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    if (digests != digests[0]).any():
+    checksum = np.int32(zlib.crc32(text.encode("utf-8", "surrogateescape")) >> 1)
+    checksums = multihost_utils.process_allgather(checksum)
+    if (checksums != checksum).any():
         raise UserError(f"the processes of this run don't have the same {what}")

@@ -8,7 +8,6 @@ would have to exchange the hidden state at every position of the window.
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,16 +83,6 @@ def make_mesh(config: Config) -> Mesh:
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
     # Devices of a process are adjacent, and so are its rows of a batch.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if processes > 1 and devices[0].platform == "gpu":
-        # One that has a program in its cache would not take part in autotuning it, and the others
-        # would wait for its results.
-        jax.config.update("jax_enable_compilation_cache", False)
-    of_each = Counter(device.process_index for device in devices)
-    if len(set(of_each.values())) > 1:
-        raise UserError(
-            f"the processes have different numbers of devices, {sorted(of_each.values())}: give "
-            "all of them the same; on CPUs, set config.mesh.data"
-        )
     if max(data, 1) * model > len(devices):
         raise UserError(
             f"config.mesh.data is {data} and config.mesh.model {model}, but there are "

@@ -176,11 +176,11 @@ def define_run_flags() -> Callable[[], list[Path]]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
         from lstm_jax.run import cell_file
-        from lstm_jax.run.workdir import check_path
+        from lstm_jax.run.workdir import expand_path
 
         if cell.value:
             cell_file.load_cell(cell.value)
-        return [*map(check_path, workdir.value)]
+        return [*map(expand_path, workdir.value)]
 
     return read
 

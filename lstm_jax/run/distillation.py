@@ -13,8 +13,6 @@ from lstm_jax.errors import UserError, warn
 from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
-_MOST_BYTES = 2**32
-
 
 def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
     """Load the models in the directories `teachers`, which are separated by commas, as one.
@@ -30,17 +28,11 @@ def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
     return trained
 
 
-def check_teachers(config: Config, vocabulary: Vocabulary, length: int) -> None:
-    """Check the teachers of a run whose training text has `length` tokens.
+def check_teachers(config: Config, vocabulary: Vocabulary) -> None:
+    """Load the teachers of a run, and warn if their text is another one.
 
-    Raise `UserError` if they can't be loaded, have read the run's validation or test text, or their
-    probabilities don't fit into memory; warn if their text is another one.
+    Raise `UserError` if they can't be loaded, or have read the run's validation or test text.
     """
-    if 2 * length * len(vocabulary) > _MOST_BYTES:
-        raise UserError(
-            f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "
-            "two for each token of the text and of the vocabulary: use a shorter text"
-        )
     teachers = config.distill.teachers
     loaded = load_teachers(teachers, vocabulary)
     # Checksum of the text, and the bytes of each split: the training text comes first.

@@ -77,13 +77,8 @@ class Run:
     def __init__(self, trained: workdir.Trained, directory: Path | None = None) -> None:
         """Use a model that `workdir.load_trained` has loaded from a directory."""
         self._directory = directory
-        self.config, self.vocabulary, self.model, self._params, self.step = trained
-        self._arrays = generation.prepare_params(self.model, self._params)
-
-    @property
-    def params(self) -> Any:
-        """Return the parameters, in new dicts: an assignment would not reach all methods."""
-        return jax.tree.map(lambda array: array, self._params)
+        self.config, self.vocabulary, self.model, self.params, self.step = trained
+        self._arrays = generation.prepare_params(self.model, self.params)
 
     @property
     def metrics(self) -> list["Row"]:
@@ -96,7 +91,7 @@ class Run:
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
         models = ", ".join(f"{m.cell_name} {m.num_layers}x{m.hidden_size}" for m in members)
-        count = sum(array.size for array in jax.tree.leaves(self._params))
+        count = sum(array.size for array in jax.tree.leaves(self.params))
         return (
             f"<lstm_jax.Run: {models}; {count:,} parameters; {len(self.vocabulary)} "
             f"{self.vocabulary.token_name}s; step {self.step:,}>"
@@ -104,7 +99,7 @@ class Run:
 
     def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
-        self._check_prompt(prompt)
+        self._warn_of_unknown(prompt)
         return prompt + "".join(self._stream(prompt, None, **options))
 
     def stream(
@@ -130,7 +125,7 @@ class Run:
         Raises:
           UserError: if there is no such option, or its value is not allowed.
         """
-        self._check_prompt(prompt)
+        self._warn_of_unknown(prompt)
         controls.check_number("piece_length", piece_length)
         return self._stream(prompt, piece_length, **options)
 
@@ -155,13 +150,12 @@ class Run:
         controls.make_control_arrays(values, len(self.vocabulary))
         controls.check_number("length", length)
         controls.check_number("seed", seed)
-        self._check_text("stop_at", stop_at)
         process = process_logits and (
             lambda ids, logits: np.asarray(process_logits(ids[0], logits[0]))[None]
         )
         pieces = generation.stream_texts(
             self.model,
-            self._params,
+            self.params,
             self.vocabulary,
             jax.random.key(int(seed)),
             prompt=prompt,
@@ -181,21 +175,10 @@ class Run:
         token of each text; before the first token they are zeros. The results depend on the number
         of texts by rounding only, and not on how a text is divided between calls.
         """
-        try:
-            ids = np.asarray(ids)
-        except ValueError:  # Lists of different lengths.
-            ids = np.asarray(None)
-        is_valid = ids.ndim == 2 and ids.dtype.kind in "iu"
-        if not is_valid or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
-            raise UserError(
-                f"ids are {ids.dtype} {list(ids.shape)}: they must be integers [batch, time], from "
-                f"0 to {len(self.vocabulary) - 1}"
-            )
-        arguments = self.model, self._arrays, len(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary):
+            raise UserError(f"ids must be from 0 to {len(self.vocabulary) - 1}")
         if state is None:
-            state = generation.initial_state(*arguments)
-        elif _get_shapes(state) != _get_shapes(generation.initial_state.eval_shape(*arguments)):
-            raise UserError(f"state is not one of {len(ids)} texts that this model has read")
+            state = generation.initial_state(self.model, self._arrays, len(ids))
         return generation.read_tokens(self.model, self._arrays, state, ids)
 
     def score(self, text: str, carry: TextCarry | None = None) -> Scores:
@@ -204,27 +187,22 @@ class Run:
         The first token is predicted only with a carry, that of an earlier `Scores`, whose text
         precedes this one.
         """
-        self._check_text("text", text)
-        if not isinstance(carry, TextCarry | None):
-            raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        now = model_lib.first_carry(self.model, self._params, 1)
-        if not carry:
-            tokens = tokens[1:]
-        elif _get_shapes(now) != _get_shapes(earlier := carry.read()):
-            raise UserError("carry is that of another model")
+        now = model_lib.first_carry(self.model, self.params, 1)
+        if carry:
+            now, ids = carry.read(), np.append(np.int32(carry.last), ids)
         else:
-            now, ids = earlier, np.append(np.int32(carry.last), ids)
+            tokens = tokens[1:]
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
         log_probs, start, before = [np.zeros(0, np.float32)], 0, now
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
-            log_probs = [-loss_lib.compute_token_losses(self.model, self._params, ids)]
+            log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
         else:
             length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
             for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
                 start, before = number * length, now
-                losses, now = loss_lib.read_chunk(self.model, self._params, chunk, now)
+                losses, now = loss_lib.read_chunk(self.model, self.params, chunk, now)
                 log_probs.append(-np.asarray(losses)[chunk[2]])
 
         @functools.cache
@@ -241,41 +219,26 @@ class Run:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
 
         Raises:
-          UserError: if the text is not one, or this is an ensemble.
+          UserError: if this is an ensemble.
         """
         if isinstance(self.model, ensemble.Ensemble):
             raise UserError("an ensemble has no hidden states of its own: load one of its models")
-        self._check_text("text", text)
         ids = self.vocabulary.encode(text)
         padding = generation.round_length(len(ids)) - len(ids)
-        hidden = _compute_hidden(self.model, self._params, np.pad(ids, (0, padding)))
+        hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
         return [np.asarray(layer)[: len(ids)] for layer in hidden]
 
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """Return the n most probable tokens after a text, with their probabilities."""
         controls.check_number("n", n)
-        self._check_prompt(text, "text")
+        self._warn_of_unknown(text)
         state = self.read(generation.encode_prompt(self.vocabulary, text)[None])
         probabilities = np.asarray(jax.nn.softmax(state.logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
 
-    def _check_text(self, name: str, text: str) -> None:
-        """Raise `UserError` if the argument `name` is not a text that the model can read."""
-        if not isinstance(text, str):
-            raise UserError(f"{name} is {text!r}: it must be a string")
-        any_bytes = self.vocabulary.kind in ("bytes", "bpe")
-        try:
-            text.encode("utf-8", "surrogateescape" if any_bytes else "strict")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{name} has the lone surrogate {text[error.start]!r} at position {error.start}, "
-                "which is not a character: remove it"
-            ) from None
-
-    def _check_prompt(self, text: str, name: str = "prompt") -> None:
-        """Check a prompt, and warn of unknown tokens on the line that called a public method."""
-        self._check_text(name, text)
+    def _warn_of_unknown(self, text: str) -> None:
+        """Warn of tokens that the model does not know, on the line that called a public method."""
         if named := self.vocabulary.name_unknown(text):
             message = f"the model does not know {named} and reads [UNK] instead"
             warnings.warn(message, stacklevel=3)
@@ -303,20 +266,12 @@ def load(
     """
     if dtype not in (known := (None, *DTYPES, "int8")):
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
-    for name in [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell:
+    for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
-    if not isinstance(paths, Sequence) or isinstance(paths, bytes) or not paths:
-        raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
     with jax.enable_x64(False):  # Parameters are float32.
         single = workdir.find_model(paths[0]) if len(paths) == 1 else None
         return Run(ensemble.load_ensemble(paths, dtype)[0], single)
-
-
-def _get_shapes(tree: Any) -> Any:
-    """Return the structure of a tree of arrays, and the shape of each of them."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [np.shape(leaf) for leaf in leaves]
 
 
 @jax.jit(static_argnames="model")

@@ -151,12 +151,7 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
-    `config` is complete; for the other arguments, see `training.train`.
-
-    Raises:
-      UserError: if the config has no model or mesh for this machine; if another process holds the
-        run, or the processes of this one differ; if the text is another one or too short; or if the
-        run is damaged, can't be written, or has another value of a field that can't change.
+    `config` is complete; for the other arguments and errors, see `training.train`.
     """
     mesh = parallel.make_mesh(config)  # Before anything is compiled.
     config = resume.resolve_model(config)
@@ -171,22 +166,23 @@ def open_run(
         is_resumed = bool(list_steps(saved_in))
         _check_processes(config, directory)
         if config.distill.teachers and (not is_resumed or "distill.teachers" in changes):
-            distillation.check_teachers(config, vocabulary, len(ids["train"]))
+            distillation.check_teachers(config, vocabulary)
         order = batches.make_order(len(ids["train"]), config.batches, config.seed)
         plan = Plan(config, order.steps_per_epoch)
         model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
         state, source = _init_state(config, model, optimizer, mesh, ids["train"], is_resumed)
         state, step, history = _restore_state(config, directory, plan, state)
-        is_validated = is_resumed and _is_validated(saved_in, step)
+        is_recorded = is_resumed and read_validation_loss(saved_in, step) is not None
+        # A fast process may just have recorded it.
+        is_validated = bool(hosts.max_over_processes(is_recorded))
         is_at_end = step == plan.total_steps
         is_finished = is_validated and (is_at_end or ends_early(config, directory))
         if is_finished and not all(name.startswith("data.") for name in changes):
             changes = {}  # It is not trained with a new config. Its text may have moved.
         elif hosts.is_first():
-            _write_files(config, directory, vocabulary, step, changes)
-            if is_resumed and not is_finished:
-                workdir.restore_history(directory, history)
+            kept = None if is_finished else history
+            _write_files(config, directory, vocabulary, step, changes, kept)
         yield OpenRun(
             config=config,
             changes=changes,
@@ -280,8 +276,8 @@ def _init_state(
 
 def _restore_state(
     config: Config, directory: Path, plan: Plan, state: TrainState
-) -> tuple[TrainState, int, dict[str, int]]:
-    """Return state, step and sizes of the files of the latest checkpoint, else the given state."""
+) -> tuple[TrainState, int, dict[str, int] | None]:
+    """Return state, step and history of the latest checkpoint, else the given state."""
     restored = restore_latest(directory / workdir.CHECKPOINTS, state.evaluated, state.rest)
     if not restored:
         if (directory / workdir.METRICS).exists():
@@ -289,7 +285,7 @@ def _restore_state(
                 f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
                 f"{workdir.CHECKPOINTS}/, or start a new run in another working directory"
             )
-        return state, 0, {}
+        return state, 0, None
     step, items = restored
     if step > plan.total_steps:
         raise UserError(
@@ -298,12 +294,6 @@ def _restore_state(
             "working directory"
         )
     return TrainState.join(items.params, items.state), step, items.history
-
-
-def _is_validated(saved_in: Path, step: int) -> bool:
-    """Return whether a checkpoint has been validated."""
-    is_recorded = read_validation_loss(saved_in, step) is not None
-    return bool(hosts.max_over_processes(is_recorded))  # A fast process may just have recorded it.
 
 
 def ends_early(config: Config, directory: Path) -> bool:
@@ -315,13 +305,20 @@ def ends_early(config: Config, directory: Path) -> bool:
 
 
 def _write_files(
-    config: Config, directory: Path, vocabulary: Vocabulary, step: int, changes: resume.Changes
+    config: Config,
+    directory: Path,
+    vocabulary: Vocabulary,
+    step: int,
+    changes: resume.Changes,
+    history: dict[str, int] | None,
 ) -> None:
-    """Write the config, its changes and the vocabulary of a run."""
+    """Write the config, its changes and the vocabulary; remove what is later than `history`."""
     if changes:
         workdir.append_changes(directory, step, changes)
     workdir.save_vocabulary(directory, vocabulary)
     workdir.save_config(directory, config)
+    if history is not None:
+        workdir.restore_history(directory, history)
 
 
 def _open_metrics(

@@ -7,6 +7,7 @@ import jax
 from tqdm import tqdm
 
 from lstm_jax.devices import hosts
+from lstm_jax.run.opening import Plan
 from lstm_jax.train_step import TrainState
 
 _SECONDS_BETWEEN_LINES = 10
@@ -47,77 +48,57 @@ class Progress:
     """Measures the speed of training; shows step, epoch, loss, speed and remaining time.
 
     On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
-    seconds. The first call, which compiles the step, is not measured.
+    seconds. The first call of the step, which compiles it, is not measured.
     """
 
-    def __init__(self, step: int, total_steps: int, steps_per_epoch: int, shown: bool) -> None:
-        self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
-        self._shown = shown
-        self._measured = ""  # The last training loss and speed.
-        # (Steps done, time), from which the remaining time is measured.
-        self._clock = self._start = step, time.monotonic()
+    def __init__(self, plan: Plan, step: int, shown: bool) -> None:
+        self._plan, self._shown, self._is_compiled = plan, shown, False
+        # Steps done, and the time, from which the speed is measured.
+        self._clock = step, time.monotonic()
         self._last_line = time.monotonic()
+        is_bar = shown and sys.stderr.isatty()
+        total = plan.total_steps
         self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
+            total=total, initial=step, unit="step", dynamic_ncols=True, disable=not is_bar
         )
 
     def after_step(self, step: int) -> None:
         """Start the clock again after the first call."""
-        if self._start[0] == self._first:
+        if not self._is_compiled:
+            self._is_compiled = True
             self.start_clock(step)
 
     def start_clock(self, step: int) -> None:
-        """Measure the speed from here on, with `step` steps done.
-
-        The remaining time is estimated from the first call after a step, as that step compiles.
-        """
+        """Measure the speed from here on, with `step` steps done."""
         self._clock = step, time.monotonic()
-        if self._start[0] == self._first:
-            self._start = self._clock
-        self._advance(step)
+        self._bar.update(step - self._bar.n)
 
     def measure_speed(self, step: int) -> float:
-        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
+        """Return the steps per second since the last call or `start_clock`; 0 without a step."""
         before, self._clock = self._clock, (step, time.monotonic())
         steps, seconds = step - before[0], self._clock[1] - before[1]
         return steps / seconds if steps else 0.0
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show that `step` steps are done, with this training loss and speed (0 if unknown)."""
-        self._measured = f", loss {loss:.3f}"
-        if tokens_per_second:
-            self._measured += f", {tokens_per_second:,.0f} tokens/s"
-        left = self._advance(step)
+    def show(self, step: int, loss: float, speed: float) -> None:
+        """Show the training loss and the speed, in steps per second, or 0 if it is unknown."""
+        plan = self._plan
+        measured = [f"epoch {plan.count_epochs(step):.2f}", f"loss {loss:.3f}"]
+        if speed:
+            measured.append(f"{speed * plan.tokens_per_step:,.0f} tokens/s")
+        self._bar.set_postfix_str(", ".join(measured), refresh=False)
+        self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._shown and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            print(", ".join(filter(None, [self._describe(step), left])), flush=True)
+            if speed:
+                minutes, seconds = divmod(round((plan.total_steps - step) / speed), 60)
+                measured.append(f"{minutes}:{seconds:02} left")
+            print(", ".join([f"step {step}/{plan.total_steps}", *measured]), flush=True)
 
     def finish(self, step: int) -> None:
         """Show that the run ends at `step`, before all steps are done."""
-        self._total = self._bar.total = step
-        self._advance(step)
-
-    def _describe(self, step: int) -> str:
-        epoch = step / self._steps_per_epoch
-        return f"step {step}/{self._total}, epoch {epoch:.2f}{self._measured}"
-
-    def _advance(self, step: int) -> str:
-        """Move the bar; return the remaining time, or "" before it can be estimated."""
-        left = ""
-        if steps := step - self._start[0]:
-            seconds = (time.monotonic() - self._start[1]) / steps * (self._total - step)
-            minutes, seconds = divmod(round(seconds), 60)
-            left = f"{minutes}:{seconds:02} left"
-        self._bar.set_description_str(self._describe(step), refresh=False)
-        self._bar.set_postfix_str(left, refresh=False)
-        self._bar.update(step - self._bar.n)
-        return left
+        self._bar.total = step
+        self._bar.refresh()
 
     def close(self) -> None:
         """Close the bar and leave it on the screen."""

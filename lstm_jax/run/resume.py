@@ -1,7 +1,6 @@
 """Decide what a run is trained with: its model, config and vocabulary, new or resumed."""
 
 import dataclasses
-import os
 import shlex
 from pathlib import Path
 
@@ -53,9 +52,7 @@ def resolve_run(
     `config` is complete, with the checksum of the text. Raise `UserError` if the run has another
     text, or another value of a field that can't change.
     """
-    teachers = config.distill.teachers
-    if "," not in os.getcwd():  # It would divide the list.
-        teachers = ",".join(map(_make_absolute, teachers.split(",")))
+    teachers = ",".join(map(_make_absolute, config.distill.teachers.split(",")))
     absolute = {"init_from": _make_absolute(config.init_from), "distill.teachers": teachers}
     config = config_lib.change_fields(config, absolute)
     if workdir.is_folder(directory):
@@ -65,10 +62,8 @@ def resolve_run(
         )
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
-        first = before.init_from
-        has_moved = first and not workdir.find_model(first).exists()
         kept = {
-            "init_from": first if has_moved else config.init_from or first,
+            "init_from": config.init_from or before.init_from,
             "distill.teachers": config.distill.teachers or before.distill.teachers,
         }
         config = config_lib.change_fields(config, kept)
@@ -93,7 +88,7 @@ def resolve_run(
 def _make_absolute(model: str) -> str:
     """Return the absolute path of a model's directory; "" and the name of a packaged model stay."""
     is_path = model and not workdir.is_in_package(model)
-    return str(workdir.check_path(model).absolute()) if is_path else model
+    return str(workdir.expand_path(model).absolute()) if is_path else model
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:

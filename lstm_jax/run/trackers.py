@@ -5,7 +5,6 @@ import functools
 import html
 import importlib.util
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +79,8 @@ def _send(run: Any, row: metrics.Row) -> None:
 
 def _get_identity(directory: Path) -> str:
     """Return the identity of a run, which is drawn when it is first tracked."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        identity = files.read_json(directory / TRACKED)["identity"]
-        if isinstance(identity, str) and re.fullmatch("[0-9a-f]{8}", identity):
-            return identity
-    identity = secrets.token_hex(4)
-    files.write_json(directory / TRACKED, {"identity": identity})
+    path = directory / TRACKED
+    if not path.exists():
+        files.write_json(path, {"identity": secrets.token_hex(4)})
+    identity: str = files.read_json(path)["identity"]
     return identity

@@ -35,40 +35,24 @@ CHANGES = "changes.jsonl"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
 # first removes what was appended later. TensorBoard hides what was.
 HISTORY = (METRICS, SAMPLES)
-# Fields of `data` in the configs of earlier versions, which have no effect any more.
-_REMOVED = ("memory_megabytes", "prepared")
 # The folders of trained models in the package.
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
-def check_path(directory: Path | str) -> Path:
-    """Return the path of a working directory, which may not exist; raise `UserError` if none can.
-
-    The system limits the length of a name, and allows no NUL in it.
-    """
-    try:
-        path = Path(os.path.expanduser(directory))  # In --workdir=~/run, the shell leaves ~.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            path.stat()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"directory is {directory!r:.100}: it must be a path ({error})") from None
-    except OSError as error:
-        raise UserError(f"directory is {str(directory)!r:.100}: {error.strerror}") from None
-    return path
+def expand_path(directory: Path | str) -> Path:
+    """Return a path with the home directory for ~, which the shell leaves in --workdir=~/run."""
+    return Path(os.path.expanduser(directory))
 
 
 def is_in_package(name: Path | str) -> bool:
     """Return whether this is the name of a model in the package, and no path here."""
-    path = check_path(name)
+    path = expand_path(name)
     return path.name == str(path) and not path.exists() and (_PRETRAINED / path).is_dir()
 
 
 def find_model(name: Path | str) -> Path:
-    """Return the directory of a trained model: a path, which may not exist, or one in the package.
-
-    Raise `UserError` as `check_path` does.
-    """
-    return _PRETRAINED / name if is_in_package(name) else check_path(name)
+    """Return the directory of a trained model: a path, or that of a name in the package."""
+    return _PRETRAINED / name if is_in_package(name) else expand_path(name)
 
 
 def is_folder(directory: Path) -> bool:
@@ -81,17 +65,13 @@ def load_config(workdir: Path) -> Config:
     try:
         fields = files.read_json(workdir / CONFIG)
     except (FileNotFoundError, NotADirectoryError):
-        name = shlex.quote(str(workdir))
-        train = f"python -m lstm_jax.main --config experiments/quick.py --workdir {name}"
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
-            "training run, or tiny-shakespeare, or train one with "
-            f"{train}"
+            "training run, or tiny-shakespeare, or train one with python -m lstm_jax.main --config "
+            f"experiments/quick.py --workdir {shlex.quote(str(workdir))}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None
-    for name in _REMOVED:
-        fields["data"].pop(name, None)
     return config_lib.complete_config(fields)
 
 

@@ -74,7 +74,7 @@ def prepare_sweep(
         model=cell_file.resolve_cell(experiment.model),
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
-    path = workdir.check_path(directory or Path("runs", "sweeps", name))
+    path = workdir.expand_path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
     shared = {
         field: list(value) if isinstance(value, tuple) else value  # As in JSON.

@@ -1,7 +1,6 @@
 """Test training processes that are killed, stopped, concurrent, or on a full disk."""
 
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -100,15 +99,3 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
         filler.unlink()
         assert commands.run("main", *arguments).returncode == 0
         runs.assert_same(whole, directory)
-
-
-def test_on_a_read_only_disk_training_fails_and_reading_works(
-    trained: Path, text_file: Path, tmp_path: Path
-) -> None:
-    with mounted(tmp_path / "disk") as disk:
-        shutil.copytree(trained, disk / "run")
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        result = commands.run("main", *runs.make_arguments(text_file, disk / "run"))
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-        assert f"can't write to {disk / 'run'}: Read-only file system" in result.stderr
-        assert commands.run("sample", f"--workdir={disk / 'run'}").returncode == 0

@@ -232,7 +232,6 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
     text = "hagfbceddd"
     first, last = run.hidden_states(text)
     assert first.shape == last.shape == (10, 7)
-    run.params["dense"]["bias"] = None  # In a copy of the dict, so it has no effect.
     dense = run.params["dense"]
     log_probs = jax.nn.log_softmax(last @ dense["kernel"] + dense["bias"])
     np.testing.assert_allclose(log_probs, compute_log_probs(run, text), atol=1e-5)
@@ -369,10 +368,6 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"forbidden": 3}, "forbidden is 3: it must be a list"),
         ({"temprature": 1}, "there is no 'temprature': the options are length, seed, stop_token"),
-        ({"stop_at": 3}, "stop_at is 3: it must be a string"),
-        ({"stop_at": "\ud800"}, "stop_at has the lone surrogate"),
-        ({"prompt": None}, "prompt is None: it must be a string"),
-        ({"prompt": "a\ud800"}, r"prompt has the lone surrogate .*ud800' at position 1"),
     ],
 )
 def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> None:
@@ -383,48 +378,14 @@ def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> N
 
 
 def test_an_error_names_the_argument_of_other_methods() -> None:
-    run, other = make_run(), make_run(num_layers=2)
+    run = make_run()
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
         (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
-        (run.next, {"text": "\ud800"}, "text has the lone surrogate"),
-        (run.score, {"text": b"a"}, "text is b'a': it must be a string"),
-        (run.score, {"text": "a", "carry": run.score("ab")}, "carry is a Scores: it must be that"),
-        (run.read, {"ids": [2, 3]}, r"ids are int64 \[2\]: they must be integers \[batch, time\]"),
-        (run.read, {"ids": [[2, 999]]}, r"ids are int64 \[1, 2\]: they must be"),
-        (run.read, {"ids": None}, r"ids are object \[\]: they must be integers"),
-        (run.read, {"ids": [[2, 3], [2]]}, r"ids are object \[\]: they must be integers"),
-        (
-            run.read,
-            {"ids": [[2]] * 8, "state": run.read(np.array([[3]]))},
-            "state is not one of 8 texts",
-        ),
-        (
-            run.read,
-            {"ids": [[2]], "state": other.read(np.array([[3]]))},
-            "texts that this model has read",
-        ),
-        (run.read, {"ids": [[2]], "state": 0}, "state is not one of 1 texts"),
-        (run.score, {"text": "a", "carry": other.score("a").carry}, "carry is that of another"),
-        (run.read, {"ids": [[2.0]]}, r"ids are float64 \[1, 1\]: they must be integers"),
-        (lstm_jax.load, {"directory": b"run"}, "directory is b'run': it must be a path"),
-        (
-            lstm_jax.load,
-            {"directory": "x", "cell": LanguageModel},
-            "LanguageModel.* is not FILE.py:CLASS",
-        ),
-        (run.hidden_states, {"text": "\ud800"}, "text has the lone surrogate"),
-        (lstm_jax.load, {"directory": "a" * 5000}, "directory is 'aaaa.*: File name too long"),
-        (lstm_jax.load, {"directory": "a\0b"}, "directory is 'a.*b': it must be a path"),
-        (lstm_jax.load, {"directory": None}, "directory is None: it must be a path"),
-        (lstm_jax.load, {"directory": []}, r"directory is \[\]: it must be a path, or a list"),
+        (run.read, {"ids": np.array([[2, 999]])}, "ids must be from 0 to 4"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
-        (lstm_jax.load, {"directory": "x", "cell": "\0.py:C"}, "is not FILE.py:CLASS"),
-        (lstm_jax.load, {"directory": "x", "cell": Path("a.py")}, "a.py.* is not FILE.py:CLASS"),
         (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
-        (lstm_jax.train, {"config": {}, "directory": "a" * 5000}, "File name too long"),
-        (lstm_jax.train, {"config": {}, "directory": "a\0"}, "it must be a path"),
     ]
     for call, arguments, message in calls:
         with pytest.raises(UserError, match=message):
@@ -445,8 +406,6 @@ def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:
     params = models.draw_params(model)
     run = library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
     assert run.generate("\udc80", length=1).startswith("\udc80")
-    with pytest.raises(UserError, match="prompt has the lone surrogate"):
-        run.generate("\ud800")
 
 
 def test_a_warning_points_to_the_line_of_the_caller() -> None:

@@ -94,7 +94,7 @@ def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() ->
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = Progress(10, 140, 70, True)
+    measured = Progress(make_plan(), 10, True)
     clock.now += 50  # It compiles.
     measured.after_step(11)
     assert measured.measure_speed(11) == 0
@@ -109,43 +109,37 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
 def test_progress_is_a_line_every_ten_seconds_without_a_terminal(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    shown = Progress(step=0, total_steps=101, steps_per_epoch=101, shown=True)
-    shown.start_clock(0)  # After the first validation.
+    shown = Progress(make_plan(), 0, True)
     clock.now += 30
-    shown.update(1, 2.5, 0.0)
-    shown.start_clock(1)
+    shown.show(1, 2.5, 0.0)
     clock.now += 5
-    shown.update(6, 2.4, 1.0)  # Too early for a line.
+    shown.show(6, 2.4, 1.0)  # Too early for a line.
     clock.now += 15
-    shown.update(21, 2.25, 4321.0)
+    shown.show(21, 2.25, 1.5)
     shown.close()
     output = capsys.readouterr()
+    tokens = 1.5 * config_lib.Config().batches.batch_size * 100
     assert output.out.splitlines() == [
-        "step 1/101, epoch 0.01, loss 2.500, 50:00 left",  # The speed was not measured yet.
-        "step 21/101, epoch 0.21, loss 2.250, 4,321 tokens/s, 1:20 left",
+        "step 1/140, epoch 0.01, loss 2.500",  # The speed was not measured yet.
+        f"step 21/140, epoch 0.30, loss 2.250, {tokens:,.0f} tokens/s, 1:19 left",
     ]
     assert output.err == ""
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_the_bar_ends_at_100_percent(
-    early: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock
+    early: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    shown = Progress(0, 410 if early else 205, 205, shown=True)
-    clock.now += 30
-    shown.start_clock(5)
-    clock.now += 10
-    shown.update(105, 2.25, 4321.0)
-    shown.update(195, 2.0, 4321.0)
-    shown.start_clock(205)
+    end = 100 if early else 140
+    shown = Progress(make_plan(), 0, shown=True)
+    shown.show(end - 10, 2.0, 4.0)
+    shown.start_clock(end)
     if early:
-        shown.finish(205)
+        shown.finish(end)
     shown.close()
-    output = capsys.readouterr()
-    last = output.err.split("\r")[-1]
-    assert last.startswith("step 205/205, epoch 1.00, loss 2.000, 4,321 tokens/s 100%")
-    assert "0:00 left" in last and output.out == ""
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100%" in last and f"{end}/{end}" in last and "loss 2.000" in last
 
 
 def test_a_row_has_the_means_since_the_last_one(
@@ -155,7 +149,7 @@ def test_a_row_has_the_means_since_the_last_one(
     monkeypatch.setattr(training, "record", lambda run, *row, **more: rows.append((row, more)))
     config = config_lib.complete_config({"optimizer": {"warmup_steps": 20}})
     run: Any = SimpleNamespace(config=config, plan=Plan(config, 70))
-    progress = Progress(0, 140, 70, True)
+    progress = Progress(run.plan, 0, True)
     clock.now += 5
     state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3, skipped=1)
     state = training.log(run, state, 10, progress)

@@ -1,6 +1,5 @@
 """Test the rows of metrics.jsonl, the events of TensorBoard, and the plot."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +70,6 @@ def test_tensorboard_has_the_config_and_the_samples(trained: Path) -> None:
         assert "\n".join(lines) in (trained / "samples.txt").read_text()
 
 
-def test_the_seconds_of_training_continue_when_a_run_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    now = 1000.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    with metrics.MetricsWriter(path, 0, Config()) as writer:
-        now += 5
-        writer.write(10, 0.5, "train", 2.5)
-        now += 2.5
-        writer.write(20, 1, "validation", 2.25)
-    now = 3.0  # Another process, with another clock.
-    with metrics.MetricsWriter(path, 20, Config()) as writer:
-        now += 1
-        writer.write(30, 1.5, "train", 2.0)
-    rows = metrics.read_metrics(path)
-    assert [row["seconds"] for row in rows] == [5.0, 7.5, 8.5]
-    times = [datetime.fromisoformat(row["time"]) for row in rows]
-    assert times == sorted(times)
-    assert abs((datetime.now(UTC) - times[0]).total_seconds()) < 600
-
-
 def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
@@ -136,14 +113,3 @@ def test_tensorboard_shows_no_later_step_of_a_killed_process(tmp_path: Path) -> 
                 writer.write(step + 10 * number, 1.0, "train", loss)
         path.unlink()
     assert runs.read_events(tmp_path) == [(10, "train/loss", 4.0), (20, "train/loss", 2.5)]
-
-
-def test_the_plot_shows_every_validation_and_test_point() -> None:
-    rows: list[Any] = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
-    rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
-    rows += [{"step": 100, "split": "test", "loss": 8.93}]
-    low, high = metrics.draw_metrics(rows).axes[0].get_ylim()
-    assert low < 2.05 and 8.93 < high < 11
-    rows[0]["loss"] = 1000.0
-    low, high = metrics.draw_metrics(rows[:-1]).axes[0].get_ylim()
-    assert low > 1.9 and high < 5, "the first steps are cut off"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.run import opening
 
@@ -29,16 +28,5 @@ def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
         opening._hold_lock(tmp_path).__enter__()
     first.kill()
     first.wait()
-    with opening._hold_lock(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks_is_not_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*unused: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
     with opening._hold_lock(tmp_path):
         pass

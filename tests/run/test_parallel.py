@@ -99,18 +99,9 @@ def test_an_invalid_mesh_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
         parallel.make_mesh(config)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("localhost", 2, 0), "must be HOST:PORT"),
-        (("localhost:1", 0, 0), "num_processes is 0: it must be 1 or more"),
-        (("localhost:1", 2, 2), "process_id is 2: it must be from 0 .*, 1"),
-        ((None, 2, 0), "belong together"),
-        (("localhost:1", 2, None), "belong together"),
-    ],
-)
-def test_invalid_process_flags_raise_an_error(
-    given: tuple[str | None, int | None, int | None], message: str
-) -> None:
-    with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):
+def test_the_flags_of_processes_belong_together() -> None:
+    with (
+        pytest.raises(UserError, match="belong together: set all three"),
+        hosts.join_processes("localhost:1", 2, None, timeout_seconds=1),
+    ):
         pass
