@@ -193,7 +193,7 @@ def trace_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> 
     """Trace the evaluation of a chunk of a long text."""
     chunk = next(loss.iterate_chunks(np.zeros(loss.LONGEST_IN_ONE + 2, np.int32)))
     carry = jax.eval_shape(lambda: lstm.initial_carry(len(chunk[0])))
-    return loss.read_chunk.trace(lstm, *place((get_params(lstm), chunk, carry)))
+    return loss.compute_chunk_losses.trace(lstm, *place((get_params(lstm), chunk, carry)))
 
 
 def trace_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Any:

@@ -250,10 +250,10 @@ class RunConfig:
     num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True)
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
         "0: no limit.", _COUNT, resume=True)
-    validate_every_steps: int = field(0, "Steps between validations within an epoch; each epoch "
-        "also ends with one. 0: no others.", _COUNT, resume=True)
-    validation_tokens: int = field(0, "Validate on the first tokens only. 0: on all.",
-        "x == 0 or 4 <= x < 2**31")
+    validate_every_steps: int = field(0, "Also validate at the multiples of this number of steps. "
+        "0: only at the end of each epoch.", _COUNT, resume=True)
+    validation_tokens: int = field(0, "Validate on this number of tokens, the first of the split. "
+        "0: on all.", "x == 0 or 2 <= x < 2**31")
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
@@ -261,8 +261,8 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
         _AMOUNT, resume=True)
-    max_skipped_steps: int = field(0, "Skip this number of steps that are not finite.", _COUNT,
-        resume=True)
+    max_skipped_steps: int = field(0, "Steps with a loss, gradient or parameter that is not finite "
+        "are skipped; training ends after more than this number.", _COUNT, resume=True)
     profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
 # fmt: on
 
@@ -422,7 +422,7 @@ def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:
     return complete_config(config, overrides)
 
 
-def find_unused_fields(config: Config) -> list[str]:
+def describe_unused_fields(config: Config) -> list[str]:
     """Return a message for each field that is set but has no effect on this config."""
     return [
         f"config.{name} is {value!r}, which has no effect: it needs {FIELDS[name].relevant_if}"

@@ -27,13 +27,13 @@ Chunk = tuple[Integer[Any, "batch time"], Integer[Any, "batch time"], Bool[Any, 
 def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
-    The text is read once with the carry kept: every token but the first is predicted once, from the
-    whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
-    streams, each of which reads the 512 tokens before its start first, as context.
+    Every token but the first is predicted once. A text of at most `LONGEST_IN_ONE` tokens is read
+    in one stream, with the carry kept; a longer one as 64 parallel streams, each of which first
+    reads the 512 tokens before its start.
     """
     carry, total = first_carry(model, params, count_streams(ids)), 0.0
     for chunk in iterate_chunks(ids):
-        losses, carry = read_chunk(model, params, chunk, carry)
+        losses, carry = compute_chunk_losses(model, params, chunk, carry)
         total += float(np.asarray(losses).sum(dtype=np.float64))
     return total / (len(ids) - 1)
 
@@ -50,7 +50,7 @@ def compute_token_losses(
     if len(ids) < 2:
         return np.zeros(0, np.float32)
     texts = _iterate_windows(ids, context) if context else [iterate_chunks(ids)]
-    parts = [read_chunks(read_chunk, model, params, chunks) for chunks in texts]
+    parts = [read_chunks(compute_chunk_losses, model, params, chunks) for chunks in texts]
     return np.concatenate(parts)
 
 
@@ -60,7 +60,7 @@ def read_chunks(
     params: Params,
     chunks: Iterable[Chunk],
 ) -> Shaped[np.ndarray, "n ..."]:
-    """Return the results of `read`, a function like `read_chunk`, for the targets that count.
+    """Return the results of `read`, such as `compute_chunk_losses`, for the targets that count.
 
     They are in the order of the text. The carry is kept from chunk to chunk.
     """
@@ -123,7 +123,7 @@ def _cut_chunks(
 
 
 @jax.jit(static_argnames="model")
-def read_chunk(
+def compute_chunk_losses(
     model: LanguageModel, params: Params, chunk: Chunk, carry: Carry
 ) -> tuple[Float[Array, "batch time"], Carry]:
     """Return the losses of a chunk in nats, 0 for targets that do not count.
@@ -146,8 +146,8 @@ def compute_bits_per_character(loss: float, sizes: Sequence[TextSize]) -> float:
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token. The sizes are those of the measured texts, the first of which
-    counts without its first token.
+    The loss is in nats per token. The sizes are those of the measured texts; that of the first
+    excludes its first token.
     """
     tokens, characters, unknown_bytes = map(sum, zip(*sizes, strict=True))
     return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

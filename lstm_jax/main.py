@@ -45,7 +45,7 @@ def main() -> int:
     experiment, name = command.read_experiment(model and f"experiments/finetune.py:{model}")
     if model is not None:
         experiment = dataclasses.replace(experiment, init_from=model)
-    for message in config.find_unused_fields(experiment):
+    for message in config.describe_unused_fields(experiment):
         warn(message)
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training

@@ -277,7 +277,7 @@ class LanguageModel(nn.Module):
     ) -> Float[Array, "batch time"]:
         """Return the cross-entropy of each target, in nats.
 
-        The result is that of `predict`; for a large vocabulary, it is computed faster.
+        It is that of the logits of `predict`; for a large vocabulary it is computed in one pass.
         """
         if self.vocabulary_size < _LARGE_VOCABULARY:
             return cross_entropy(self.predict(outputs), targets)

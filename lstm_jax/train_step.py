@@ -17,7 +17,7 @@ from lstm_jax.batches import Batch
 from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config
 from lstm_jax.devices import parallel
-from lstm_jax.optimizer import update_average
+from lstm_jax.optimizer import is_elementwise, update_average
 
 # The number of parameters from which the state of Adam is larger than a processor's cache.
 _LARGE = 2**22
@@ -181,8 +181,8 @@ def make_step(
         )
         carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, before)
         size = sum(array.size for array in jax.tree.leaves(state.params))
-        is_elementwise = config.optimizer.name != "muon"
-        if jax.default_backend() == "cpu" and is_elementwise and size >= _LARGE:
+        in_place = is_elementwise(config.optimizer) and size >= _LARGE
+        if jax.default_backend() == "cpu" and in_place:
             # Compute the update again, in place: to store the new arrays beside the old ones, which
             # are needed if it is not finite, takes longer.
             def update_in_place(i: Array, old: tuple[Any, ...]) -> tuple[Any, ...]:

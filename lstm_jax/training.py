@@ -27,11 +27,11 @@ from lstm_jax.errors import NotFiniteError, name_setting, warn
 from lstm_jax.run import advice, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
 from lstm_jax.run.library import Run
-from lstm_jax.run.opening import OpenRun, open_run
+from lstm_jax.run.opening import OpenRun, is_out_of_patience, open_run
 from lstm_jax.run.progress import Pacer, Progress
 from lstm_jax.train_step import TrainState, make_train_step
 
-_SECONDS_OF_CURVES = 10  # Plotting takes a tenth of a second, while the devices wait.
+_SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 _WARM_UP, _TRACED = 3, 5  # Calls of the training step before a trace, and in it.
 
 
@@ -63,7 +63,8 @@ def train(
     """
     complete, directory = config_lib.complete_config(config), workdir.expand_path(directory)
     with (
-        jax.enable_x64(False),  # The caller may have enabled it, and set a mesh.
+        jax.enable_x64(False),  # The caller may have enabled it.
+        # The caller may have set a mesh: this is none.
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
         open_run(complete, directory, watch, quiet) as run,
     ):
@@ -78,40 +79,42 @@ def take_steps(run: OpenRun) -> None:
 
     Raise `Stopped` after a signal, when the state is saved.
     """
-    config, plan, state, step, calls = run.config, run.plan, run.state, run.step, 0
+    config, plan = run.config, run.plan
+    state, step, calls = run.first_state, run.first_step, 0
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
-    feed, stop, pacer, last_step = make_feed(run), StopRequest(), Pacer(step), plan.total_steps
+    feed, stop, pacer, is_over = make_feed(run), StopRequest(), Pacer(step), False
+    bar = Progress(step, plan.total_steps, plan.steps_per_epoch, run.prints)
     with (
-        contextlib.closing(Progress(plan, step, run.prints)) as progress,
+        contextlib.closing(bar) as progress,
         contextlib.ExitStack() as trace,
         handle_signals(stop.handle_signal),
     ):
         try:
-            if not run.is_resumed:  # `validate` waits for it: no run resumes without a checkpoint.
-                state = save(run, state, step)
-            # Resuming has removed the row of an earlier validation.
+            if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
+                save(run, state, step)
+            # A checkpoint is saved before its validation, so resuming has removed that row.
             if run.is_validated or plan.validates_at(step):
-                last_step = validate(run, state, step, progress, stop)
+                is_over = validate(run, state, step, progress, stop)
             check_signals(stop)
-            while step < last_step:
+            while step < plan.total_steps and not is_over:
                 steps = plan.count_steps_of_call(step)
                 batch = feed.next(steps)
                 traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
-                # The step must not transfer anything else to the devices.
+                # Any other transfer to the devices is an error.
                 with jax.transfer_guard("disallow"), traced:
                     state = train_step(state, batch)
                 step, calls = step + steps, calls + 1
-                is_agreed = pacer.wait(step, state)
+                is_synchronized = pacer.wait(step, state)
                 progress.after_step(step)
                 profile(run, state, calls, trace)
                 if step % config.log_every_steps == 0:
                     state = log(run, state, step, progress)
-                is_due = plan.validates_at(step)
-                if is_due or (is_agreed and is_save_due(run)):
+                validates = plan.validates_at(step)
+                if validates or (is_synchronized and is_save_due(run)):
                     state = save(run, state, step)
-                if is_due:  # After the save: a run that is stopped in it resumes from here.
-                    last_step = validate(run, state, step, progress, stop)
-                if is_agreed or is_due:
+                if validates:  # After the save: a run that is stopped in it resumes from here.
+                    is_over = validate(run, state, step, progress, stop)
+                if is_synchronized or validates:
                     check_signals(stop)
         except Stopped:
             if step != run.checkpoints.last_step:
@@ -123,13 +126,13 @@ def take_steps(run: OpenRun) -> None:
 
 
 def make_feed(run: OpenRun) -> feeding.Feed:
-    """Return the training batches from the run's step, on the devices of its mesh."""
+    """Return the training batches from the run's first step, on the devices of its mesh."""
     ids, config, predictions = run.ids["train"], run.config, None
     on_devices = feeding.fits_on_device(ids)
     if config.distill.teachers:
         teachers = distillation.load_teachers(config.distill.teachers, run.vocabulary)
         predictions, on_devices = distillation.predict_text(teachers, ids), True
-    return feeding.Feed(ids, config, run.mesh, run.step, on_devices, predictions)
+    return feeding.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
 
 
 def check_signals(stop: StopRequest) -> None:
@@ -195,10 +198,10 @@ def save(run: OpenRun, state: TrainState, step: int) -> TrainState:
 
 def validate(
     run: OpenRun, state: TrainState, step: int, progress: Progress, stop: StopRequest
-) -> int:
-    """Record the validation loss and a sample; return the step at which training ends.
+) -> bool:
+    """Record the validation loss and a sample; return whether `patience` ends training.
 
-    That is this step if `patience` ends it. In a single process, a signal ends the validation.
+    In a single process, a signal ends the validation.
     """
     number, ids = run.config.validation_tokens, run.ids["validation"]
     alone = jax.process_count() == 1
@@ -214,16 +217,16 @@ def validate(
         run.print(messages.describe_validation(run, step, loss, sample))
         warning = advice.find_suspicion({"validation": loss}, len(run.vocabulary))
         if step and warning:
-            run.print(f"warning: {warning}\n")
+            warn(warning)
     progress.start_clock(step)
-    if step == run.plan.total_steps or run.ends_early():
-        if step < run.plan.total_steps:
-            run.print(messages.describe_early_end(run, step))
-            progress.finish(step)
-        return step
-    if step:
-        plot_curves(run, _SECONDS_OF_CURVES)
-    return run.plan.total_steps
+    if step == run.plan.total_steps:
+        return False  # `finish_run` plots.
+    if is_over := is_out_of_patience(run.config, run.directory):
+        run.print(messages.describe_early_end(run, step))
+        progress.finish(step)
+    elif step:
+        plot_curves(run, _SECONDS_BETWEEN_PLOTS)
+    return is_over
 
 
 def check_finite(run: OpenRun, state: TrainState) -> TrainState:
@@ -280,7 +283,7 @@ def plot_curves(run: OpenRun, seconds: float = 0) -> None:
 
 
 def finish_run(run: OpenRun) -> Run:
-    """Measure the best checkpoint on the test split, sample from it, and return it."""
+    """Measure the best checkpoint on the test split, and return the trained model."""
     run.checkpoints.wait()
     hosts.wait_for_all("all is saved")
     rows = run.read_metrics()

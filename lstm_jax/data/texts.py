@@ -158,9 +158,8 @@ class Splits:
         """
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
-            needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
-            if len(of_split) < needed:
-                length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
+            if len(of_split) < 2:
+                length = f"{len(of_split)} {vocabulary.token_name}s, and needs 2"
                 raise UserError(f"the {name} split is too short: it has {length}")
         measured = [(name, text) for name, text in self.texts.items() if name != "train"]
         return ids, {name: text.measure(vocabulary, ids[name]) for name, text in measured}

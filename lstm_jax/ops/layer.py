@@ -1,6 +1,8 @@
 """The public functions: gated recurrent layers over arrays.
 
-Each checks its arguments, chooses an implementation, and treats resets, lengths and direction.
+Each checks its arguments, chooses an implementation, and treats lengths and direction. `gates.py`
+has the equations of a step and their derivatives, `scan.py` the reference implementation,
+`fused.py` the loops forwards and backwards in time; `recurrence.py` makes them differentiable.
 """
 
 import functools
@@ -76,8 +78,9 @@ def lstm(
       lengths: integers [batch]. Later steps leave the carry as it is, and their outputs are zero.
       reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
         place of their inputs.
-      dtype: of the factors of matmuls, which are summed in float32; that of the inputs without one
-        (float32 for float16). States are float32, or float64 if any array is.
+      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; others leave
+        them as they are. Without one, that of the inputs. States are float32, or float64 if any
+        array is.
       implementation: "scan" can be transformed in every way; "xla", "c" (on CPUs with AVX-512),
         "cudnn" (on NVIDIA's GPUs) and "pallas" (on TPUs) are faster; "auto" chooses.
 

@@ -202,7 +202,7 @@ class Run:
             length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
             for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
                 start, before = number * length, now
-                losses, now = loss_lib.read_chunk(self.model, self.params, chunk, now)
+                losses, now = loss_lib.compute_chunk_losses(self.model, self.params, chunk, now)
                 log_probs.append(-np.asarray(losses)[chunk[2]])
 
         @functools.cache

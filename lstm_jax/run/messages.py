@@ -11,7 +11,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.errors import make_visible, name_setting
 from lstm_jax.ops import choice
 from lstm_jax.run import cell_file, workdir
-from lstm_jax.run.opening import OpenRun
+from lstm_jax.run.opening import OpenRun, is_out_of_patience
 from lstm_jax.vocabulary import FILE_END, TextSize
 
 # Tokens of the window that is printed.
@@ -23,7 +23,7 @@ _PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): 
 
 def print_setup(run: OpenRun) -> None:
     """Print the model, the text with its first window, and initial weights or changed fields."""
-    config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.step
+    config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.first_step
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     recurrence = model.recurrence
@@ -36,7 +36,7 @@ def print_setup(run: OpenRun) -> None:
         recurrence = " and ".join(sorted(chosen))
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     run.print(
-        f"{format_parameters(run.state.params)}\n\n"
+        f"{format_parameters(run.first_state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {run.plan.steps_per_epoch:,}; "
         f"recurrence: {recurrence}, matmuls in {model.dtype}, on {run.mesh.size} x "
@@ -127,8 +127,8 @@ def describe_stop(run: OpenRun, step: int) -> str:
 
 def _describe_end(run: OpenRun) -> str:
     """Return the message that a run has ended, and how to train it longer."""
-    plan, step, field, reason = run.plan, run.step, run.plan.limit, ""
-    if run.ends_early():
+    plan, step, field, reason = run.plan, run.first_step, run.plan.limit, ""
+    if is_out_of_patience(run.config, run.directory):
         field = "patience"
         reason = f": the validation loss has not improved for {run.config.patience} validations"
     setting = name_setting(field, 2 * getattr(run.config, field))

@@ -92,7 +92,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A run that no other process trains, at its latest checkpoint, or new.
+    """A run, new or at its latest checkpoint, whose lock is held.
 
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
@@ -101,7 +101,8 @@ class OpenRun:
       sizes: the sizes of validation and test text, without the first token.
       mesh: the devices that it trains on.
       model, optimizer, plan: the model, its optimizer, and the steps of the run.
-      state, step: the training state, whose arrays the first step donates, after `step` steps.
+      first_state, first_step: the training state at the start, whose arrays the first step donates,
+        and its number of steps.
       checkpoints, writer: write checkpoints, and metrics in process 0.
       source: step and vocabulary size of the model whose parameters a new run starts from.
       is_resumed: whether the run was trained before.
@@ -120,8 +121,8 @@ class OpenRun:
     model: model_lib.LanguageModel
     optimizer: optax.GradientTransformation
     plan: Plan
-    state: TrainState
-    step: int
+    first_state: TrainState
+    first_step: int
     checkpoints: CheckpointWriter
     writer: metrics.MetricsWriter | None
     source: tuple[int, int] | None
@@ -139,10 +140,6 @@ class OpenRun:
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
         return metrics.read_metrics(self.directory / workdir.METRICS)
-
-    def ends_early(self) -> bool:
-        """Return whether `patience` has ended the run."""
-        return ends_early(self.config, self.directory)
 
 
 @contextlib.contextmanager
@@ -162,8 +159,8 @@ def open_run(
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         config, vocabulary, changes = resume.resolve_run(config, directory, splits)
         ids, sizes = splits.encode(vocabulary)
-        saved_in = directory / workdir.CHECKPOINTS
-        is_resumed = bool(list_steps(saved_in))
+        checkpoint_directory = directory / workdir.CHECKPOINTS
+        is_resumed = bool(list_steps(checkpoint_directory))
         _check_processes(config, directory)
         if config.distill.teachers and (not is_resumed or "distill.teachers" in changes):
             distillation.check_teachers(config, vocabulary)
@@ -171,15 +168,15 @@ def open_run(
         plan = Plan(config, order.steps_per_epoch)
         model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
-        state, source = _init_state(config, model, optimizer, mesh, ids["train"], is_resumed)
+        state, source = _make_first_state(config, model, optimizer, mesh, ids["train"], is_resumed)
         state, step, history = _restore_state(config, directory, plan, state)
-        is_recorded = is_resumed and read_validation_loss(saved_in, step) is not None
+        is_recorded = is_resumed and read_validation_loss(checkpoint_directory, step) is not None
         # A fast process may just have recorded it.
         is_validated = bool(hosts.max_over_processes(is_recorded))
         is_at_end = step == plan.total_steps
-        is_finished = is_validated and (is_at_end or ends_early(config, directory))
+        is_finished = is_validated and (is_at_end or is_out_of_patience(config, directory))
         if is_finished and not all(name.startswith("data.") for name in changes):
-            changes = {}  # It is not trained with a new config. Its text may have moved.
+            changes = {}  # A finished run keeps its config, except where its text is.
         elif hosts.is_first():
             kept = None if is_finished else history
             _write_files(config, directory, vocabulary, step, changes, kept)
@@ -194,10 +191,10 @@ def open_run(
             model=model,
             optimizer=optimizer,
             plan=plan,
-            state=state,
-            step=step,
+            first_state=state,
+            first_step=step,
             # After the config: checkpoints without one can't be resumed.
-            checkpoints=stack.enter_context(CheckpointWriter(saved_in)),
+            checkpoints=stack.enter_context(CheckpointWriter(checkpoint_directory)),
             writer=stack.enter_context(_open_metrics(config, directory, step, watch)),
             source=source,
             is_resumed=is_resumed,
@@ -249,7 +246,7 @@ def _check_processes(config: Config, directory: Path) -> None:
     )
 
 
-def _init_state(
+def _make_first_state(
     config: Config,
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
@@ -277,7 +274,10 @@ def _init_state(
 def _restore_state(
     config: Config, directory: Path, plan: Plan, state: TrainState
 ) -> tuple[TrainState, int, dict[str, int] | None]:
-    """Return state, step and history of the latest checkpoint, else the given state."""
+    """Return state, step and history of the latest checkpoint, else the given state.
+
+    Raise `UserError` if there are metrics but no checkpoint, or it is beyond the last step.
+    """
     restored = restore_latest(directory / workdir.CHECKPOINTS, state.evaluated, state.rest)
     if not restored:
         if (directory / workdir.METRICS).exists():
@@ -296,7 +296,7 @@ def _restore_state(
     return TrainState.join(items.params, items.state), step, items.history
 
 
-def ends_early(config: Config, directory: Path) -> bool:
+def is_out_of_patience(config: Config, directory: Path) -> bool:
     """Return whether `patience` has ended a run, by its validation losses; process 0 decides."""
     if not config.patience:
         return False

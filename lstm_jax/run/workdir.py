@@ -134,7 +134,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     if dtype == "int8":
         if not model.supports_int8:
             raise UserError(
-                f"the model in {workdir} can't use int8 here: that needs LSTM, GRU or RNN "
+                f"the model in {workdir} can't use int8 here: that needs LSTM "
                 "cells of a multiple of 16 hidden units, without layer normalization or a block, "
                 "and the library in C with AVX-512 VNNI (see python -m lstm_jax.ops)"
             )

@@ -59,7 +59,7 @@ def test_the_default_config_is_the_lesson() -> None:
     assert config.optimizer.learning_rate == 1e-4
     assert (config.model.embedding_size, config.model.hidden_size) == (256, 1024)
     assert config_lib.complete_config(config) == config_lib.Config()
-    assert config_lib.find_unused_fields(config_lib.Config()) == []
+    assert config_lib.describe_unused_fields(config_lib.Config()) == []
     assert [name for name, _ in config_lib.flatten(config_lib.Config())] == [*config_lib.FIELDS]
 
 
@@ -151,10 +151,10 @@ def test_docs_config_md_is_up_to_date() -> None:
     ],
 )
 def test_a_field_without_effect_is_found(fields: dict[str, Any], needed: dict[str, Any]) -> None:
-    (message,) = config_lib.find_unused_fields(config_lib.complete_config({}, fields))
+    (message,) = config_lib.describe_unused_fields(config_lib.complete_config({}, fields))
     assert message.startswith(f"config.{next(iter(fields))} is ")
     assert next(iter(needed)).rpartition(".")[2] in message
-    assert config_lib.find_unused_fields(config_lib.complete_config({}, fields | needed)) == []
+    assert config_lib.describe_unused_fields(config_lib.complete_config({}, fields | needed)) == []
 
 
 BAD_EXPERIMENTS = {

@@ -61,7 +61,7 @@ def test_the_table_is_consistent() -> None:
     assert (*STANDARD_TEXTS,) == config_lib.STANDARD_TEXTS
     for name, text in STANDARD_TEXTS.items():
         data = config_lib.DataConfig(dataset=name, fractions=(0.8, 0.1, 0.1))
-        (message,) = config_lib.find_unused_fields(config_lib.Config(data=data))
+        (message,) = config_lib.describe_unused_fields(config_lib.Config(data=data))
         assert "config.data.fractions" in message
         assert len(text.members or text.downloads) in (1, 3)
         assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)

@@ -85,7 +85,7 @@ def test_a_run_starts_from_it(run: lstm_jax.Run, tiny_config: ConfigDict, tmp_pa
     config = config_lib.complete_config(tiny_config)
     with opening.open_run(config, tmp_path / "run") as opened:
         assert opened.config.init_from == NAME
-        jax.tree.map(np.testing.assert_array_equal, opened.state.params, run.params)
+        jax.tree.map(np.testing.assert_array_equal, opened.first_state.params, run.params)
 
 
 def test_a_directory_of_this_name_comes_first(
