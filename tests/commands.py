@@ -89,12 +89,12 @@ def wait_until(
 
 @contextlib.contextmanager
 def keep_process_state() -> Any:
-    """Restore what a command sets for its whole process: flags, loaded cells, signals."""
+    """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
     known, loaded = set(flags.FLAGS), dict(cells.LOADED)
     cells.LOADED.clear()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    verbosity = logging.get_verbosity()
+    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
     try:
         yield
     finally:
@@ -109,6 +109,7 @@ def keep_process_state() -> Any:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         logging.set_verbosity(verbosity)
+        sys.unraisablehook = hook
 
 
 def _exit(code: int) -> NoReturn:

@@ -45,6 +45,8 @@ def _run(main: Callable[[], int | None]) -> None:
 
     compilation_cache.use_cache()
     logging.getLogger("jax").setLevel(logging.WARNING)  # For a GPU that can't be used.
+    # Coroutines of Orbax fail after a save has failed, which is reported.
+    sys.unraisablehook = lambda unraisable: None
     # Its own lock is one of processes, which exits of this package would seem to leak.
     tqdm.set_lock(threading.RLock())
     try:
