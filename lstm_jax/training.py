@@ -83,7 +83,7 @@ def take_steps(run: OpenRun) -> None:
     state, step, calls = run.first_state, run.first_step, 0
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
     feed, stop, pacer, is_over = make_feed(run), StopRequest(), Pacer(step), False
-    bar = Progress(step, plan.total_steps, plan.steps_per_epoch, run.prints)
+    bar = Progress(plan, step, run.prints)
     with (
         contextlib.closing(bar) as progress,
         contextlib.ExitStack() as trace,
