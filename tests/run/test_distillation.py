@@ -83,22 +83,6 @@ def test_teachers_that_read_the_test_text_are_an_error(
         check("one:95:3:2")
 
 
-def test_a_run_checks_the_texts_of_its_teachers(
-    trained: Path, text_file: Path, tmp_path: Path
-) -> None:
-    fields = {
-        "data.path": str(text_file),
-        "data.fractions": (0.8, 0.1, 0.1),
-        "distill.teachers": str(trained),
-    }
-    config = config_lib.change_fields(workdir.load_config(trained), {**fields, "data.sha256": ""})
-    with (
-        pytest.raises(UserError, match="was trained on validation or test text of this run"),
-        opening.open_run(config, tmp_path / "run"),
-    ):
-        pass
-
-
 @pytest.mark.slow
 def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
     flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]

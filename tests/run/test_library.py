@@ -132,17 +132,6 @@ def test_generated_text_is_that_of_the_command(trained: Path) -> None:
         run.generate("¿", length=1)
 
 
-@pytest.mark.slow
-def test_a_working_directory_beside_the_current_one_is_resumed(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for tiny_config.max_steps in (1, 2):
-        lstm_jax.train(tiny_config, "../run", quiet=True)
-    assert lstm_jax.load("../run").step in (1, 2)
-
-
 def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> None:
     assert run.model.dtype == "float32"
     rounded = lstm_jax.load(trained, dtype="bfloat16")
@@ -396,14 +385,6 @@ def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
     with jax.enable_x64(True):
         assert run.generate("a", length=20, top_p=0.9) == expected
         run.generate("a", length=5, process_logits=lambda ids, logits: logits)
-
-
-def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:
-    vocabulary = Vocabulary.from_text("", "bytes")
-    model = LanguageModel(len(vocabulary), 5, 7)
-    params = models.draw_params(model)
-    run = library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
-    assert run.generate("\udc80", length=1).startswith("\udc80")
 
 
 def test_a_warning_points_to_the_line_of_the_caller() -> None:

@@ -22,7 +22,7 @@ from lstm_jax import training
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
-from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
+from lstm_jax.run.interrupts import Stopped
 from lstm_jax.run.opening import Plan
 from lstm_jax.run.progress import Pacer, Progress
 from lstm_jax.train_step import TrainState
@@ -187,16 +187,6 @@ def test_a_signal_aborts_a_validation(
         training.train(tiny_config, tmp_path, quiet=True)
     assert stopped.value.code == 143 and runs.read_losses(tmp_path) == []
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0]
-
-
-def test_the_first_signal_requests_a_stop() -> None:
-    stop = StopRequest()
-    with handle_signals(stop.handle_signal):
-        training.check_signals(stop)
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="130"):
-        training.check_signals(stop)
 
 
 def test_processes_agree_only_when_they_have_waited_for_the_device(
