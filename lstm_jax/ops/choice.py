@@ -31,8 +31,7 @@ class Row(NamedTuple):
 # int8 hold for older processors of Intel, too, of which none was measured. With 24 texts or more,
 # XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
 # Windows of peephole LSTMs, GRUs and RNNs: at 256, 512 and 1,024 hidden units, 32 x 128, forward
-# and backward (docs/layers.md). In float32 a GRU takes 1.07, 1.13 and 1.23 of XLA's CPU time,
-# because the library multiplies zeros.
+# and backward (docs/layers.md).
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
@@ -40,7 +39,8 @@ TABLE = (
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
     Row("AMD", "windows", "bfloat16", "0.63 to 0.78 of XLA's time", gatings="peephole_lstm"),
-    Row("AMD", "windows", "bfloat16", "0.69, 0.98, 0.94 of XLA's time", gatings="gru"),
+    Row("AMD", "windows", "bfloat16", "0.79, 0.88 of XLA's time at 256, 512", gatings="gru"),
+    Row("AMD", "windows", "float32", "0.87, 0.99 of XLA's time at 256, 512", 512, "gru"),
     Row("AMD", "windows", "bfloat16", "0.57 to 0.61 of XLA's time", gatings="rnn"),
     Row("AMD", "windows", "float32", "0.75 to 0.96 of XLA's time", 1024, "peephole_lstm rnn"),
     Row("AMD", "steps", "bfloat16", "0.3 to 0.9 of XLA's time", gatings="peephole_lstm gru rnn"),

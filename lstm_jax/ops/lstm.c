@@ -75,14 +75,23 @@ WITH_BF16 INLINE __m512 add_products(int numbers, __m512 sum, __m512i a, __m512i
   return (__m512)_mm512_dpbusd_epi32((__m512i)sum, a, b);  // `a` is unsigned, `b` is signed.
 }
 
-// Compute a tile: `rows` rows of `a`, of `words` words each, times the packed right factor.
-WITH_BF16 INLINE void multiply_rows(int numbers, int rows, const word *a, size_t words,
-                                    const word *packed, sums result) {
-  __m512 sum[ROWS][VECTORS] = {0};
-  for (size_t k = 0; k < words; k++, packed += TILE) {
+// The zeros of a packed right factor, which are not multiplied: none, or those of the kernel of a GRU
+// (in vector 2 of the first words, and in vector 3 of the next), or those of whole words.
+enum { NO_ZEROS, ZEROS_OF_GRU, ZERO_WORDS };
+typedef struct {
+  int kind;
+  size_t first, second;  // The words where they change.
+} Zeros;
+
+// Add the products of words [k, end) to the sums of a tile, but those of one vector.
+WITH_BF16 INLINE void add_words(int numbers, int rows, const word *a, size_t words,
+                                const word *packed, size_t k, size_t end, int skipped,
+                                __m512 sum[ROWS][VECTORS]) {
+  for (packed += k * TILE; k < end; k++, packed += TILE) {
     __m512i b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
+      if (v == skipped) continue;
       b[v] = _mm512_loadu_si512(packed + v * LANES);
       _mm_prefetch(packed + v * LANES + AHEAD * TILE, _MM_HINT_T0);
     }
@@ -90,16 +99,31 @@ WITH_BF16 INLINE void multiply_rows(int numbers, int rows, const word *a, size_t
     for (int r = 0; r < rows; r++) {
       __m512i x = _mm512_set1_epi32(a[r * words + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = add_products(numbers, sum[r][v], x, b[v]);
+      for (int v = 0; v < VECTORS; v++)
+        if (v != skipped) sum[r][v] = add_products(numbers, sum[r][v], x, b[v]);
     }
   }
+}
+
+// Compute a tile: `rows` rows of `a`, of `words` words each, times the packed right factor.
+WITH_BF16 INLINE void multiply_rows(int numbers, int rows, int kind, const word *a, size_t words,
+                                    const word *packed, Zeros zeros, sums result) {
+  __m512 sum[ROWS][VECTORS] = {0};
+  size_t end = kind == NO_ZEROS ? words : zeros.first;
+  add_words(numbers, rows, a, words, packed, 0, end, kind == ZEROS_OF_GRU ? 2 : -1, sum);
+  if (kind == ZEROS_OF_GRU)
+    add_words(numbers, rows, a, words, packed, zeros.first, zeros.second, 3, sum);
+  if (kind != NO_ZEROS) add_words(numbers, rows, a, words, packed, zeros.second, words, -1, sum);
   memcpy(result, sum, rows * sizeof(sum[0]));
 }
 
-// The compiler makes a loop for each dtype and number of rows, with the sums in registers.
-#define CASE(numbers, rows) \
-  case 8 * numbers + rows: return multiply_rows(numbers, rows, a, words, packed, result);
-#define CASES(n) CASE(n, 1) CASE(n, 2) CASE(n, 3) CASE(n, 4) CASE(n, 5) CASE(n, 6)
+// The compiler makes a loop for each dtype, number of rows and kind of zeros, with the sums in
+// registers.
+#define CASE(numbers, kind, rows)       \
+  case 64 * kind + 8 * numbers + rows: \
+    return multiply_rows(numbers, rows, kind, a, words, packed, zeros, result);
+#define CASES(n, z) \
+  CASE(n, z, 1) CASE(n, z, 2) CASE(n, z, 3) CASE(n, z, 4) CASE(n, z, 5) CASE(n, z, 6)
 
 static int uses_amx;
 
@@ -155,9 +179,13 @@ WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const
 static int is_in_tiles(int numbers) { return uses_amx && numbers == BFLOAT16; }
 
 WITH_BF16 static void multiply(int numbers, int rows, const word *a, size_t words,
-                               const word *packed, sums result) {
+                               const word *packed, Zeros zeros, sums result) {
   if (is_in_tiles(numbers)) return multiply_tiles(rows, a, words, packed, result);
-  switch (8 * numbers + rows) { CASES(FLOAT32) CASES(BFLOAT16) CASES(INT8) }
+  switch (64 * zeros.kind + 8 * numbers + rows) {
+    CASES(FLOAT32, NO_ZEROS) CASES(BFLOAT16, NO_ZEROS) CASES(INT8, NO_ZEROS)
+    CASES(FLOAT32, ZEROS_OF_GRU) CASES(BFLOAT16, ZEROS_OF_GRU)
+    CASES(FLOAT32, ZERO_WORDS) CASES(BFLOAT16, ZERO_WORDS)
+  }
 }
 
 // Return the number of rows of the next tile: the remaining rows are shared equally.
@@ -263,7 +291,7 @@ static void multiply_block(const word *a, size_t rows, size_t words, const word 
   for (size_t i = 0, n; i < rows; i += n) {
     n = next_rows(BFLOAT16, rows - i);
     sums sum;
-    multiply(BFLOAT16, n, a + i * words, words, packed, sum);
+    multiply(BFLOAT16, n, a + i * words, words, packed, (Zeros){0}, sum);
     for (size_t r = 0; r < n; r++)
       for (size_t v = 0, at = 0; v < VECTORS && at < width; v++, at += LANES) {
         float *to = result + (i + r) * stride + at;
@@ -506,7 +534,8 @@ INLINE void step_of(int kind, Step s, size_t part, size_t parts) {
     for (size_t b = 0, n; b < s.batch; b += n) {
       n = next_rows(s.numbers, s.batch - b);
       sums sum;
-      multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * num_sums * s.words, sum);
+      multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * num_sums * s.words,
+               (Zeros){0}, sum);
       for (size_t r = 0; r < n; r++)
         for (size_t v = 0, unit = j; v < VECTORS && unit < end; v += num_sums, unit += LANES) {
           size_t at = (b + r) * s.hidden + unit;
@@ -545,6 +574,8 @@ INLINE void forward_of(int kind, Forward l, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
   size_t words = l.depth / l.numbers, bias = l.hidden + l.features, num_sums = count_sums(kind);
   const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  // The candidate's sums: the first does not read the hidden state, and the second not the inputs.
+  Zeros zeros = {kind == GRU ? ZEROS_OF_GRU : NO_ZEROS, l.hidden / l.numbers, bias / l.numbers};
   for (size_t t = 0; t < l.time; t++) {
     const float *cells = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
     const float *hidden = t ? l.outputs + (t - 1) * l.batch * l.hidden : l.first_hidden;
@@ -566,7 +597,7 @@ INLINE void forward_of(int kind, Forward l, size_t part, size_t parts) {
         n = next_rows(l.numbers, end - b);
         sums sum;
         multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
-                 l.packed + j * num_sums * words, sum);
+                 l.packed + j * num_sums * words, zeros, sum);
         for (size_t r = 0; r < n; r++)
           for (size_t v = 0, unit = j; v < VECTORS && unit < l.hidden; v += num_sums, unit += LANES) {
             size_t row = t * l.batch + b + r;
@@ -604,7 +635,8 @@ typedef struct {
 INLINE void backward_of(int kind, Backward l, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
   size_t hidden = l.hidden, num_sums = count_sums(kind), width = num_sums * hidden;
-  size_t words = width / l.numbers;
+  size_t words = width / l.numbers, of_sum = hidden / l.numbers;
+  Zeros zeros = {kind == GRU ? ZERO_WORDS : NO_ZEROS, 2 * of_sum, 3 * of_sum};  // Of n.
   for (size_t t = l.time; t-- > 0;) {
     const float *cells = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
     const float *outputs = t ? l.outputs + (t - 1) * l.batch * hidden : l.first_hidden;
@@ -636,7 +668,7 @@ INLINE void backward_of(int kind, Backward l, size_t part, size_t parts) {
         n = next_rows(l.numbers, end - b);
         sums sum;
         multiply(l.numbers, n, l.d_sums + (t * l.batch + b) * words, words, l.packed + j * words,
-                 sum);
+                 zeros, sum);
         for (size_t r = 0; r < n; r++) {
           __mmask16 lanes = get_mark(l.marks, t * l.batch + b + r) == RESET ? 0 : 0xffff;
           for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES) {

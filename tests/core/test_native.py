@@ -138,14 +138,12 @@ SIZES = [(1, 1, 1, 16), (5, 7, 33, 80), (16, 20, 48, 64), (64, 3, 130, 48)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@in_both
-def test_outputs_and_gradients_agree_with_numpy(sizes: tuple[int, ...], run: Any) -> None:
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
-    results = value_and_gradients(run, cotangents, *arguments)
-    expected = run_numpy(arguments, cotangents, to_bfloat16 if run is low else np.asarray)
+    results = value_and_gradients(low, cotangents, *arguments)
+    expected = run_numpy(arguments, cotangents, to_bfloat16)
     # A hidden state whose last bit in float32 differs may be rounded differently to bfloat16.
-    bound = 2e-3 if run is low else 1e-6
-    assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < 2e-3
 
 
 def draw_layer(
@@ -350,16 +348,6 @@ def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
     np.testing.assert_allclose(last.hidden[0], hidden, rtol=1e-6, atol=1e-7)
 
 
-@in_both
-def test_rematerialized_gradients_are_the_same(run: Any) -> None:
-    *arguments, cotangents = make_problem(5, 7, 33, 48)
-    whole, chunks = (
-        value_and_gradients(run, cotangents, *arguments)
-        for run in (run, functools.partial(run, rematerialize=3))
-    )
-    assert_close(chunks, whole, 1e-5)
-
-
 @pytest.mark.parametrize("batch", [1, 64])
 @in_both
 def test_results_do_not_depend_on_the_number_of_threads(
@@ -416,35 +404,6 @@ def test_steps_agree_with_windows(
     assert uses_library(read) == used
     assert not without_library(uses_library)(read)
     assert_close(jax.jit(lambda: read())(), expected, tolerance)
-
-
-@pytest.mark.parametrize(("batch", "features", "bound"), [(1, 0, 1), (5, 32, 1), (64, 32, 3)])
-def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: int) -> None:
-    hidden, draw = 48, np.random.default_rng(0)
-    kernel = draw.normal(size=(features + hidden, 4 * hidden)).astype("float32") / 4
-    kernel[:, 5] = 0  # A column without a largest number.
-    inputs = draw.uniform(-bound, bound, (batch, features)).astype("float32")
-    state = draw.uniform(-1, 1, (batch, hidden)).astype("float32")
-    cell, added = (draw.normal(size=(batch, n)).astype("float32") for n in (hidden, 4 * hidden))
-    quantized, offset = in_c.quantize_gates(LSTM, jnp.asarray(kernel), bound)
-    carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
-    parts = [jnp.asarray(inputs), carry.hidden]
-    found = in_c.run_step(LSTM, quantized, parts, carry, jnp.asarray(added) + offset[None])
-
-    units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
-    rows = np.round(np.concatenate([inputs, state], axis=1) / units)
-    scaled = kernel * units[:, None]
-    scales = np.abs(scaled).max(axis=0) / 127 + (np.arange(4 * hidden) == 5)
-    sums = rows @ np.round(scaled / scales) * scales
-    i, f, g, o = np.split(sums + added, 4, axis=1)
-    i, f, o = (1 / (1 + np.exp(-z)) for z in (i, f, o))
-    expected = f * cell + i * np.tanh(g)
-    # A number halfway between two integers may be rounded to the other one.
-    np.testing.assert_allclose(found.cell, expected, atol=2e-3)
-    np.testing.assert_allclose(found.hidden, o * np.tanh(expected), atol=2e-3)
-    assert np.abs(found.cell - expected).mean() < 1e-5
-    exact = np.concatenate([inputs, state], axis=1) @ kernel
-    assert 1e-3 < np.linalg.norm(sums - exact) / np.linalg.norm(exact) < 2e-2
 
 
 @pytest.mark.slow
@@ -506,22 +465,6 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
     assert len(text) == 53 and set(text) <= set("abcdefgh")
     with pytest.raises(UserError, match="can't use int8 here: .* the library in C"):
         without_library(lstm_jax.load)(tmp_path / "run", "int8")
-
-
-@in_both
-@jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_vmap_and_donated_carries(run: Any) -> None:
-    problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
-    together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
-    results = jax.vmap(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))(*together)
-    for i, (*arguments, cotangents) in enumerate(problems):
-        alone = value_and_gradients(run, cotangents, *arguments)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], results), alone, 1e-6)
-
-    kernels, inputs, carry, _ = problems[0]
-    expected = run(kernels, inputs, carry)
-    donating = jax.jit(run, donate_argnums=2)
-    jax.tree.map(np.testing.assert_array_equal, donating(kernels, inputs, carry), expected)
 
 
 def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,7 +538,7 @@ def test_older_processors_do_not_run_what_they_lack(tmp_path: Path) -> None:
     found: dict[str, set[str]] = {}
     function = ""
     for line in assembly.read_text().splitlines():
-        if label := re.fullmatch(r"([A-Za-z]\w*):.*", line):
+        if label := re.fullmatch(r"([A-Za-z]\w*)(\.\w+)*:.*", line):
             function = label[1]
         elif used := re.match(r"\s+(v\w*bf16\w*|vpdp\w*|tile\w*|ldtile\w*|td\w+)\s", line + " "):
             found.setdefault(function, set()).add(used[1])
