@@ -15,6 +15,7 @@ from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
+Prompts = Integer[np.ndarray, "batch time"]
 # Called before each token is drawn, with the ids so far, and the logits of the next token; returns
 # the logits to use instead.
 BatchLogitsProcessor = Callable[
@@ -60,9 +61,7 @@ def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -
     )
 
 
-def read_tokens(
-    model: LanguageModel, arrays: Prepared, state: State, ids: Integer[np.ndarray, "batch time"]
-) -> State:
+def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: Prompts) -> State:
     """Read ids of any length, with arrays from `prepare_params`.
 
     All lengths up to the same power of two share one compiled function.
@@ -169,7 +168,7 @@ def draw_tokens(
 def generate_chunks(
     model: LanguageModel,
     params: Params,
-    prompts: Integer[np.ndarray, "batch time"],
+    prompts: Prompts,
     key: Array,
     controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,
@@ -206,11 +205,7 @@ def generate_chunks(
     most = min(longest, _SEARCHED_CHUNK) if searches else longest
     chunk, ids = min(_FIRST_CHUNK, most), prompts
     while length > 0:
-        if not np.isfinite(state.logits).all():
-            raise NotFiniteError(
-                "the model's predictions are not finite: training has diverged; train again with a "
-                "lower optimizer.learning_rate"
-            )
+        _check_finite(state)
         if process_logits:
             state = _process_logits(process_logits, ids, state, control_arrays)
         stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))
@@ -229,6 +224,14 @@ def generate_chunks(
             ids = np.concatenate([ids, new], axis=1)
         length -= new.shape[1]
         chunk = min(4 * chunk, most)
+
+
+def _check_finite(state: State) -> None:
+    if not np.isfinite(state.logits).all():
+        raise NotFiniteError(
+            "the model's predictions are not finite: training has diverged; train again with a "
+            "lower optimizer.learning_rate"
+        )
 
 
 def _search_stops(searches: list[StopSearch], new: np.ndarray, ended: np.ndarray) -> np.ndarray:
@@ -261,7 +264,7 @@ def _process_logits(
 def generate_tokens(
     model: LanguageModel,
     params: Params,
-    prompts: Integer[np.ndarray, "batch time"],
+    prompts: Prompts,
     key: Array,
     controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,

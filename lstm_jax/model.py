@@ -41,6 +41,11 @@ from lstm_jax.ops.gates import Gating
 from lstm_jax.ops.layer import GATINGS
 from lstm_jax.step import StepArrays, apply_step, prepare_step
 
+Ids = Integer[Array, "batch time"]
+Tokens = Integer[Array, " batch"]
+Starts = Bool[Array, "batch time"]
+Hidden = Float[Array, "batch time features"]
+Logits = Float[Array, "batch time vocabulary"]
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
@@ -75,9 +80,7 @@ class Dense(nn.Module):
             self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
 
-    def __call__(
-        self, inputs: Float[Array, "batch time features"], kernel: Float[Array, "features outputs"]
-    ) -> Float[Array, "batch time outputs"]:
+    def __call__(self, inputs: Hidden, kernel: Float[Array, "features vocabulary"]) -> Logits:
         """Return inputs @ kernel + bias."""
         batch, time, features = inputs.shape
         # One matmul, feature-major like the recurrence, whose outputs then need no transpose.
@@ -192,9 +195,7 @@ class LanguageModel(nn.Module):
         carry = tuple(cell.initial_carry(batch_size) for cell in self.make_cells())
         return jax.tree.map(jnp.array, carry)  # Copies: a training step donates each array.
 
-    def __call__(
-        self, ids: Integer[Array, "batch time"], carry: Carry
-    ) -> tuple[Float[Array, "batch time vocabulary"], Carry]:
+    def __call__(self, ids: Ids, carry: Carry) -> tuple[Logits, Carry]:
         """Predict the token after each of `ids`.
 
         Return logits, where logits[:, t] predict the token after ids[:, t]; and the carry after the
@@ -203,9 +204,7 @@ class LanguageModel(nn.Module):
         outputs, carry = self.run(ids, carry)
         return self.predict(outputs), carry
 
-    def run(
-        self, ids: Integer[Array, "batch time"], carry: Carry, masks: Masks | None = None
-    ) -> tuple[Float[Array, "batch time features"], Carry]:
+    def run(self, ids: Ids, carry: Carry, masks: Masks | None = None) -> tuple[Hidden, Carry]:
         """Run the recurrent layers.
 
         Return the outputs of the last layer, to which the last of `masks` is not applied yet, and
@@ -231,9 +230,7 @@ class LanguageModel(nn.Module):
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
         return is_small and self.runs_gated_layers and self.recurrence not in ("scan", "cudnn")
 
-    def fold_embedding(
-        self, cell: nn.Module, ids: Integer[Array, "batch time"]
-    ) -> tuple[Any, Float[Array, "batch time vocabulary"]]:
+    def fold_embedding(self, cell: nn.Module, ids: Ids) -> tuple[Any, Logits]:
         """Return a function that runs a gated layer over embedded ids, and its one-hot inputs.
 
         The embedding table is multiplied by the input kernel once, and the matmul of a step selects
@@ -247,7 +244,7 @@ class LanguageModel(nn.Module):
         return run, jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
 
     def run_step(
-        self, ids: Integer[Array, " batch"], carry: Carry, records: list[Record] | None = None
+        self, ids: Tokens, carry: Carry, records: list[Record] | None = None
     ) -> tuple[Float[Array, "batch features"], Carry]:
         """Run the recurrent layers over one token of each text.
 
@@ -266,15 +263,11 @@ class LanguageModel(nn.Module):
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
 
-    def predict(
-        self, outputs: Float[Array, "batch time features"]
-    ) -> Float[Array, "batch time vocabulary"]:
+    def predict(self, outputs: Hidden) -> Logits:
         """Return the logits for outputs of the last layer."""
         return self.dense(outputs, self.head_kernel())
 
-    def compute_losses(
-        self, outputs: Float[Array, "batch time features"], targets: Integer[Array, "batch time"]
-    ) -> Float[Array, "batch time"]:
+    def compute_losses(self, outputs: Hidden, targets: Ids) -> Float[Array, "batch time"]:
         """Return the cross-entropy of each target, in nats.
 
         It is that of the logits of `predict`; for a large vocabulary it is computed in one pass.
@@ -294,11 +287,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def measure(
-        self,
-        params: Params,
-        inputs: Integer[Array, "batch time"],
-        targets: Integer[Array, "batch time"],
-        carry: Carry,
+        self, params: Params, inputs: Ids, targets: Ids, carry: Carry
     ) -> tuple[Float[Array, "batch time"], Carry]:
         """Run the model over inputs; return the loss of each target and the carry."""
         bound = self.bind({"params": params})
@@ -319,7 +308,7 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def apply_step(
-        self, arrays: Prepared, ids: Integer[Array, " batch"], carry: Carry
+        self, arrays: Prepared, ids: Tokens, carry: Carry
     ) -> tuple[Float[Array, "batch vocabulary"], Carry]:
         """Run the model over one token of each text, faster than `apply`.
 
@@ -339,9 +328,7 @@ class LanguageModel(nn.Module):
         return None if self.stop_id is None else ids == self.stop_id
 
 
-def apply_mask(
-    x: Float[Array, "batch time features"], mask: Float[Array, "batch features"] | None
-) -> Float[Array, "batch time features"]:
+def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden:
     """Multiply x by a mask, the same at every step."""
     if mask is None:
         return x
@@ -350,12 +337,8 @@ def apply_mask(
 
 
 def run_in_chunks(
-    run: Callable[..., tuple[Any, Array]],
-    carry: Any,
-    inputs: Float[Array, "batch time features"],
-    starts: Bool[Array, "batch time"] | None,
-    chunk: int,
-) -> tuple[Any, Float[Array, "batch time hidden"]]:
+    run: Callable[..., Any], carry: Any, inputs: Hidden, starts: Starts | None, chunk: int
+) -> tuple[Any, Hidden]:
     """Run a layer in chunks of time; the backward pass stores only the carries between them.
 
     It recomputes the steps of a chunk. Memory then grows with time / chunk + chunk instead of time,
@@ -482,7 +465,7 @@ def is_finite(params: Params) -> Bool[Array, ""]:
 
 def apply(
     model: LanguageModel, params: Params, ids: Integer[ArrayLike, "batch time"], carry: Carry
-) -> tuple[Float[Array, "batch time vocabulary"], Carry]:
+) -> tuple[Logits, Carry]:
     """Run the model over ids; see `LanguageModel.__call__`."""
     outputs: Any = model.apply({"params": params}, jnp.asarray(ids), carry)
     return outputs

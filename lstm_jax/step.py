@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from lstm_jax.matmul import matmul, round_factor
 from lstm_jax.ops import choice, in_c
@@ -16,36 +17,30 @@ from lstm_jax.ops.in_c import Int8Kernel
 class StepArrays(NamedTuple):
     """The parameters of a model of gated layers, prepared for `apply_step`; kernels are rounded."""
 
-    tokens: jax.Array  # Each token's term in the first layer's sums, [vocabulary, sums * hidden].
+    tokens: Float[Array, "vocabulary sums"]  # Each token's term in the first layer's sums.
     # [sums * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
-    kernels: list[jax.Array | Int8Kernel]
-    biases: list[jax.Array]  # Of each layer but the first, [1, sums * hidden].
-    peepholes: list[jax.Array | None]  # Of each layer, [3, hidden].
-    head: jax.Array  # The dense layer's kernel, [vocabulary, features].
-    head_bias: jax.Array  # [vocabulary].
+    kernels: list[Array | Int8Kernel]
+    biases: list[Float[Array, "1 sums"]]  # Of each layer but the first.
+    peepholes: list[Float[Array, "3 hidden"] | None]  # Of each layer.
+    head: Float[Array, "vocabulary features"]  # The dense layer's kernel.
+    head_bias: Float[Array, " vocabulary"]
 
 
 def prepare_step(
     gating: Gating,
-    table: jax.Array,
+    table: Float[Array, "vocabulary features"],
     layers: Sequence[Any],
-    head: jax.Array,
-    head_bias: jax.Array,
+    head: Float[Array, "hidden vocabulary"],
+    head_bias: Float[Array, " vocabulary"],
     dtype: str,
     skip_connections: bool,
     int8: bool,
 ) -> StepArrays:
     """Precompute what is the same at every step.
 
-    Args:
-      gating: the recurrence of all layers.
-      table: the embedding, [vocabulary, features].
-      layers: the parameters of each layer, for `ops.run`.
-      head: the dense layer's kernel, [features, vocabulary].
-      head_bias: its bias, [vocabulary].
-      dtype: of the factors of matmuls.
-      skip_connections: whether each layer but the first adds its inputs to its outputs.
-      int8: whether to multiply in 8 bits, which `LanguageModel.supports_int8` must allow.
+    `table` is the embedding, `layers` are the parameters of each layer, for `ops.run`, and `head`
+    is the dense layer's kernel. `dtype` is that of the factors of matmuls; with `int8`, which
+    `LanguageModel.supports_int8` must allow, they have 8 bits.
     """
     parts = [in_c.spread_kernels(gating, layer) for layer in layers]
     biases = [gating.join_biases(layer) for layer in layers]
@@ -68,7 +63,7 @@ def prepare_step(
     return StepArrays(terms[0], packed, terms[1:], peepholes, rounded, head_bias)
 
 
-def _prepare_kernel(gating: Gating, kernel: jax.Array, dtype: str) -> jax.Array:
+def _prepare_kernel(gating: Gating, kernel: Array, dtype: str) -> Array:
     depth, width = kernel.shape
     fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
     if fits and choice.runs_in_c("steps", dtype, width // gating.num_sums, gating=gating.name):
@@ -79,15 +74,15 @@ def _prepare_kernel(gating: Gating, kernel: jax.Array, dtype: str) -> jax.Array:
 def apply_step(
     gating: Gating,
     arrays: StepArrays,
-    ids: jax.Array,
+    ids: Integer[Array, " batch"],
     carry: Sequence[Any],
     dtype: str,
     skip_connections: bool,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Run the model over one token of each text, ids [batch]; return logits and the next carry."""
+) -> tuple[Float[Array, "batch vocabulary"], tuple[Any, ...]]:
+    """Run the model over one token of each text; return logits and the next carry."""
     added = [arrays.tokens[ids], *arrays.biases]
     states: list[Any] = []
-    below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
+    below: list[Array] = []  # The outputs of the layer below, if there is one.
     layers = zip(arrays.kernels, arrays.peepholes, carry, added, strict=True)
     for kernel, peepholes, before, term in layers:
         inputs = [*below, before.hidden]

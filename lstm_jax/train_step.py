@@ -153,6 +153,7 @@ def make_step(
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
+    update = _make_update(optimizer, config)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         before = _start_texts(model, config.batches, state, batch)
@@ -164,35 +165,11 @@ def make_step(
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
         step = state.step + 1
-
-        def update(old: tuple[Any, ...], grads: model_lib.Params) -> tuple[Any, ...]:
-            params, average, opt_state = old
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            if average is not None:
-                average = update_average(config.optimizer, average, params, opt_state, step)
-            return params, average, opt_state
-
-        old = state.params, state.average, state.opt_state
         norm = optax.tree.norm(grads)
-        # Updates can be infinite although gradients are finite, with a large learning rate.
-        finite = (
-            jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(update(old, grads)[0])
-        )
+        old = state.params, state.average, state.opt_state
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        (params, average, opt_state), finite = update(old, grads, step, is_finite)
         carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, before)
-        size = sum(array.size for array in jax.tree.leaves(state.params))
-        in_place = is_elementwise(config.optimizer) and size >= _LARGE
-        if jax.default_backend() == "cpu" and in_place:
-            # Compute the update again, in place: to store the new arrays beside the old ones, which
-            # are needed if it is not finite, takes longer.
-            def update_in_place(i: Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
-                # XLA must not compute terms of the gradients before the loop.
-                return update(old, jax.lax.optimization_barrier((grads, i))[0])
-
-            new = jax.lax.fori_loop(0, finite.astype("int32"), update_in_place, old)
-        else:
-            new = jax.tree.map(functools.partial(jnp.where, finite), update(old, grads), old)
-        params, average, opt_state = new
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
             params=params,
@@ -209,6 +186,41 @@ def make_step(
         )
 
     return train_step
+
+
+def _make_update(optimizer: optax.GradientTransformation, config: Config) -> Callable[..., Any]:
+    """Make the function update(old, grads, step, is_finite).
+
+    `old` is (parameters, average, optimizer state). It returns the next ones, or `old` where a
+    number is not finite, and whether all are.
+    """
+
+    def compute(old: tuple[Any, ...], grads: model_lib.Params, step: Array) -> tuple[Any, ...]:
+        params, average, opt_state = old
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            average = update_average(config.optimizer, average, params, opt_state, step)
+        return params, average, opt_state
+
+    def update(old: tuple[Any, ...], grads: model_lib.Params, step: Array, finite: Array) -> Any:
+        # Updates can be infinite although gradients are finite, with a large learning rate.
+        finite = finite & model_lib.is_finite(compute(old, grads, step)[0])
+        size = sum(array.size for array in jax.tree.leaves(old[0]))
+        in_place = is_elementwise(config.optimizer) and size >= _LARGE
+        if jax.default_backend() != "cpu" or not in_place:
+            new = compute(old, grads, step)
+            return jax.tree.map(functools.partial(jnp.where, finite), new, old), finite
+
+        # Compute the update again, in place: to store the new arrays beside the old ones, which
+        # are needed if it is not finite, takes longer.
+        def update_in_place(i: Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
+            # XLA must not compute terms of the gradients before the loop.
+            return compute(old, jax.lax.optimization_barrier((grads, i))[0], step)
+
+        return jax.lax.fori_loop(0, finite.astype("int32"), update_in_place, old), finite
+
+    return update
 
 
 def _start_texts(

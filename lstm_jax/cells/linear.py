@@ -7,13 +7,14 @@ from lstm_jax.cells.base import SizedCell
 from lstm_jax.cells.protocol import AllInputs, AllOutputs, Inputs, Outputs, Starts
 from lstm_jax.ops.gates import HiddenCarry
 
+# a and b.
+Coefficients = tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]
+
 
 class LinearCell(SizedCell):
     """A cell with h' = a * h + b, where a and b depend on the inputs only."""
 
-    def coefficients(
-        self, inputs: Float[Array, "*batch inputs"]
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
         """Return a and b of one or all steps."""
         raise NotImplementedError
 

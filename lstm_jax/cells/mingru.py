@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.linear import LinearCell
+from lstm_jax.cells.linear import Coefficients, LinearCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
@@ -27,9 +27,7 @@ class MinGRUCell(LinearCell):
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
-    def coefficients(
-        self, inputs: Float[Array, "*batch inputs"]
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
         """Return 1 - z and z * n of one or all steps."""
         gates = self.gates(None, inputs)
         return 1 - gates["update"], gates["update"] * gates["candidate"]

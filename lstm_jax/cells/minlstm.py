@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.linear import LinearCell
+from lstm_jax.cells.linear import Coefficients, LinearCell
 from lstm_jax.cells.mingru import make_positive
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
@@ -28,9 +28,7 @@ class MinLSTMCell(LinearCell):
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
-    def coefficients(
-        self, inputs: Float[Array, "*batch inputs"]
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
         """Return f / (f + i) and i / (f + i) * n of one or all steps."""
         gates = self.gates(None, inputs)
         return gates["forget"], gates["input"] * gates["candidate"]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.linear import LinearCell
+from lstm_jax.cells.linear import Coefficients, LinearCell
 from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
@@ -39,9 +39,7 @@ class RGLRUCell(LinearCell):
         self.gate_bias = self.param("gate_bias", zeros, (2 * size,))
         self.decay = self.param("decay", _draw_decay, (size,))
 
-    def coefficients(
-        self, inputs: Float[Array, "*batch inputs"]
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]:
+    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
         """Return a and sqrt(1 - a ** 2) * (i * u) of one or all steps."""
         u, r, i = self._project(inputs)
         log_a = self._log_decay(r)

@@ -1,4 +1,7 @@
-"""Check the arguments of the public functions, whose shapes and dtypes are known when traced."""
+"""Check the arguments of the public functions, whose shapes and dtypes are known when traced.
+
+What does not fit raises a `ValueError` that names the array.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +15,7 @@ from lstm_jax.ops.gates import Gating
 
 
 def convert_floats(name: str, value: ArrayLike, *axes: int | str) -> Float[Array, "..."]:
-    """Return a floating-point array with these axes, of the sizes that are numbers.
-
-    Raises:
-      ValueError: if it has another dtype or shape.
-    """
+    """Return a floating-point array with these axes, of the sizes that are numbers, or raise."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has the dtype {array.dtype}: it must be a floating-point array")
@@ -28,11 +27,7 @@ def convert_floats(name: str, value: ArrayLike, *axes: int | str) -> Float[Array
 
 
 def convert_params(gating: Gating, params: Any, features: int) -> Any:
-    """Return parameters as arrays, whose shapes fit together and to inputs of this many features.
-
-    Raises:
-      ValueError: if they do not.
-    """
+    """Return parameters as arrays, which fit together and to the inputs, or raise."""
     if not isinstance(params, gating.params):
         raise ValueError(
             f"params is a {type(params).__name__}: ops.{gating.name} takes {gating.params.__name__}"
@@ -57,11 +52,7 @@ def convert_params(gating: Gating, params: Any, features: int) -> Any:
 
 
 def convert_carry(kind: type[Any], carry: Any, *shapes: Sequence[int]) -> Any:
-    """Return a carry of arrays of these shapes.
-
-    Raises:
-      ValueError: if it is another one.
-    """
+    """Return a carry of arrays of these shapes, or raise."""
     if not isinstance(carry, tuple) or len(carry) != len(kind._fields):
         raise ValueError(
             f"carry is a {type(carry).__name__}: it must be {kind.__name__}"
@@ -74,11 +65,7 @@ def convert_carry(kind: type[Any], carry: Any, *shapes: Sequence[int]) -> Any:
 def convert_reset(
     reset: Shaped[ArrayLike, "..."] | None, batch: int, time: int
 ) -> Bool[Array, "batch time"] | None:
-    """Return an array as bool: true where it is not 0.
-
-    Raises:
-      ValueError: if its shape is another one.
-    """
+    """Return an array as bool, true where it is not 0, or raise."""
     if reset is None:
         return None
     array = jnp.asarray(reset)
@@ -92,11 +79,7 @@ def convert_reset(
 def convert_lengths(
     lengths: Shaped[ArrayLike, "..."] | None, batch: int
 ) -> Integer[Array, " batch"] | None:
-    """Return lengths as an integer array.
-
-    Raises:
-      ValueError: if they have another dtype or shape.
-    """
+    """Return lengths as an integer array, or raise."""
     if lengths is None:
         return None
     array = jnp.asarray(lengths)

@@ -88,8 +88,8 @@ def mlstm(
         if marks.frozen is not None:  # A frozen step writes nothing, and keeps everything.
             frozen = marks.frozen[:, None]
             i, log_f = jnp.where(frozen, NEVER, i), jnp.where(frozen, 0, log_f)
-        run_steps = _scan if implementation == "scan" else _run_chunks
-        last, found = run_steps(arrays[2], (q, k, v, i, log_f), marks.reset)
+        chunk = 1 if implementation == "scan" else min(time, _CHUNK)
+        last, found = _run_chunks(arrays[2], (q, k, v, i, log_f), marks.reset, chunk)
         return last, (o * found).swapaxes(1, 2).reshape(batch, time, -1)
 
     last, outputs = run_in_order(run, inputs, *marks, reverse)
@@ -153,30 +153,13 @@ def stabilize(
     return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
-def _scan(
-    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Bool[Array, "batch time"] | None
-) -> tuple[MLSTMCarry, Array]:
-    """Run all steps, one after the other; see `_run_chunks`."""
-    batch, heads, _, size = arrays[0].shape
-    first = MLSTMCarry.zeros(batch, heads, size, arrays[0].dtype)
-
-    def step(carry: MLSTMCarry, read: Any) -> tuple[MLSTMCarry, Array]:
-        arrays, mark = read
-        if mark is not None:
-            carry = jax.tree.map(
-                lambda x, y: jnp.where(mark.reshape(-1, *[1] * (x.ndim - 1)), x, y), first, carry
-            )
-        return step_mlstm(carry, *arrays)
-
-    steps = [jnp.moveaxis(x, 2, 0) for x in arrays], None if reset is None else reset.T
-    carry, found = lax.scan(step, carry, steps)
-    return carry, jnp.moveaxis(found, 0, 2)
-
-
 def _run_chunks(
-    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Bool[Array, "batch time"] | None
+    carry: MLSTMCarry,
+    arrays: tuple[Array, ...],
+    reset: Bool[Array, "batch time"] | None,
+    chunk: int,
 ) -> tuple[MLSTMCarry, Array]:
-    """Run all steps, in chunks; return the last carry, and what steps read from the memory.
+    """Run all steps, a chunk at a time; return the last carry, and what they read from the memory.
 
     `arrays` are q, k, v [batch, heads, time, d], log i and log f [batch, heads, time]. Within a
     chunk, step t reads the memory before it and the values that steps s <= t write, with the
@@ -184,7 +167,6 @@ def _run_chunks(
     t.
     """
     time = arrays[0].shape[2]
-    chunk = min(max(time, 1), _CHUNK)
 
     def cut(x: Array, filling: float = 0.0) -> Array:
         """Return [chunks, batch, heads, chunk, ...]; steps after the last change nothing."""

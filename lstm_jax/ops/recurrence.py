@@ -158,6 +158,9 @@ def _without_explicit_mesh() -> Iterator[None]:
             yield
 
 
+_FUNCTIONS: dict[Primitive, Callable[..., list[Array]]] = {}
+
+
 def _define(name: str, function: Callable[..., list[Array]]) -> Primitive:
     """Define a primitive that runs a function of arrays and of a static `call`."""
     primitive = Primitive(f"lstm_jax_{name}")
@@ -189,6 +192,7 @@ def _define(name: str, function: Callable[..., list[Array]]) -> Primitive:
     # `custom_partitioning` needs the devices, which JAX passes to the rules of these primitives.
     primitives: set[Primitive] = getattr(dispatch, "prim_requires_devices_during_lowering", set())
     primitives.add(primitive)
+    _FUNCTIONS[primitive] = function
     primitive.def_abstract_eval(infer)
     mlir.register_lowering(primitive, lower)
     return primitive
@@ -244,12 +248,7 @@ for primitive in (_forward, _backward, _gradients, _tangent):
 
 
 def _batch(
-    primitive: Primitive,
-    function: Callable[..., list[Array]],
-    operands: Sequence[Array],
-    axes: Sequence[int | None],
-    *,
-    call: Call,
+    primitive: Primitive, operands: Sequence[Array], axes: Sequence[int | None], *, call: Call
 ) -> tuple[list[Array], list[int]]:
     """Run a primitive on operands with an additional axis, which `axes` names, or None.
 
@@ -257,7 +256,7 @@ def _batch(
     """
     own = _list_batch_axes(primitive, call, len(operands))
     if any(axis is not None and of_batch is None for axis, of_batch in zip(axes, own, strict=True)):
-        return _batch_each(function, operands, axes, call=call)
+        return _batch_each(primitive, operands, axes, call=call)
     number = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
 
     def join(x: Array, axis: int | None, of_batch: int | None) -> Array:
@@ -350,22 +349,15 @@ def _divide_batch(
 
 
 def _batch_each(
-    function: Callable[..., list[Array]],
-    operands: Sequence[Array],
-    axes: Sequence[int | None],
-    *,
-    call: Call,
+    primitive: Primitive, operands: Sequence[Array], axes: Sequence[int | None], *, call: Call
 ) -> tuple[list[Array], list[int]]:
     """Run a primitive's function on operands with an additional axis, which results have, too."""
-    results = jax.vmap(functools.partial(function, call=call), in_axes=tuple(axes))(*operands)
+    function = functools.partial(_FUNCTIONS[primitive], call=call)
+    results = jax.vmap(function, in_axes=tuple(axes))(*operands)
     return results, [0] * len(results)
 
 
-for primitive, function in (
-    (_layer, _run_layer),
-    (_forward, _run_forward),
-    (_backward, _run_backward),
-):
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, function)
-for primitive, function in ((_gradients, _run_gradients), (_tangent, _run_tangent)):
-    batching.primitive_batchers[primitive] = functools.partial(_batch_each, function)
+for primitive in (_layer, _forward, _backward):
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+for primitive in (_gradients, _tangent):
+    batching.primitive_batchers[primitive] = functools.partial(_batch_each, primitive)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 import accelerators
 import commands
 from lstm_jax import config, matmul, ops
-from lstm_jax.model import LanguageModel, check_recurrence
+from lstm_jax.model import LanguageModel
 from lstm_jax.ops import accelerator, choice, in_c, pallas
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
 from lstm_jax.ops.layer import find_implementation
@@ -166,20 +166,6 @@ def test_pallas_lowers_for_tpus(dtype: str, monkeypatch: pytest.MonkeyPatch) -> 
     traced = jax.jit(jax.grad(sum_logits)).trace(params["params"])
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 4  # Two layers, forward and backward.
-
-
-@pytest.mark.parametrize(("recurrence", "device"), [("cudnn", "gpu"), ("pallas", "tpu")])
-def test_some_recurrences_need_their_device(
-    recurrence: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lstm = LanguageModel(9, 4, 8, recurrence=recurrence)
-    for backend in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        if backend == device:
-            check_recurrence(lstm)
-        else:
-            with pytest.raises(ValueError, match=f"needs a {device.upper()}"):
-                check_recurrence(lstm)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -42,12 +42,6 @@ def compute_losses(
     return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
 
 
-def test_no_tracer_leaks_from_dynamic_evaluation(params: model_lib.Params) -> None:
-    with jax.checking_leaks():
-        sizes = dynamic.measure_gradient_sizes(MODEL, params, TRAIN_IDS, 7)
-        assert len(compute_losses(params, TRAIN_IDS, SETTINGS, sizes)) == 41
-
-
 def test_a_prediction_never_depends_on_its_token_or_a_later_one(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
@@ -121,10 +115,3 @@ def test_with_a_zero_learning_rate_it_equals_static_evaluation(
     static = loss_lib.compute_loss(MODEL, params, ids)
     loss = compute_losses(params, ids, settings, sizes).mean()
     assert loss == pytest.approx(static, abs=1e-5)
-
-
-def test_a_repetitive_text_is_learned(params: model_lib.Params, sizes: model_lib.Params) -> None:
-    ids = np.tile(np.array([3, 5, 8], np.int32), 200)
-    settings = dynamic.Settings(0.003, decay=0.0, segment_length=20)
-    losses = compute_losses(params, ids, settings, sizes)
-    assert losses[-60:].mean() < 0.6 * losses[:60].mean()

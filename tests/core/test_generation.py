@@ -41,12 +41,6 @@ def test_greedy_decoding_is_the_argmax_of_a_single_pass() -> None:
     np.testing.assert_array_equal(generated, logits.argmax(axis=-1)[:, 2:-1])
 
 
-def test_no_tracer_leaks_from_generation() -> None:
-    with jax.checking_leaks():
-        key = jax.random.key(0)
-        assert generation.generate_tokens(MODEL, PARAMS, PROMPT, key, length=3).shape == (1, 3)
-
-
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
 def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)

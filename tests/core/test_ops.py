@@ -97,46 +97,6 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     jax.tree.map(check, *jax.device_get((actual, expected)))
 
 
-def run_numpy(name: str, params: Any, inputs: Any, carry: Any, reset: Any, lengths: Any) -> Any:
-    """Run a gated layer by its equations, text by text."""
-    w, u, b, *others = (np.asarray(x, float) for x in params)
-    outputs = np.zeros((BATCH, TIME, HIDDEN))
-    last = [np.array(x, float) for x in carry]
-
-    def sigmoid(x: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-x))
-
-    for i in range(BATCH):
-        c, h = last[0][i], last[-1][i]
-        for t in range(lengths[i]):
-            if reset[i, t]:
-                c, h = np.zeros(HIDDEN), np.zeros(HIDDEN)
-            x, y = np.split(np.asarray(inputs, float)[i, t] @ w + b, len(b) // HIDDEN), h @ u
-            y = np.split(y, len(b) // HIDDEN)
-            if name == "rnn":
-                h = np.tanh(x[0] + y[0])
-            elif name == "gru":
-                r, z = sigmoid(x[0] + y[0]), sigmoid(x[1] + y[1])
-                h = (1 - z) * np.tanh(x[2] + r * (y[2] + others[0])) + z * h
-            else:
-                pi, pf, po = others[0] if others else np.zeros((3, HIDDEN))
-                gate = sigmoid(x[1] + y[1] + pf * c), sigmoid(x[0] + y[0] + pi * c)
-                c = gate[0] * c + gate[1] * np.tanh(x[2] + y[2])
-                h = sigmoid(x[3] + y[3] + po * c) * np.tanh(c)
-            outputs[i, t] = h
-        last[0][i], last[-1][i] = c if len(last) == 2 else h, h
-    return type(carry)(*last), outputs
-
-
-@every_gated
-@pytest.mark.parametrize("implementation", ["scan", "xla", "auto"])
-def test_gated_layers_agree_with_their_equations(name: str, implementation: str) -> None:
-    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    options = {"reset": make_reset(), "lengths": LENGTHS, "implementation": implementation}
-    found = call(name, params, inputs, carry, **options)
-    assert_close(found, run_numpy(name, params, inputs, carry, make_reset(), LENGTHS))
-
-
 @every_gated
 @pytest.mark.parametrize("implementation", ["xla", "auto"])
 @pytest.mark.parametrize("reverse", [False, True])

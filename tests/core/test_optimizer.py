@@ -93,13 +93,6 @@ def test_kernels_decay_and_vectors_do_not(name: str) -> None:
     jax.tree.map(lambda update: np.testing.assert_array_equal(update, 0), of_layer)
 
 
-def test_gradients_are_clipped_to_the_global_norm() -> None:
-    start = np.zeros((3, 2))
-    gradient = np.full((3, 2), 2.0)
-    fields = make_fields(name="sgd", learning_rate=1.0, max_gradient_norm=0.5)
-    assert np.linalg.norm(run(fields, [gradient], start)) == pytest.approx(0.5, rel=1e-5)
-
-
 def test_lion() -> None:
     rng = np.random.default_rng(0)
     start, *gradients = rng.normal(size=(4, 3, 2))

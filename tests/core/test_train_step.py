@@ -211,17 +211,6 @@ def test_a_nonfinite_step_changes_nothing(large: int, monkeypatch: pytest.Monkey
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
-@jax.debug_nans(False)
-def test_texts_that_start_in_a_nonfinite_step_have_started() -> None:
-    config = make_config()
-    model = model_lib.make_model(config.model, 11)
-    state, step = set_up(model, config)
-    carry, params = jax.tree.map(jnp.ones_like, state.carry), state.params
-    state = state._replace(carry=carry, params=jax.tree.map(lambda x: x * jnp.nan, params))
-    after = step(state, make_batch(2, 7))
-    assert int(after.skipped) == 1 and not any(x.any() for x in jax.tree.leaves(after.carry))
-
-
 def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
     rates = config_lib.RegularizationConfig(embedding_dropout=0.5)
     model = model_lib.LanguageModel(11, 6, 9, tie_embeddings=True)
