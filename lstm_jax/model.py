@@ -338,7 +338,7 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
 
 def run_in_chunks(
     run: Callable[..., Any], carry: Any, inputs: Hidden, starts: Starts | None, chunk: int
-) -> tuple[Any, Hidden]:
+) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer in chunks of time; the backward pass stores only the carries between them.
 
     It recomputes the steps of a chunk. Memory then grows with time / chunk + chunk instead of time,
