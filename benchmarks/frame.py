@@ -68,11 +68,11 @@ def train(directory: Path, *flags: str) -> float:
     return float(compute_once(file, lambda: time_call(run_python, *command) / 60))
 
 
-def evaluate(directory: Path, *flags: object) -> float:
-    """Return the loss that `lstm_jax.evaluate` measures."""
+def evaluate(directory: Path, *flags: object, measure: str = "loss") -> float:
+    """Return the loss, or another field of its output, that `lstm_jax.evaluate` measures."""
     cell = shlex.split(cell_file.make_flag(workdir.load_config(directory).model))
     output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *cell, *flags)
-    return float(json.loads(output.splitlines()[-1])["loss"])
+    return float(json.loads(output.splitlines()[-1])[measure])
 
 
 def measure_speed(directory: Path) -> float:

@@ -4,10 +4,11 @@
     python benchmarks/results.py --rows "learning rate 2e-2,no weight decay" --seeds 1
 
 A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. Its columns are
-those of its table, means and standard deviations over the seeds, in nats per character: the losses
-of `evaluate` for the validation split, for the test split, and for the last 10 % of the text,
-validation and test as one text, also with `--context 256` or `--dynamic`. Below is whether each
-mean lies within two standard deviations of the one stated. The same command resumes.
+those of its table, means and standard deviations over the seeds, in nats per character (for Penn
+Treebank in bits, or the perplexity of words): the losses of `evaluate` for the validation split,
+for the test split, and for the last 10 % of the text, validation and test as one text, also with
+`--context 256` or `--dynamic`. Below is whether each mean lies within two standard deviations of
+the one stated, or within 1 % of a single run. The same command resumes.
 """
 
 import re
@@ -23,6 +24,8 @@ _TWO_LAYERS = ["model.num_layers=2", "model.hidden_size=288"]
 ROWS: dict[str, list[str]] = {
     "quick.py": [],
     "shakespeare_best.py": [],
+    "penn_treebank.py": [],
+    "penn_treebank_words.py": [],
     "windows of 96": ["batches.window_length=96"],
     "learning rate 2e-2": ["optimizer.learning_rate=2e-2"],
     "cosine schedule": ["optimizer.schedule=cosine"],
@@ -37,6 +40,7 @@ ROWS: dict[str, list[str]] = {
     "12 epochs": ["num_epochs=12"],
     "9 epochs": ["num_epochs=9"],
 }
+_MEASURES = {"penn_treebank.py": "bits_per_character", "penn_treebank_words.py": "perplexity"}
 _END = "--split=validation+test"
 COLUMNS = {
     "validation": ["--split=validation"],
@@ -69,7 +73,9 @@ def main() -> None:
             directory: Path = options.workdir / re.sub(r"\W+", "_", name) / str(seed)
             flags = [f"--config.{field}" for field in (*ROWS[name], f"seed={seed}")]
             minutes = train(directory, "--config", experiment, *flags, *options.fields)
-            runs.append((*(evaluate(directory, *COLUMNS[column]) for column in stated), minutes))
+            measure = _MEASURES.get(name, "loss")
+            measured = (evaluate(directory, *COLUMNS[x], measure=measure) for x in stated)
+            runs.append((*measured, minutes))
         *losses, all_minutes = zip(*runs, strict=True)
         print_head(name, *stated, "minutes")
         print_row(f"{len(runs)} seeds", *map(spread, losses), spread(all_minutes, 1))
@@ -94,8 +100,10 @@ def read_stated(page: str, name: str) -> dict[str, Stated]:
         head = (head or cells) if cells else []
         if cells and cells[0].strip("*`") == name:
             for column, cell in zip(head, cells, strict=True):
-                if (match := re.search(r"([\d.]+) ± ([\d.]+)", cell)) and column in COLUMNS:
-                    stated.setdefault(column, Stated(float(match[1]), float(match[2])))
+                match = re.fullmatch(r"([\d.]+)(?: ± ([\d.]+))?", cell)
+                if match and column in COLUMNS:
+                    mean = float(match[1])
+                    stated.setdefault(column, Stated(mean, float(match[2] or mean / 200)))
     if not stated:
         raise ValueError(f"there is no row {name!r} with losses in the page")
     return stated
