@@ -6,6 +6,7 @@ of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros ins
 `FROZEN` where it leaves the carry as it is (its output then is the hidden state), and otherwise 0.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -221,30 +222,56 @@ def run_step(
     added: Array,
     peepholes: Array | None = None,
 ) -> Any:
-    """Run one step of a layer and return the next carry; it can't be differentiated.
+    """Run one step of a layer and return the next carry.
 
-    The kernel is from `pack_gates` or `quantize_gates`. `inputs` holds the inputs of the layer,
-    unless `added` includes their matmul with the kernel already, and the hidden state, [batch, n]
-    each. `added` [batch or 1, num_sums * hidden] is added to the sums.
+    The kernel is from `pack_gates`, or from `quantize_gates`: then the step has no derivative.
+    `inputs` holds the inputs of the layer, unless `added` includes their matmul with the kernel
+    already, and the hidden state, [batch, n] each. `added` [batch or 1, num_sums * hidden] is added
+    to the sums.
     """
     rows = jnp.concatenate(inputs, axis=1)
-    if isinstance(packed, Int8Kernel):
-        rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
-        kernel, scales = packed.values, packed.scales
-    else:
-        kernel, scales = packed, jnp.zeros(0)
-        rows = rows.astype(packed.dtype)
     hidden, cell = carry.hidden.astype("float32"), _get_cell(carry).astype("float32")
     if peepholes is None:
         peepholes = jnp.zeros((0, hidden.shape[1]))
-    state = _call(
-        "step",
-        (rows, kernel, added.astype("float32"), cell, hidden, peepholes, scales),
-        (cell.shape, "float32"),
-        (hidden.shape, "float32"),
-        kind=_KINDS.index(gating.name),
-    )
+    arrays = added.astype("float32"), cell, hidden, peepholes
+    if isinstance(packed, Int8Kernel):
+        rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
+        state = _call_step(gating, rows, packed.values, *arrays, packed.scales)
+    else:
+        state = _run_step(gating, rows.astype(packed.dtype), packed, *arrays)
     return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
+
+
+def _call_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
+    _, _, _, cell, hidden, *_ = arrays
+    results = (cell.shape, "float32"), (hidden.shape, "float32")
+    return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
+    return _call_step(gating, *arrays, jnp.zeros(0))
+
+
+@_run_step.defjvp
+def _differentiate_step(
+    gating: Gating, primals: Sequence[Array], tangents: Sequence[Array]
+) -> tuple[Sequence[Array], Sequence[Array]]:
+    """Differentiate the same step, computed by JAX."""
+
+    def run(
+        rows: Array, packed: Array, added: Array, cell: Array, hidden: Array, peepholes: Array
+    ) -> Sequence[Array]:
+        parts = packed.reshape(*packed.shape[:2], -1, gating.num_sums, *packed.shape[3:])
+        parts = parts.transpose(1, 5, 3, 0, 2, 4).reshape(rows.shape[1], gating.num_sums, -1)
+        kernel = parts[:, :, : hidden.shape[1]].reshape(rows.shape[1], -1)
+        terms = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)  # It has a JVP.
+        split = tuple(jnp.split(terms + added, gating.num_sums, axis=1))
+        carry = gating.carry(cell, hidden) if gating.has_cell else gating.carry(hidden)
+        after = gating.activate(split, carry, peepholes[:, None])[1]
+        return [_get_cell(after), after.hidden]
+
+    return jax.jvp(run, primals, tangents)
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -71,8 +71,8 @@ def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
     """Wait until a worker trains a trial: it then holds the lock of a working directory."""
 
     def holds(path: Path) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return bool(json.loads(path.read_text())["pid"] == worker.pid)
+        with contextlib.suppress(OSError):
+            return path.read_text().startswith(f"process {worker.pid} on ")
         return False
 
     commands.wait_until(lambda: any(map(holds, directory.glob("trials/*/.lock"))), worker)

@@ -196,12 +196,6 @@ CASES: dict[str, tuple[Change, str]] = {
         change_config(model__cell="mogrifier", model__options={"rounds": 10**5}),
         "rounds",
     ),
-    "rounds and layers": (
-        change_config(
-            model__cell="mogrifier", model__options={"rounds": 100}, model__num_layers=100
-        ),
-        "25,000",
-    ),
 }
 VALUES: tuple[Any, ...] = (
     "/dev/zero", "/**/*x*", "a" * 300, "a\0b", '"""', "\x1b[31m", "\udcff", "", None, True, -1, 0,
