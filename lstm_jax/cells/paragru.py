@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax import ops
-from lstm_jax.cells.base import SizedCell
+from lstm_jax.cells.base import SizedCell, forget_bias
 from lstm_jax.cells.protocol import AllInputs, AllOutputs, Gates, Inputs, Outputs, Starts
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
@@ -30,7 +30,9 @@ class ParaGRUCell(SizedCell):
         """Declare the parameters; r, z, n are side by side."""
         shape = (self.input_size, 3 * self.hidden_size)
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
-        self.bias = self.param("bias", _spread_memory, shape[1:])
+        # Update gates of sigmoid(0) to sigmoid(-4): units keep 2 to 55 steps at first.
+        memory = forget_bias(3, jnp.linspace(0.0, -4.0, self.hidden_size))
+        self.bias = self.param("bias", memory, shape[1:])
         uniform = nn.initializers.uniform(1.0)
         self.recurrent_scale = self.param("recurrent_scale", uniform, (3, self.hidden_size))
 
@@ -84,9 +86,3 @@ class ParaGRUCell(SizedCell):
         """Return h' for h and x W + b of one or all steps."""
         gates = self._gates(hidden, sums)
         return hidden + gates["update"] * (gates["candidate"] - hidden)
-
-
-def _spread_memory(key: jax.Array, shape: tuple[int]) -> jax.Array:
-    """Return biases of 0, and from 0 to -4 for the update gates, which then keep 1 to 50 steps."""
-    biases = jnp.zeros((3, shape[0] // 3))
-    return biases.at[1].set(jnp.linspace(0.0, -4.0, biases.shape[1])).reshape(shape)
