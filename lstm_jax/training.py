@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Unpack
@@ -13,7 +12,6 @@ from typing import Unpack
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
@@ -23,7 +21,7 @@ from lstm_jax.config import Config
 from lstm_jax.controls import Controls
 from lstm_jax.data import files
 from lstm_jax.devices import feeding, hosts, parallel
-from lstm_jax.errors import NotFiniteError, name_setting, warn
+from lstm_jax.errors import NotFiniteError, name_setting
 from lstm_jax.run import advice, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
 from lstm_jax.run.library import Run
@@ -215,9 +213,8 @@ def validate(
         workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
         run.checkpoints.record_validation(step, loss)
         run.print(messages.describe_validation(run, step, loss, sample))
-        warning = advice.find_suspicion({"validation": loss}, len(run.vocabulary))
-        if step and warning:
-            warn(warning)
+        if step and (warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary))):
+            run.warn(warning)
     progress.start_clock(step)
     if step == run.plan.total_steps:
         return False  # `finish_run` plots.
@@ -256,8 +253,7 @@ def check_finite(run: OpenRun, state: TrainState) -> TrainState:
             f"resume from it with a lower optimizer.learning_rate, {clip}or max_skipped_steps "
             f"above {allowed}"
         )
-    with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
-        warn(f"{message}; skipped {skipped} of at most {allowed}")
+    run.warn(f"{message}; skipped {skipped} of at most {allowed}")
     return state.clear("first_skipped")
 
 
@@ -308,5 +304,5 @@ def finish_run(run: OpenRun) -> Run:
         best = [row["loss"] for row in rows if (row["split"], row["step"]) == ("validation", step)]
         losses = {"test": loss, "validation": best[-1] if best else None}
         if warning := advice.find_suspicion(losses, len(run.vocabulary)):
-            warn(warning)
+            run.warn(warning)
     return Run(trained, run.directory)

@@ -21,7 +21,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.devices import hosts, parallel
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, warn
 from lstm_jax.run import advice, distillation, metrics, resume, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
@@ -136,6 +136,11 @@ class OpenRun:
         if self.prints:
             with tqdm.external_write_mode(sys.stdout):
                 print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Log a warning, above the bar of progress."""
+        with tqdm.external_write_mode(sys.stderr):
+            warn(text)
 
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""

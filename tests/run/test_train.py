@@ -1,10 +1,12 @@
 """Test training: resumed bit for bit, refused for other settings, and its files."""
 
+import itertools
 import json
 import math
 import platform
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, resume, workdir
 from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
+
+
+def replace_train_step(
+    monkeypatch: pytest.MonkeyPatch, take: Callable[[int, TrainStep, TrainState, Any], TrainState]
+) -> None:
+    """Let `take` take training steps; it gets their number, counted over all runs of the test."""
+    numbers, make = itertools.count(1), training.make_train_step
+
+    def make_replaced(*args: Any) -> TrainStep:
+        step = make(*args)
+        return lambda state, batch: take(next(numbers), step, state, batch)
+
+    monkeypatch.setattr(training, "make_train_step", make_replaced)
 
 
 @pytest.mark.slow
@@ -54,26 +69,16 @@ def test_a_stopped_run_resumes_bit_for_bit(
         tiny_config.optimizer.average_decay = 0.9
     training.train(tiny_config, whole)
 
-    steps = 0
-    make = training.make_train_step
+    def stop(steps: int, step: TrainStep, state: TrainState, batch: Any) -> TrainState:
+        if steps == stop_after:
+            signal.raise_signal(number)
+        return step(state, batch)
 
-    def make_stopping(*args: Any) -> TrainStep:
-        step = make(*args)
-
-        def stopping(state: TrainState, batch: Any) -> TrainState:
-            nonlocal steps
-            steps += 1
-            if steps == stop_after:
-                signal.raise_signal(number)
-            return step(state, batch)
-
-        return stopping
-
-    monkeypatch.setattr(training, "make_train_step", make_stopping)
+    replace_train_step(monkeypatch, stop)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as stop:
+    with pytest.raises(Stopped) as raised:
         training.train(tiny_config, stopped)
-    assert stop.value.code == 128 + number
+    assert raised.value.code == 128 + number
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     if kind == "schedule_free":
         tiny_config.optimizer.b1 = 0.3
@@ -177,24 +182,15 @@ def test_training_does_not_use_the_mesh_of_the_caller(
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     """Make the carry of these steps infinite, counted over all runs of the test."""
-    steps = 0
-    make = training.make_train_step
 
-    def make_poisoned(*args: Any) -> TrainStep:
-        step = make(*args)
+    def poison_step(steps: int, step: TrainStep, state: TrainState, batch: Any) -> TrainState:
+        if steps not in poisoned:
+            return step(state, batch)
+        with jax.transfer_guard("allow"):
+            bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
+        return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
 
-        def poisoned_step(state: TrainState, batch: Any) -> TrainState:
-            nonlocal steps
-            steps += 1
-            if steps not in poisoned:
-                return step(state, batch)
-            with jax.transfer_guard("allow"):
-                bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
-            return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
-
-        return poisoned_step
-
-    monkeypatch.setattr(training, "make_train_step", make_poisoned)
+    replace_train_step(monkeypatch, poison_step)
 
 
 @pytest.mark.slow
