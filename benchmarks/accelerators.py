@@ -115,7 +115,7 @@ def list_programs(
     config: Config, vocabulary_size: int, devices: list[Any]
 ) -> dict[str, Callable[[], Any]]:
     """Return a function for each program that these devices run, by name; it traces it."""
-    mesh = Mesh(np.array(devices).reshape(-1, 1), (parallel.DATA, parallel.MODEL))
+    mesh = Mesh(np.array(devices), parallel.DATA)
     lstm = model.make_model(config.model, vocabulary_size)
     place = functools.partial(place_all, lambda _: SingleDeviceSharding(devices[0]))
     programs = {
@@ -123,10 +123,6 @@ def list_programs(
         for name, fields in STEPS.items()
     }
     programs["10 steps a call"] = functools.partial(trace_step, config, vocabulary_size, mesh, 10)
-    if len(devices) > 1:
-        divided = Mesh(mesh.devices.reshape(-1, 2), mesh.axis_names)
-        of_two = functools.partial(trace_step, config, vocabulary_size, divided)
-        programs["step mesh.model=2"] = of_two
     for kind, gating in layer.GATINGS.items():
         sizes = config.batches.batch_size, config.batches.window_length, config.model.hidden_size
         programs[f"layer {gating.name}"] = functools.partial(
@@ -160,9 +156,7 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1)
         return place_all(lambda _: NamedSharding(mesh, spec), tree)
 
     carry = place(parallel.DIVIDED, state.carry)
-    stored = place_all(
-        lambda x: NamedSharding(mesh, parallel.get_storage_spec(x, mesh)), state._replace(carry=())
-    )
+    stored = place(parallel.EVERYWHERE, state._replace(carry=()))
     leading = (steps,) if steps > 1 else ()
     rows = PartitionSpec(*[None] * len(leading), *parallel.DIVIDED)
     ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))

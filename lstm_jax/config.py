@@ -116,7 +116,7 @@ class BatchesConfig:
     kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
         "zero state. streams: contiguous streams whose carry is kept (truncated BPTT).")
     batch_size: int = field(64, "Windows or streams per batch.", _SIZE,
-        requires="batches.batch_size % (max(mesh.data, 1) * mesh.model) == 0")
+        requires="batches.batch_size % max(mesh.data, 1) == 0")
     window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE,
         also="context bptt seq_len sequence_length")
     reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
@@ -226,10 +226,8 @@ class DistillConfig:
 class MeshConfig:
     """The devices that a batch is divided over."""
 
-    data: int = field(0, "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs "
-        "or TPUs; on a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True)
-    model: int = field(1, "Devices that also divide parameters and optimizer state between steps "
-        "(docs/scale.md).", _SIZE, resume=True)
+    data: int = field(0, "The number of devices. 0: all GPUs or TPUs; on a CPU, the fastest number "
+        "of cores.", _SIZE_OR_ZERO, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +259,6 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
         _AMOUNT, resume=True)
-    max_skipped_steps: int = field(0, "Steps with a loss, gradient or parameter that is not finite "
-        "are skipped; training ends after more than this number.", _COUNT, resume=True)
-    profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
 # fmt: on
 
 
@@ -299,6 +294,8 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
 FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
+# Fields of earlier runs, with the values that changed nothing, which are ignored.
+_REMOVED = {"mesh.model": 1, "max_skipped_steps": 0, "profile": False}
 # A field whose value is a dict with any names; each can be set like a field.
 OPTIONS = "model.options"
 
@@ -363,7 +360,7 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
             values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
         elif name in FIELDS:
             values[name] = value
-        else:
+        elif name not in _REMOVED or value != _REMOVED[name]:
             raise UserError(describe_unknown_field(name))
     values = {name: check_value(name, value) for name, value in values.items()}
     config = _make_section(Config, values)

@@ -24,18 +24,15 @@ _WORKDIR = flags.DEFINE_string(
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, f"{command.TRAINED}, whose parameters a new run starts from."
 )
-_TRACK = flags.DEFINE_enum(
-    "track", None, ["wandb"], "Tracker that also receives metrics, samples and the config."
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Train in the processes that SLURM, Open MPI or a TPU pod has started."
 )
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of the first of several processes that train together."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of these processes.")
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Index of this process, from 0. SLURM, Open MPI and others set all three."
-)
-_JOIN_SECONDS = flags.DEFINE_integer(
-    "join_seconds", 300, "Seconds to wait for the other processes.", lower_bound=1
+_PROCESSES = (
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of the first of processes that you start yourself."
+    ),
+    flags.DEFINE_integer("num_processes", None, "Number of these processes."),
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0."),
 )
 
 
@@ -50,19 +47,16 @@ def main() -> int:
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
     from lstm_jax.devices import hosts, memory, parallel
-    from lstm_jax.run import trackers, workdir
+    from lstm_jax.run import workdir
 
     parallel.use_cores(experiment)
     directory = workdir.expand_path(_WORKDIR.value or Path("runs", name))
-    processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    unwatched = contextlib.nullcontext(lambda row: None)
-    with (
-        hosts.join_processes(*processes, _JOIN_SECONDS.value),
-        trackers.open_wandb(directory) if _TRACK.value else unwatched as watch,
-    ):
+    processes = [flag.value for flag in _PROCESSES]
+    alone = not _DISTRIBUTED.value and processes == [None] * 3
+    with contextlib.nullcontext() if alone else hosts.join_processes(*processes):
         memory.keep_freed_memory()
         try:
-            training.train(experiment, directory, watch)
+            training.train(experiment, directory)
         except interrupts.Stopped as stopped:
             return stopped.code
     return 0

@@ -81,11 +81,6 @@ OPTIMIZERS: dict[OptimizerName, Callable[[OptimizerConfig, optax.Schedule], _Cha
 }
 
 
-def is_elementwise(optimizer: OptimizerConfig) -> bool:
-    """Return whether each element of an array is updated from itself and its gradient alone."""
-    return optimizer.name != "muon"
-
-
 def has_average(optimizer: OptimizerConfig) -> bool:
     """Return whether evaluation and sampling use an average of the parameters."""
     return optimizer.name == "schedule_free" or optimizer.average_decay > 0

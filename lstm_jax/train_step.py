@@ -1,6 +1,5 @@
 """Make one jitted training step: from a state and a batch to the next state, on any devices."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,10 +16,7 @@ from lstm_jax.batches import Batch
 from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config
 from lstm_jax.devices import parallel
-from lstm_jax.optimizer import is_elementwise, update_average
-
-# The number of parameters from which the state of Adam is larger than a processor's cache.
-_LARGE = 2**22
+from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
@@ -39,8 +35,6 @@ class TrainState(NamedTuple):
     loss_sum: Float[Array, ""]  # Nats per token, summed since the last log line.
     norm_sum: Float[Array, ""]  # The same sum of the gradients' norms before clipping.
     loss_steps: Int[Array, ""]  # The number of steps in these sums.
-    skipped: Int[Array, ""]  # The number of steps skipped because a number was not finite.
-    first_skipped: Int[Array, ""]  # The first of them not yet reported; 0 if none.
 
     @property
     def evaluated(self) -> model_lib.Params:
@@ -100,7 +94,6 @@ def init_state(
         )
     if mesh is not None:  # First: arrays made from the parameters are then divided like them.
         params = parallel.place(params, mesh)
-    counters = ("step", "loss_steps", "skipped", "first_skipped")
     state = TrainState(
         params=params,
         average=jax.tree.map(jnp.copy, params) if averaged else None,
@@ -108,9 +101,10 @@ def init_state(
         carry=model.initial_carry(batch_size),
         key=key,
         # Separate arrays, because a step donates each of them.
+        step=jnp.int32(0),
         loss_sum=jnp.zeros(()),
         norm_sum=jnp.zeros(()),
-        **{name: jnp.zeros((), jnp.int32) for name in counters},
+        loss_steps=jnp.int32(0),
     )
     return state if mesh is None else state.place(mesh)
 
@@ -145,15 +139,11 @@ def make_step(
 ) -> TrainStep:
     """Make the training step, a pure function of a state and a `Batch`.
 
-    Every device of the mesh gathers the parameters and computes the gradient for its part of the
-    batch, one microbatch after the other. The mean over the devices is the gradient for the whole
-    batch, of which each device keeps the part that it stores. A step whose loss, gradient or
-    updated parameters are not finite is counted; it leaves the parameters, their average, the
-    optimizer state and the carry as they were.
+    Every device of the mesh computes the gradient for its part of the batch, one microbatch after
+    the other. The mean over the devices is the gradient for the whole batch.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
-    update = _make_update(optimizer, config)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         before = _start_texts(model, config.batches, state, batch)
@@ -161,16 +151,14 @@ def make_step(
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
-        compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
+        compute = parallel.divide_over_devices(compute_grads, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
-        step = state.step + 1
-        norm = optax.tree.norm(grads)
-        old = state.params, state.average, state.opt_state
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        (params, average, opt_state), finite = update(old, grads, step, is_finite)
-        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, before)
-        first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
+        step, average = state.step + 1, state.average
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if average is not None:
+            average = update_average(config.optimizer, average, params, opt_state, step)
         return TrainState(
             params=params,
             average=average,
@@ -178,49 +166,12 @@ def make_step(
             carry=carry,
             key=key,
             step=step,
-            loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
-            norm_sum=state.norm_sum + jnp.where(finite, norm, 0),
-            loss_steps=state.loss_steps + finite,
-            skipped=state.skipped + ~finite,
-            first_skipped=first_skipped,
+            loss_sum=state.loss_sum + loss,
+            norm_sum=state.norm_sum + optax.tree.norm(grads),
+            loss_steps=state.loss_steps + 1,
         )
 
     return train_step
-
-
-def _make_update(optimizer: optax.GradientTransformation, config: Config) -> Callable[..., Any]:
-    """Make the function update(old, grads, step, is_finite).
-
-    `old` is (parameters, average, optimizer state). It returns the next ones, or `old` where a
-    number is not finite, and whether all are.
-    """
-
-    def compute(old: tuple[Any, ...], grads: model_lib.Params, step: Array) -> tuple[Any, ...]:
-        params, average, opt_state = old
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        if average is not None:
-            average = update_average(config.optimizer, average, params, opt_state, step)
-        return params, average, opt_state
-
-    def update(old: tuple[Any, ...], grads: model_lib.Params, step: Array, finite: Array) -> Any:
-        # Updates can be infinite although gradients are finite, with a large learning rate.
-        finite = finite & model_lib.is_finite(compute(old, grads, step)[0])
-        size = sum(array.size for array in jax.tree.leaves(old[0]))
-        in_place = is_elementwise(config.optimizer) and size >= _LARGE
-        if jax.default_backend() != "cpu" or not in_place:
-            new = compute(old, grads, step)
-            return jax.tree.map(functools.partial(jnp.where, finite), new, old), finite
-
-        # Compute the update again, in place: to store the new arrays beside the old ones, which
-        # are needed if it is not finite, takes longer.
-        def update_in_place(i: Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
-            # XLA must not compute terms of the gradients before the loop.
-            return compute(old, jax.lax.optimization_barrier((grads, i))[0], step)
-
-        return jax.lax.fori_loop(0, finite.astype("int32"), update_in_place, old), finite
-
-    return update
 
 
 def _start_texts(

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import time
 from pathlib import Path
 from typing import Unpack
@@ -13,16 +12,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.controls import Controls
-from lstm_jax.data import files
 from lstm_jax.devices import feeding, hosts, parallel
 from lstm_jax.errors import NotFiniteError, name_setting
-from lstm_jax.run import advice, distillation, messages, metrics, workdir
+from lstm_jax.run import distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
 from lstm_jax.run.library import Run
 from lstm_jax.run.opening import OpenRun, is_out_of_patience, open_run
@@ -30,7 +28,6 @@ from lstm_jax.run.progress import Pacer, Progress
 from lstm_jax.train_step import TrainState, make_train_step
 
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
-_WARM_UP, _TRACED = 3, 5  # Calls of the training step before a trace, and in it.
 
 
 def train(
@@ -78,15 +75,11 @@ def take_steps(run: OpenRun) -> None:
     Raise `Stopped` after a signal, when the state is saved.
     """
     config, plan = run.config, run.plan
-    state, step, calls = run.first_state, run.first_step, 0
+    state, step = run.first_state, run.first_step
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
     feed, stop, pacer, is_over = make_feed(run), StopRequest(), Pacer(step), False
     bar = Progress(plan, step, run.prints)
-    with (
-        contextlib.closing(bar) as progress,
-        contextlib.ExitStack() as trace,
-        handle_signals(stop.handle_signal),
-    ):
+    with contextlib.closing(bar) as progress, handle_signals(stop.handle_signal):
         try:
             if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
                 save(run, state, step)
@@ -97,25 +90,27 @@ def take_steps(run: OpenRun) -> None:
             while step < plan.total_steps and not is_over:
                 steps = plan.count_steps_of_call(step)
                 batch = feed.next(steps)
-                traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
                 # Any other transfer to the devices is an error.
-                with jax.transfer_guard("disallow"), traced:
+                with jax.transfer_guard("disallow"):
                     state = train_step(state, batch)
-                step, calls = step + steps, calls + 1
+                step += steps
                 is_synchronized = pacer.wait(step, state)
                 progress.after_step(step)
-                profile(run, state, calls, trace)
-                if step % config.log_every_steps == 0:
+                logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
+                saves = validates or (is_synchronized and is_save_due(run))
+                if logs or saves:
+                    raise_if_not_finite(run, state, step)
+                if logs:
                     state = log(run, state, step, progress)
-                validates = plan.validates_at(step)
-                if validates or (is_synchronized and is_save_due(run)):
-                    state = save(run, state, step)
+                if saves:
+                    save(run, state, step)
                 if validates:  # After the save: a run that is stopped in it resumes from here.
                     is_over = validate(run, state, step, progress, stop)
                 if is_synchronized or validates:
                     check_signals(stop)
         except Stopped:
             if step != run.checkpoints.last_step:
+                raise_if_not_finite(run, state, step)
                 save(run, state, step)
             run.checkpoints.wait()
             plot_curves(run)
@@ -139,29 +134,18 @@ def check_signals(stop: StopRequest) -> None:
         raise Stopped(code)
 
 
-def profile(run: OpenRun, state: TrainState, calls: int, trace: contextlib.ExitStack) -> None:
-    """Start or end the trace of some calls of the training step, soon after the first."""
-    if run.config.profile and hosts.is_first() and calls in (_WARM_UP, _WARM_UP + _TRACED):
-        jax.block_until_ready(state.loss_sum)
-        trace.close()
-        if calls == _WARM_UP:
-            trace.enter_context(jax.profiler.trace(str(run.directory)))
-
-
 def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> TrainState:
     """Record the mean training loss since the last row; return the state with sums of zero."""
-    state = check_finite(run, state)
-    if number := int(state.loss_steps):
-        loss = float(state.loss_sum) / number
-        speed = progress.measure_speed(step)
-        progress.show(step, loss, speed)
-        extra: metrics.Extra = {
-            "learning_rate": run.plan.get_learning_rate(step, int(state.skipped)),
-            "gradient_norm": float(state.norm_sum) / number,
-        }
-        if speed:  # Otherwise it is unknown.
-            extra["tokens_per_second"] = round(speed * run.plan.tokens_per_step)
-        record(run, step, "train", loss, **extra)
+    number = int(state.loss_steps)
+    loss, speed = float(state.loss_sum) / number, progress.measure_speed(step)
+    progress.show(step, loss, speed)
+    extra: metrics.Extra = {
+        "learning_rate": run.plan.get_learning_rate(step),
+        "gradient_norm": float(state.norm_sum) / number,
+    }
+    if speed:  # Otherwise it is unknown.
+        extra["tokens_per_second"] = round(speed * run.plan.tokens_per_step)
+    record(run, step, "train", loss, **extra)
     return state.clear("loss_sum", "norm_sum", "loss_steps")
 
 
@@ -184,14 +168,15 @@ def is_save_due(run: OpenRun) -> bool:
     return bool(hosts.max_over_processes(is_old and not is_saving))
 
 
-def save(run: OpenRun, state: TrainState, step: int) -> TrainState:
+def save(run: OpenRun, state: TrainState, step: int) -> None:
     """Start saving a checkpoint, with the sizes of the files that the run appends to."""
-    state = check_finite(run, state)
     sizes = workdir.measure_history(run.directory)
-    # Arrays that every device has are saved from one, not in a part by each.
-    params, rest = jax.tree.map(parallel.get_one_copy, (state.evaluated, state.rest))
-    run.checkpoints.save(step, params, rest, sizes)
-    return state
+    arrays = state.evaluated, state.rest
+    if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
+        arrays = jax.tree.map(
+            lambda x: x.addressable_data(0) if x.is_fully_replicated else x, arrays
+        )
+    run.checkpoints.save(step, *arrays, sizes)
 
 
 def validate(
@@ -204,7 +189,7 @@ def validate(
     number, ids = run.config.validation_tokens, run.ids["validation"]
     alone = jax.process_count() == 1
     with stop.at_once() if alone else contextlib.nullcontext():  # Others would wait for this one.
-        params, key = parallel.gather_on_one_device((state.evaluated, state.key), run.mesh)
+        params, key = parallel.get_local_copy((state.evaluated, state.key))
         loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
         sample = generate_sample(run, params, jax.random.fold_in(key, step))
     run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
@@ -213,8 +198,6 @@ def validate(
         workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
         run.checkpoints.record_validation(step, loss)
         run.print(messages.describe_validation(run, step, loss, sample))
-        if step and (warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary))):
-            run.warn(warning)
     progress.start_clock(step)
     if step == run.plan.total_steps:
         return False  # `finish_run` plots.
@@ -226,35 +209,16 @@ def validate(
     return is_over
 
 
-def check_finite(run: OpenRun, state: TrainState) -> TrainState:
-    """Save the batch of a step that was skipped because a number was not finite, and warn.
-
-    Return the state without the number of this step. Raise `NotFiniteError` if more steps were
-    skipped so far than `config.max_skipped_steps`.
-    """
-    if not (step := int(state.first_skipped)):
-        return state
-    path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
-    if hosts.is_first():
-        place = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
-        batch = batches.cut_batch(ids, *place, config.batches.window_length)
-        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
-        files.write_file(path, f"{json.dumps(saved)}\n".encode())
-    skipped, allowed = int(state.skipped), config.max_skipped_steps
-    message = (
-        f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
-    )
-    if skipped > allowed:
+def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
+    """Raise `NotFiniteError` if a parameter, or a loss or gradient since the last row, is not."""
+    sums = {"loss": state.loss_sum, "norm": state.norm_sum}
+    if not (model_lib.is_finite(state.params) and model_lib.is_finite(sums)):
         run.checkpoints.wait()
-        clips = config.optimizer.max_gradient_norm > 0
-        clip = "" if clips else f"{name_setting('optimizer.max_gradient_norm', 1)}, "
         raise NotFiniteError(
-            f"{message}: the last good checkpoint is that of step {run.checkpoints.last_step}; "
-            f"resume from it with a lower optimizer.learning_rate, {clip}or max_skipped_steps "
-            f"above {allowed}"
+            f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
+            f"last good checkpoint, that of step {run.checkpoints.last_step}, with a lower "
+            f"optimizer.learning_rate or {name_setting('optimizer.max_gradient_norm', 1)}"
         )
-    run.warn(f"{message}; skipped {skipped} of at most {allowed}")
-    return state.clear("first_skipped")
 
 
 def generate_sample(run: OpenRun, params: model_lib.Params, key: jax.Array) -> str:
@@ -298,11 +262,5 @@ def finish_run(run: OpenRun) -> Run:
             f"Test loss at step {step}, the step with the best validation loss: "
             f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
         )
-        if sentence := advice.advise(rows):
-            run.print(sentence)
         run.print(messages.list_files(run))
-        best = [row["loss"] for row in rows if (row["split"], row["step"]) == ("validation", step)]
-        losses = {"test": loss, "validation": best[-1] if best else None}
-        if warning := advice.find_suspicion(losses, len(run.vocabulary)):
-            run.warn(warning)
     return Run(trained, run.directory)

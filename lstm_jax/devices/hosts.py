@@ -6,7 +6,6 @@ take part in saving checkpoints.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import sys
 import traceback
@@ -25,45 +24,29 @@ from lstm_jax.errors import UserError, make_visible, one_line
 
 @contextlib.contextmanager
 def join_processes(
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    timeout_seconds: int,
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> Iterator[None]:
-    """Join the other processes of a run, if there are any, and leave together with them.
+    """Join the other processes of a run with `jax.distributed`, and leave together with them.
 
-    Process 0 listens at `coordinator_address`, HOST:PORT. If the first three arguments are None,
-    they come from SLURM, Open MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX
-    but `parallel.use_cores`. An exception within the block ends this process immediately, so that
-    no other process waits for it.
+    Process 0 listens at `coordinator_address`, HOST:PORT. What is None, JAX gets from SLURM, Open
+    MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX but `parallel.use_cores`. An
+    exception within the block ends this process immediately, so that no other process waits for it.
 
     Raises:
       UserError: if an argument is missing, or the processes don't find each other.
     """
-    given, is_cluster = (coordinator_address, num_processes, process_id), _is_in_a_cluster()
-    if num_processes == 1 or (given == (None, None, None) and not is_cluster):
-        yield
-        return
-    if None in given and not is_cluster:
-        raise UserError(
-            "--coordinator_address, --num_processes and --process_id belong together: set all three"
-        )
     # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        initialize = functools.partial(
-            jax.distributed.initialize,
-            initialization_timeout=timeout_seconds,
-            heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
-            shutdown_timeout_seconds=60,
-        )
-        call_in_thread(initialize, *given)  # So that Ctrl-C ends the wait for the others.
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
+        shutdown_timeout_seconds=60,
+    )
+    try:  # In a thread, so that Ctrl-C ends the wait for the others.
+        call_in_thread(initialize, coordinator_address, num_processes, process_id)
     except Exception as error:  # Detecting a cluster may raise anything.
-        raise UserError(
-            f"can't join the other processes ({one_line(error)}): start all of them within "
-            "--join_seconds of each other, or train alone with --num_processes=1"
-        ) from None
+        raise UserError(f"can't join the other processes: {one_line(error)}") from None
     try:
         if jax.default_backend() == "gpu":
             # One that has a program in its cache would not take part in autotuning it, and the
@@ -74,32 +57,6 @@ def join_processes(
     except BaseException as error:
         _leave(error)
     jax.distributed.shutdown()
-
-
-def _is_in_a_cluster() -> bool:
-    """Return whether the environment names other processes, in one of the ways that JAX reads."""
-    env = os.environ
-    # A shell in a SLURM allocation is not one of its tasks, and has no list of nodes.
-    slurm = env.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in env else "1"
-    if slurm != "1" or env.get("OMPI_COMM_WORLD_SIZE", "1") != "1" or "JOB_COMPLETION_INDEX" in env:
-        return True
-    return "," in env.get("TPU_WORKER_HOSTNAMES", "") or _is_in_a_tpu_pod()
-
-
-def _is_in_a_tpu_pod() -> bool:
-    """Return whether the metadata server names other Cloud TPU machines."""
-    if importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
-        return False
-    import requests
-
-    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-    try:
-        answer = requests.get(
-            f"{url}worker-network-endpoints", headers={"Metadata-Flavor": "Google"}, timeout=5
-        )
-    except requests.RequestException:
-        return False
-    return answer.ok and "," in answer.text
 
 
 def _wait_for_devices() -> None:
@@ -158,9 +115,11 @@ def max_over_processes(value: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
-def check_same(text: str, what: str) -> None:
-    """Raise `UserError` in all processes if their texts differ; `what` is for the message."""
-    checksum = np.int32(zlib.crc32(text.encode("utf-8", "surrogateescape")) >> 1)
-    checksums = multihost_utils.process_allgather(checksum)
-    if (checksums != checksum).any():
-        raise UserError(f"the processes of this run don't have the same {what}")
+def check_same(run: str) -> None:
+    """Raise `UserError` in all processes if they describe their runs differently."""
+    checksum = np.int32(zlib.crc32(run.encode("utf-8", "surrogateescape")) >> 1)
+    if (multihost_utils.process_allgather(checksum) != checksum).any():
+        raise UserError(
+            "the processes don't have the same config, text or working directory: start all with "
+            "the same command"
+        )

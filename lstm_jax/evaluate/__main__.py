@@ -5,7 +5,7 @@ import math
 
 from absl import flags
 
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
 _RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
@@ -44,7 +44,7 @@ def main() -> None:
     from lstm_jax.data import texts
     from lstm_jax.dynamic import Settings
     from lstm_jax.evaluate import measurement
-    from lstm_jax.run import advice, ensemble
+    from lstm_jax.run import ensemble
 
     trained, steps = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary, splits = trained.vocabulary, dict[str, texts.Text]()
@@ -68,8 +68,6 @@ def main() -> None:
             "the loss is not a number: the model has diverged; train it, or evaluate it with "
             "--dynamic, at a lower learning rate"
         )
-    if warning := advice.find_suspicion({"measured": loss}, len(vocabulary)):
-        warn(warning)
     result |= measurement.report_loss(subject, loss)
     print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
 

@@ -22,7 +22,7 @@ from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import UnavailableError, UserError, warn
-from lstm_jax.run import advice, distillation, metrics, resume, workdir
+from lstm_jax.run import distillation, metrics, resume, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
     list_steps,
@@ -82,12 +82,9 @@ class Plan:
         inside = range(step + 1, step + number)
         return 1 if any(not n % log_every or self.validates_at(n) for n in inside) else number
 
-    def get_learning_rate(self, step: int, skipped: int) -> float:
-        """Return the learning rate of a step, counted from 1 and without `skipped` steps.
-
-        It is rounded to six digits, because it was computed in float32.
-        """
-        return float(f"{float(self._schedule(step - skipped - 1)):.6g}")
+    def get_learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1, in the six digits of float32."""
+        return float(f"{float(self._schedule(step - 1)):.6g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +242,7 @@ def _check_processes(config: Config, directory: Path) -> None:
     lock = directory / _LOCK
     held = lock.read_text() if lock.exists() else ""  # It distinguishes directories.
     steps = list_steps(directory / workdir.CHECKPOINTS)
-    hosts.check_same(
-        f"{held!r} {steps} {config.to_dict()}",
-        "config, text and working directory: start all with the same command",
-    )
+    hosts.check_same(f"{held!r} {steps} {config.to_dict()}")
 
 
 def _make_first_state(
@@ -303,10 +297,12 @@ def _restore_state(
 
 def is_out_of_patience(config: Config, directory: Path) -> bool:
     """Return whether `patience` has ended a run, by its validation losses; process 0 decides."""
-    if not config.patience:
-        return False
     rows = metrics.read_metrics(directory / workdir.METRICS) if hosts.is_first() else []
-    return bool(hosts.max_over_processes(advice.is_out_of_patience(rows, config.patience)))
+    losses = [row["loss"] for row in rows if row["split"] == "validation"]
+    is_over = 0 < config.patience < len(losses) and (
+        min(losses[-config.patience :]) >= min(losses[: -config.patience])
+    )
+    return bool(hosts.max_over_processes(is_over))
 
 
 def _write_files(

@@ -33,7 +33,7 @@ OUTPUT = "output.txt"
 
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
-    *("data.path", "data.directory", "mesh.data", "mesh.model"),
+    *("data.path", "data.directory", "mesh.data"),
     *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
 )
 

@@ -306,14 +306,14 @@ def test_flags_set_fields_and_one_without_effect_gives_a_warning(
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))
-    flags = "--config.num_epochs=1_0 --config.optimizer.step_at=0.1,0.2 --noconfig.profile"
+    flags = "--config.num_epochs=1_0 --config.optimizer.step_at=0.1,0.2"
     flags += " --config.model.options.rounds 3 --config.optimizer.learning_rate=1"
     result = run("main", *flags.split(), f"--config={ROOT}/experiments/cells.py:gru")
     assert result.returncode == 0
     ((fields, directory, _),) = given
     assert directory == Path("runs/cells_gru") and fields.model.cell == "gru"
     assert (fields.num_epochs, fields.optimizer.step_at) == (10, (0.1, 0.2))
-    assert fields.model.options == {"rounds": 3} and not fields.profile
+    assert fields.model.options == {"rounds": 3}
     assert fields.optimizer.learning_rate == 1.0
     assert result.stderr == (
         "warning: config.optimizer.step_at is (0.1, 0.2), which has no effect: it needs "

@@ -1,6 +1,5 @@
-"""Test one training step: its gradient, masks, averages and skipped steps."""
+"""Test one training step: its gradient, masks and averages."""
 
-import functools
 from typing import Any
 
 import jax
@@ -176,39 +175,6 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
         jax.eval_shape(
             train_step.make_step(model, optimizer, config, mesh), state, make_batch(2, 7)
         )
-
-
-def test_an_update_in_place_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config()
-    config.optimizer.average_decay = 0.9
-    model = model_lib.make_model(config.model, 11)
-    results = []
-    for large in (train_step._LARGE, 0):
-        monkeypatch.setattr(train_step, "_LARGE", large)
-        state, step = set_up(model, config)
-        for _ in range(3):
-            state = step(state, make_batch(2, 7))
-        results.append(jax.device_get(state._replace(key=jnp.zeros(()))))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
-
-
-@pytest.mark.parametrize("large", [train_step._LARGE, 0])
-@jax.debug_nans(False)
-def test_a_nonfinite_step_changes_nothing(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "_LARGE", large)
-    config = make_config()
-    config.optimizer.average_decay = 0.9
-    model = model_lib.make_model(config.model, 11)
-    state, step = set_up(model, config)
-    broken: Any = jax.tree.map(jnp.copy, state.carry)
-    state = state._replace(carry=jax.tree.map(lambda x: x * jnp.nan, broken))
-    before = jax.tree.map(np.asarray, state._replace(key=jnp.zeros(())))
-    after = step(state, make_batch(2, 7, starts=False))
-    assert (int(after.skipped), int(after.first_skipped), int(after.step)) == (1, 1, 1)
-    assert float(after.loss_sum) == float(after.norm_sum) == int(after.loss_steps) == 0
-    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
-    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
 def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:

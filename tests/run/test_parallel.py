@@ -1,6 +1,5 @@
 """Compare several devices with one, in new processes: JAX creates its devices once."""
 
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -9,14 +8,14 @@ import pytest
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax.devices import hosts, parallel
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.ops import processor
 
 # A cell in a file of its own, whose carry has a matrix and an integer for each text.
 OWN_CELL = f"{Path(__file__).parents[1]}/fixtures/delta_cell.py:DeltaCell"
 _SCRIPT = """
-import json, sys
+import sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import parallel
@@ -46,18 +45,13 @@ def train(mesh):
         state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
         losses.append(float(state.loss_sum))
         state = state._replace(loss_sum=0 * state.loss_sum)
-    for x in jax.tree.leaves((state.params, state.average, state.opt_state)):
-        if x.ndim > 1:
-            divided = any(size % settings.mesh.model == 0 for size in x.shape)
-            parts = settings.mesh.model if divided else 1
-            assert x.addressable_data(0).size * parts == x.size, x.shape
-    return losses, parallel.gather_on_one_device((state.params, state.average), mesh)
+    return losses, parallel.get_local_copy((state.params, state.average))
 
 
 expected = None
-for settings.mesh.data, settings.mesh.model in json.loads(sys.argv[2]):
+for settings.mesh.data in 1, 4, 8:
     mesh = parallel.make_mesh(settings)
-    assert mesh.shape == dict(settings.mesh)
+    assert mesh.size == settings.mesh.data
     found = jax.tree.map(np.asarray, train(mesh))
     expected = expected or found  # Of one device.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
@@ -65,10 +59,10 @@ for settings.mesh.data, settings.mesh.model in json.loads(sys.argv[2]):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("cell", "meshes"), [("lstm", [(8, 1), (4, 2)]), (OWN_CELL, [(1, 4)])])
-def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("cell", ["lstm", OWN_CELL])
+def test_many_devices_train_like_one(cell: str) -> None:
     """Include dropout, penalties, microbatches, averaged weights and the carry."""
-    result = commands.run_python("-c", _SCRIPT, cell, json.dumps([(1, 1), *meshes]))
+    result = commands.run_python("-c", _SCRIPT, cell)
     assert result.returncode == 0, result.stderr
 
 
@@ -81,27 +75,13 @@ def test_cores_are_limited_by_a_container(monkeypatch: pytest.MonkeyPatch) -> No
         assert processor.count_cores() == number
 
 
-def test_an_invalid_mesh_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("data", "processes"), [(1000, 1), (3, 1), (1, 2), (0, 3)])
+def test_an_invalid_mesh_raises_an_error(
+    data: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_lib.default()
-    config.mesh.data = 1000
-    with pytest.raises(UserError, match="there are 1 devices here"):
+    config.mesh.data = data
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * 6)
+    with pytest.raises(UserError, match="multiple of the number of processes, .* devices, 6; and"):
         parallel.make_mesh(config)
-    config.mesh.data, config.mesh.model = 0, 2
-    with pytest.raises(UserError, match="mesh.model 2, but there are 1 devices here"):
-        parallel.make_mesh(config)
-    config.mesh.data, config.mesh.model = 1, 1
-    config.optimizer.microbatches = 7
-    with pytest.raises(UserError, match=r"multiple of .* 7"):
-        parallel.make_mesh(config)
-    config.optimizer.microbatches = 1
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="choose a multiple of the number of processes"):
-        parallel.make_mesh(config)
-
-
-def test_the_flags_of_processes_belong_together() -> None:
-    with (
-        pytest.raises(UserError, match="belong together: set all three"),
-        hosts.join_processes("localhost:1", 2, None, timeout_seconds=1),
-    ):
-        pass
