@@ -1,4 +1,4 @@
-"""Tune and train every variant of an experiment in the same way; write a table and a plot.
+"""Tune and train every variant of an experiment in the same way; write a table.
 
     python benchmarks/compare.py --out runs/cells
     python benchmarks/compare.py --out runs/cells --variants lstm,mingru --sampler grid \
@@ -18,28 +18,30 @@ For each variant it
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
 
-OUT/compare.md and OUT/compare.svg have the results, OUT/tune/VARIANT/trials.jsonl all trials of
-a variant. --config.FIELD=VALUE flags are passed to every training, for example for a small test.
+OUT/compare.md has the results, OUT/tune/VARIANT/study.db all trials of a variant.
+--config.FIELD=VALUE flags are passed to every training, for example for a small test.
 """
 
 import argparse
 import contextlib
-import json
 import runpy
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
+import optuna
+from optuna.trial import FrozenTrial
 
 import frame
 from frame import ROOT, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import memory
+from lstm_jax.errors import name_setting
 from lstm_jax.run import cell_file, metrics, workdir
+from lstm_jax.sweep import search
 
 EXPERIMENTS = ROOT / "experiments"
 WINDOW = 256  # Tokens.
@@ -87,11 +89,10 @@ def main() -> None:
         tune(name, options)
     budgets = options.budgets.split(",")
     results = {budget: {name: train(name, budget, options) for name in names} for budget in budgets}
-    table, plot = options.out / "compare.md", options.out / "compare.svg"
+    table = options.out / "compare.md"
     with table.open("w") as file, contextlib.redirect_stdout(file):
         print_tables(results, options)
-    draw_losses(results).savefig(plot)
-    print(f"{table.read_text()}\nWrote {table} and {plot}")
+    print(table.read_text())
 
 
 def tune(name: str, options: argparse.Namespace) -> None:
@@ -105,16 +106,22 @@ def tune(name: str, options: argparse.Namespace) -> None:
 def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
     """Train the best settings of a variant with several seeds, and measure them."""
     out, tuned = options.out / budget / name, options.out / "tune" / name
-    given = ("--config", tuned / "best.py", "--seeds", options.seeds, "--workdir", out)
-    length = [f"--config.num_epochs={options.epochs}"]
+    best = load_trials(tuned)[0].user_attrs[search.OVERRIDES]
+    fields = [*options.fields, *(name_setting(*field) for field in best.items())]
+    fields.append(f"--config.num_epochs={options.epochs}")
     if budget == "seconds":
         tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))
         steps = count_steps(tried, options.seconds)
-        length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
-    frame.run_python("-m", "lstm_jax.sweep", *given, *length, *options.fields)
-    trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    assert all(trial["state"] == "complete" for trial in trials), f"see {out}/trials.jsonl"
-    return [measure_once(trial) for trial in trials]
+        fields[-1:] = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
+    given = ("--config", f"{options.experiment}:{name}", "--workdir", out)
+    frame.run_python("-m", "lstm_jax.sweep", *given, "--seeds", options.seeds, *fields)
+    return [measure_once(trial, out) for trial in load_trials(out)]
+
+
+def load_trials(sweep: Path) -> list[FrozenTrial]:
+    """Return the trials of a sweep, the best one first."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{sweep}/study.db")
+    return search.list_trials(study)
 
 
 def count_steps(directories: Iterable[Path], seconds: float) -> int:
@@ -124,23 +131,23 @@ def count_steps(directories: Iterable[Path], seconds: float) -> int:
     return max(round(seconds * measure_speed(fastest) / sizes.batch_size / sizes.window_length), 1)
 
 
-def measure_once(trial: dict[str, Any]) -> Measured:
+def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
     """Measure the trained model of a trial, and keep the results beside it."""
-    path = Path(trial["workdir"]) / "measured.json"
-    return Measured(**frame.compute_once(path, lambda: measure(trial)._asdict()))
+    directory = search.get_directory(sweep, trial)
+    path = directory / "measured.json"
+    return Measured(**frame.compute_once(path, lambda: measure(trial, directory)._asdict()))
 
 
-def measure(trial: dict[str, Any]) -> Measured:
+def measure(trial: FrozenTrial, directory: Path) -> Measured:
     """Measure a trained model."""
-    directory = Path(trial["workdir"])
     cell_file.resolve_cell(workdir.load_config(directory).model)  # It may be in a file.
     trained = workdir.load_trained(directory)
     return Measured(
-        trial["validation_loss"],
-        trial["test_loss"],
+        trial.values[0],
+        trial.user_attrs[search.TEST_LOSS],
         frame.evaluate(directory, "--split=test", f"--context={WINDOW}"),
         max(row["step"] for row in metrics.read_metrics(directory / workdir.METRICS)),
-        trial["seconds"],
+        trial.duration.total_seconds(),  # type: ignore[union-attr]
         measure_speed(directory),
         measure_generation(trained),
         sum(array.size for array in jax.tree.leaves(trained.params)),
@@ -172,23 +179,6 @@ def print_tables(results: Results, options: argparse.Namespace) -> None:
             sizes = (mean.parameters, mean.steps, mean.seconds)
             means = [f"{x:,.0f}" for x in (*sizes, mean.training_speed, mean.generation_speed)]
             print_row(name, *means[:3], *(spread(x, 4) for x in columns[:3]), *means[3:])
-
-
-def draw_losses(results: Results) -> Figure:
-    """Draw the test loss of every seed, by variant."""
-    variants = list(next(iter(results.values())))
-    figure = Figure(figsize=(7, 0.35 * len(variants) + 1.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="test loss, nats per character")
-    for (budget, of_variants), color in zip(results.items(), ("#0072B2", "#D55E00"), strict=False):
-        shift = 0.12 if budget == "seconds" else -0.12
-        y = [i + shift for i, runs in enumerate(of_variants.values()) for _ in runs]
-        x = [run.test for runs in of_variants.values() for run in runs]
-        axes.plot(x, y, "o", markersize=4, color=color, label=f"equal {budget}")
-    axes.set_yticks(range(len(variants)), variants)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

@@ -74,18 +74,17 @@ def show_log() -> None:
 
 
 @contextlib.contextmanager
-def run_user_code(kind: str, file: str, *passing: type[Exception]) -> Iterator[None]:
+def run_user_code(kind: str, file: str) -> Iterator[None]:
     """Let code of a user's Python file import the modules of its directory.
 
-    Raise any exception as a `UserError` that names file and line, and calls the file `kind`; but
-    exceptions of the types `passing` as they are.
+    Raise any exception as a `UserError` that names file and line, and calls the file `kind`.
     """
     directory = str(Path(file).parent)
     sys.path.insert(0, directory)
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, *passing)):
+        if isinstance(error, UserError):
             raise
         if isinstance(error, SyntaxError):
             line = f", line {error.lineno}" if error.lineno else ""

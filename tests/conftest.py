@@ -244,14 +244,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, s
     return make_once("text.txt", tmp_path_factory, lambda path: path.write_text(text, "utf-8"))
 
 
-@pytest.fixture(scope="session")
-def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file with the space of a sweep."""
-    path = tmp_path_factory.mktemp("space") / "tiny.py"
-    path.write_text(runs.SPACE)
-    return path
-
-
 @pytest.fixture
 def tiny_config(text_file: Path) -> ConfigDict:
     """Return a config whose run takes one or two seconds."""
@@ -295,18 +287,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         assert done.returncode == 0, done.stderr
 
     return make_once("whole", tmp_path_factory, make)
-
-
-@pytest.fixture(scope="session")
-def swept(tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path) -> Path:
-    """Return the directory of a finished sweep of two trials."""
-
-    def make(directory: Path) -> None:
-        more = f"--space={space_file}", "--trials=2"
-        done = commands.run("sweep", *runs.make_sweep_flags(text_file, directory, *more))
-        assert done.returncode == 0, done.stderr
-
-    return make_once("swept", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,6 @@ TINY = (
     *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
     *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
 )
-# A file with the space of a sweep.
-SPACE = """
-def get_overrides(trial):
-    return {
-        "optimizer.learning_rate": trial.suggest_float("rate", 1e-3, 1e-1, log=True),
-        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
-        "regularization.output_dropout": trial.suggest_float("dropout", 0.0, 0.2, step=0.1),
-    }
-"""
 # Fields of a row of metrics that differ when a run is repeated.
 TIMES = ("tokens_per_second", "seconds", "time")
 
@@ -43,15 +34,6 @@ def make_arguments(text_file: Path, directory: Path, *more: str) -> list[str]:
         *(*TINY, "--config.model.dtype=float32"),
         *("--config.num_epochs=4", "--config.sample.length=40"),
         *("--config.checkpoint_every_seconds=0", *more),
-    ]
-
-
-def make_sweep_flags(text_file: Path, directory: Path, *more: str) -> list[str]:
-    """Return the flags of a sweep that trains tiny models for 70 steps."""
-    return [
-        *("--config", f"{ROOT}/experiments/quick.py"),
-        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
-        *(*TINY, "--config.num_epochs=1", "--config.sample.length=40", *more),
     ]
 
 

@@ -8,6 +8,7 @@ The same command resumes a sweep. Any number of processes may run it at the same
 of the config is a flag, too: `python -m lstm_jax.config` lists them, as docs/config.md does.
 """
 
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -27,36 +28,32 @@ _TRIALS = flags.DEFINE_integer(
     "trials", None, "Number of trials of all workers. [default: 40, or the grid]", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"
+    "workdir", None, "Directory for the study and trials. [default: runs/sweeps/<config>_<space>]"
 )
 _STUDY = flags.DEFINE_string(
     "study", None, "URL of a database that workers share, such as postgresql://..., or a file."
 )
-_NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
 _SAMPLER = flags.DEFINE_enum(
     "sampler", "tpe", ["tpe", "grid"], "Algorithm that samples settings; grid: each choice once."
 )
 _PRUNER = flags.DEFINE_enum(
     "pruner", "hyperband", ["hyperband", "none"], "Algorithm that stops trials of --space early."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
 
 
 def main() -> None:
-    """Run one worker of the sweep that the flags describe."""
+    """Run one worker of the sweep that the flags describe, and print the results."""
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
     try:
         import optuna
-        import sqlalchemy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"sweeps need {error.name}: pip install 'lstm-jax[sweep]'") from None
+    except ModuleNotFoundError:
+        raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
     import jax
 
     from lstm_jax.devices import memory, parallel
     from lstm_jax.ops.processor import count_cores
     from lstm_jax.sweep import search
-    from lstm_jax.sweep import space as space_lib
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
@@ -67,21 +64,24 @@ def main() -> None:
     if bool(seeds) == bool(file):
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
     if seeds:
-        space = space_lib.make_seed_space(experiment.seed, seeds)
+        space = search.make_seed_space(experiment.seed, seeds)
     else:
-        space = space_lib.load_space(config.find_experiment(file))
-    sweep = search.prepare_sweep(
+        space = search.load_space(config.find_experiment(file))
+    sweep = search.open_sweep(
         experiment,
-        _NAME.value or f"{name}_{f'seeds{seeds}' if seeds else Path(file).stem}",
         space,
-        trials=_TRIALS.value,
-        directory=_WORKDIR.value,
+        _WORKDIR.value or Path("runs", "sweeps", f"{name}_{Path(file or f'seeds{seeds}').stem}"),
         location=_STUDY.value,
+        trials=_TRIALS.value,
         grid=bool(seeds) or _SAMPLER.value == "grid",
         prune=not seeds and _PRUNER.value == "hyperband",
-        seed=_SEED.value,
     )
-    search.run_sweep(sweep)
+    given = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
+    fields = shlex.join(flag.serialize() for flag in given if flag.value is not None)
+    try:
+        search.run_worker(sweep)
+    finally:
+        print(search.describe_results(sweep.study, f"python -m lstm_jax.main {fields}"))
 
 
 if __name__ == "__main__":

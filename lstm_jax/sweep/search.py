@@ -1,159 +1,220 @@
-"""Prepare a sweep and train its trials."""
+"""Train the trials of a sweep, which its workers share through a study of Optuna."""
 
 import contextlib
-import dataclasses
 import functools
 import math
+import random
+import runpy
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import jax
-from optuna import Trial, TrialPruned
+import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner, NopPruner
-from optuna.samplers import BaseSampler
-from optuna.storages import fail_stale_trials
+from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
+from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from lstm_jax import config as config_lib
 from lstm_jax import training
-from lstm_jax.config import Config
-from lstm_jax.data import texts
-from lstm_jax.errors import UnavailableError, UserError, one_line
-from lstm_jax.run import cell_file, interrupts, metrics, workdir
-from lstm_jax.run.interrupts import Stopped, StopRequest
-from lstm_jax.sweep import report
-from lstm_jax.sweep import space as space_lib
-from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep.study import use_optuna
-
-# The output of training, in the working directory of a trial.
-OUTPUT = "output.txt"
-
-# Fields in which the experiments of a study's workers may differ: losses can be compared.
-_FREE_FIELDS = (
-    *("data.path", "data.directory", "mesh.data"),
-    *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
+from lstm_jax.config import Config, change_fields
+from lstm_jax.errors import (
+    NotFiniteError,
+    UnavailableError,
+    UserError,
+    name_setting,
+    note,
+    one_line,
+    run_user_code,
 )
+from lstm_jax.run import metrics, workdir
+from lstm_jax.run.interrupts import Stopped
+
+# From a trial to config fields, by dotted name.
+Space = Callable[[BaseTrial], Mapping[str, object]]
+
+# A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
+# `STALE_SECONDS`.
+BEAT_SECONDS, STALE_SECONDS = 10, 90
+
+# Attributes of a trial, which it keeps when it is run again.
+OVERRIDES = "overrides"
+TEST_LOSS = "test_loss"
+REASON = "reason"  # Why it can't be trained.
+
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+# Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
+# dead workers, if their storage has heartbeats.
+retry = Retry(max_retry=10, inherit_intermediate_values=True)
 
 
 class Sweep(NamedTuple):
     """The sweep that a worker takes part in."""
 
     study: Study
-    make_sampler: Callable[[int], BaseSampler]  # Of an attempt at a trial, by its number.
     experiment: Config  # The config that trials change.
-    space: space_lib.Space
+    space: Space
     directory: Path
-    trials: int  # The total number to finish, over all workers.
+    trials: int  # The total number to train, over all workers.
 
 
-@use_optuna()
-def prepare_sweep(
+def load_space(path: str) -> Space:
+    """Run a space file, and return its function; the mistakes of both are a `UserError`."""
+    with run_user_code("space file", path):
+        get_overrides = runpy.run_path(path)["get_overrides"]
+
+    def get_fields(trial: BaseTrial) -> Mapping[str, object]:
+        with run_user_code("space file", path):
+            return dict(get_overrides(trial))
+
+    return get_fields
+
+
+def make_seed_space(first: int, number: int) -> Space:
+    """Return the space of consecutive seeds."""
+    seeds = range(first, first + number)
+    return lambda trial: {"seed": trial.suggest_categorical("seed", seeds)}
+
+
+def open_sweep(
     experiment: Config,
-    name: str,
-    space: space_lib.Space,
+    space: Space,
+    directory: Path | str,
     *,
-    trials: int | None,
-    directory: str | None = None,
     location: str | None = None,
+    trials: int | None = None,
     grid: bool = False,
-    prune: bool = True,
-    seed: int = 0,
+    prune: bool = False,
 ) -> Sweep:
-    """Check the space of a sweep, and open its study (see `python -m lstm_jax.sweep --help`)."""
-    choices = space.check(experiment)
+    """Open or create a sweep in a directory; see `python -m lstm_jax.sweep --help`."""
+    sampler: BaseSampler = TPESampler(multivariate=True, constant_liar=True)
     if grid:
-        if not all(choices.values()):
-            raise UserError("a grid needs choices: use suggest_categorical for every parameter")
+        choices = list_choices(space, experiment)
         points = math.prod(map(len, choices.values()))
-        trials = min(trials or points, points)
-    experiment = dataclasses.replace(
-        experiment,
-        model=cell_file.resolve_cell(experiment.model),
-        data=texts.load_texts(experiment.data).resolve(experiment.data),
-    )
-    path = workdir.expand_path(directory or Path("runs", "sweeps", name))
-    path.mkdir(parents=True, exist_ok=True)
-    shared = {
-        field: list(value) if isinstance(value, tuple) else value  # As in JSON.
-        for field, value in config_lib.flatten(experiment)
-        if field not in _FREE_FIELDS
-    }
+        trials, sampler = min(trials or points, points), GridSampler(choices)
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
-    study = study_lib.open_study(path, location, name, shared, pruner)
-    make_sampler = functools.partial(study_lib.make_sampler, seed, choices if grid else {})
-    study.sampler = make_sampler(0)
-    return Sweep(study, make_sampler, experiment, space, path, trials or 40)
+    directory = workdir.expand_path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    location = location or f"sqlite:///{directory.absolute()}/study.db"
+    study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
+    return Sweep(study, experiment, space, directory, trials or 40)
 
 
-@use_optuna()
-def run_sweep(sweep: Sweep) -> None:
-    """Call `run_worker`; write the results and print a summary, also if a signal stops it."""
-    signals = StopRequest()
-    try:
-        # The loop of a single run has its own handler.
-        with interrupts.handle_signals(signals.handle_signal):
-            run_worker(sweep, signals)
-    finally:
-        with interrupts.handle_signals(lambda *unused: None):
-            print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
+def open_study(name: str, location: str, **options: Any) -> Study:
+    """Open or create a study in the database of a URL, or in a journal file."""
+    attempts = 4
+    while True:
+        try:
+            storage = _open_storage(location)
+            return optuna.create_study(
+                storage=storage, study_name=name, load_if_exists=True, **options
+            )
+        except Exception as error:
+            attempts -= 1
+            if not attempts:
+                message = f"the study can't be opened ({one_line(error)[:300]}): see --study"
+                raise UserError(message) from None
+        time.sleep(random.random())  # Several workers may create the tables at the same time.
 
 
-def run_worker(sweep: Sweep, signals: StopRequest) -> None:
+def _open_storage(location: str) -> BaseStorage:
+    if "://" not in location:
+        return JournalStorage(JournalFileBackend(location))
+    # By default, SQLite waits 5 seconds for other workers.
+    settings = {"timeout": 60} if location.startswith("sqlite") else {}
+    return RDBStorage(
+        location,
+        engine_kwargs={"connect_args": settings},
+        heartbeat_interval=BEAT_SECONDS,
+        grace_period=STALE_SECONDS,
+        heartbeat_stale_trial_callback=retry,
+    )
+
+
+def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
+    """Return the choices of each parameter of a grid; raise `UserError` if one has none."""
+    trial = optuna.create_study().ask()
+    change_fields(experiment, space(trial))
+    choices = {name: [*getattr(x, "choices", ())] for name, x in trial.distributions.items()}
+    if not all(choices.values()):
+        raise UserError("a grid needs choices: use suggest_categorical for every parameter")
+    return choices
+
+
+def get_number(trial: FrozenTrial) -> int:
+    """Return the number of a trial, which it keeps when it is run again."""
+    first = Retry.retried_trial_number(trial)
+    return trial.number if first is None else first
+
+
+def get_directory(sweep: Path, trial: FrozenTrial) -> Path:
+    """Return the working directory of a trial in that of a sweep."""
+    return sweep / "trials" / f"{get_number(trial):04}"
+
+
+def list_trials(study: Study) -> list[FrozenTrial]:
+    """Return the last attempt at each trial: first the complete ones, by their losses."""
+    last = {get_number(trial): trial for trial in study.get_trials(deepcopy=False)}
+
+    def rank(trial: FrozenTrial) -> tuple[bool, float]:
+        return trial.state != TrialState.COMPLETE, math.inf if trial.value is None else trial.value
+
+    return sorted(last.values(), key=rank)
+
+
+def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
     A trial that is interrupted is queued again, so that the same command resumes it.
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
-        report.print_end(study, trial, sweep.trials)
-        report.write_trials(study, sweep.directory)
+        note(make_row(trial))
         jax.clear_caches()  # Each trial compiles its own functions.
 
     while True:
-        signals.check()
         fail_stale_trials(sweep.study)  # Queues them again.
-        trials = study_lib.list_trials(sweep.study)
-        if len(trials) >= sweep.trials and TrialState.WAITING not in {t.state for t in trials}:
+        states = [trial.state for trial in list_trials(sweep.study)]
+        if len(states) >= sweep.trials and TrialState.WAITING not in states:
             return
-        sweep.study.optimize(
-            lambda trial: _run_trial(sweep, trial, signals), n_trials=1, callbacks=[end_trial]
-        )
+        run_trial = functools.partial(_run_trial, sweep)
+        sweep.study.optimize(run_trial, n_trials=1, callbacks=[end_trial])
 
 
-def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
+def _run_trial(sweep: Sweep, trial: Trial) -> float:
     """Train a trial and return its validation loss; queue it again if it is interrupted.
 
-    Raise `TrialPruned` if it can't be trained with its settings, with the reason in the trial.
+    Raise `TrialPruned` if its loss is not finite or memory runs out.
     """
-    sweep.study.sampler = sweep.make_sampler(trial.number)
-    overrides, config = sweep.space.draw_config(trial, sweep.experiment)
-    trial.set_user_attr(study_lib.OVERRIDES, overrides)
-    attempt = sweep.study.trials[trial.number]
-    directory = study_lib.get_directory(sweep.directory, attempt)
+    overrides = sweep.space(trial)
+    config = change_fields(sweep.experiment, overrides)
+    trial.set_user_attr(OVERRIDES, dict(overrides))
+    directory = get_directory(sweep.directory, sweep.study.trials[trial.number])
     directory.mkdir(parents=True, exist_ok=True)
-    watch = functools.partial(_report_loss, trial, attempt.intermediate_values, config)
     try:
         with (
-            (directory / OUTPUT).open("a", encoding="utf-8", errors="backslashreplace") as file,
+            (directory / "output.txt").open("a", errors="backslashreplace") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
-            signals.at_once(),
         ):
-            training.train(config, directory, watch)
+            training.train(config, directory, functools.partial(_report_loss, trial, config))
     except (Stopped, UnavailableError, OSError):
-        study_lib.retry(sweep.study, sweep.study.trials[trial.number])
+        retry(sweep.study, sweep.study.trials[trial.number])
         raise
-    # Errors caused by the settings of a trial or by too little memory.
-    except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
-        trial.set_user_attr(study_lib.REASON, reason)
-        raise TrialPruned from None
+    except (NotFiniteError, jax.errors.JaxRuntimeError, MemoryError) as error:
+        trial.set_user_attr(REASON, one_line(error)[:300])
+        raise optuna.TrialPruned from None
     validation, test = read_losses(directory)
-    trial.set_user_attr(study_lib.TEST_LOSS, test)
+    trial.set_user_attr(TEST_LOSS, test)
     return validation
 
 
@@ -165,15 +226,45 @@ def read_losses(directory: Path) -> tuple[float, float]:
     return min(losses["validation"]), losses["test"][-1]
 
 
-def _report_loss(
-    trial: Trial, known: Mapping[int, float], config: Config, row: metrics.Row
-) -> None:
-    """Report the loss after an epoch, but once: a resumed trial measures its last one again."""
-    epoch, loss = int(row["epoch"]), row["loss"]
+def _report_loss(trial: Trial, config: Config, row: metrics.Row) -> None:
+    """Report the validation loss after an epoch, and stop a trial that the pruner rejects."""
+    epoch = int(row["epoch"])
     if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
         return
-    if math.isfinite(loss) and epoch not in known:
-        trial.report(loss, epoch)
+    trial.report(row["loss"], epoch)
     is_last = epoch == config.num_epochs or row["step"] == config.max_steps
     if not is_last and trial.should_prune():
-        raise TrialPruned
+        raise optuna.TrialPruned
+
+
+def make_row(trial: FrozenTrial) -> str:
+    """Return the row of a trial in the table of results."""
+    losses = trial.value, trial.user_attrs.get(TEST_LOSS)
+    cells = [str(get_number(trial)), trial.state.name.lower()]
+    cells += ["" if loss is None else f"{loss:.4f}" for loss in losses]
+    overrides = trial.user_attrs.get(OVERRIDES, trial.params)
+    settings = [
+        f"{name.rpartition('.')[2]}={f'{value:.3g}' if isinstance(value, float) else value}"
+        for name, value in overrides.items()
+    ]
+    settings += [trial.user_attrs[REASON]] if REASON in trial.user_attrs else []
+    return f"| {' | '.join([*cells, ', '.join(settings)])} |"
+
+
+def describe_results(study: Study, command: str) -> str:
+    """Return the table of all trials, and the command that trains the best one."""
+    trials = list_trials(study)
+    lines = [
+        "| trial | state | validation | test | settings |",
+        "| ---: | --- | ---: | ---: | --- |",
+    ]
+    lines += map(make_row, trials)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if len(complete) > 1 and all(set(trial.params) == {"seed"} for trial in complete):
+        losses = [(trial.values[0], trial.user_attrs[TEST_LOSS]) for trial in complete]
+        means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]
+        lines += ["", f"Mean of {len(complete)} seeds: validation {means[0]}, test {means[1]}"]
+    elif complete:
+        settings = [name_setting(*field) for field in complete[0].user_attrs[OVERRIDES].items()]
+        lines += ["", f"Train the best one: {' '.join([command, *settings])}"]
+    return "\n".join(lines)
