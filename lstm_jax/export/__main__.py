@@ -16,14 +16,6 @@ _TEXT = flags.DEFINE_string(
     "text", None, "Text to read; - is standard input. [default: the run's validation split]"
 )
 _TO = flags.DEFINE_string("to", None, "Page to write. [default: page.html in --workdir]")
-_LENGTH = flags.DEFINE_integer(
-    "length",
-    100_000,
-    "Maximum number of characters to read. Each token takes one byte of memory per hidden unit.",
-    lower_bound=2,
-    upper_bound=10**6,
-)
-_BITS = flags.DEFINE_enum("bits", "16", ["8", "16"], "Bits of each weight in the page.")
 
 
 def main() -> None:
@@ -34,9 +26,8 @@ def main() -> None:
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.export import page
 
-    to = Path(_TO.value) if _TO.value else None
-    text = page.read_text(directories[0], _TEXT.value, own_text, _LENGTH.value)
-    page.write_page(directories[0], text, to, int(_BITS.value))
+    text = page.read_text(directories[0], _TEXT.value, own_text)
+    page.write_page(directories[0], text, Path(_TO.value) if _TO.value else None)
 
 
 if __name__ == "__main__":

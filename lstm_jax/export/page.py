@@ -25,43 +25,37 @@ from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
 # The cells that the page implements.
 CELLS = ("lstm", "gru", "rnn")
 
+_LENGTH = 100_000  # Characters that are read in Python: a byte of memory each per hidden unit.
 _EXCERPT = 300  # Characters of the text that a model reads in the page at first.
 _RECORDED = 5000  # Tokens of the record of a text, and the number of its activations, at most.
 _RECORDED_ACTIVATIONS = 4_000_000
 _FOLLOWERS = 3  # Of each feature, at most.
 
 
-def read_text(
-    directory: Path, text_file: str | None, own_text: Sequence[str | None], length: int
-) -> str:
-    """Return the first `length` characters of a text for the model in a working directory.
+def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | None]) -> str:
+    """Return the first characters of a text for the model in a working directory.
 
     It is that of `text_file` ("-" is standard input), or else the run's validation split, for which
     `own_text` are arguments of `texts.load_texts_of_run`.
     """
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
-        return texts.read_argument(text_file, "--text", data.units == "bytes")[:length]
-    text = ""
-    for piece in texts.load_texts_of_run(data, *own_text)["validation"].read_pieces():
-        text += piece
-        if len(text) >= length:  # The rest of a large text is not read.
-            break
-    return text[:length]
+        return texts.read_argument(text_file, "--text", data.units == "bytes")[:_LENGTH]
+    return texts.load_texts_of_run(data, *own_text)["validation"].read()[:_LENGTH]
 
 
-def write_page(directory: Path, text: str, target: Path | None = None, bits: int = 16) -> None:
+def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
     if target is None:  # Nothing is written into the package.
         target = Path("." if workdir.is_in_package(directory) else directory) / "page.html"
-    page = make_page(workdir.load_trained(directory), directory.resolve().name, text, bits)
+    page = make_page(workdir.load_trained(directory), directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
         files.write_file(target, page)
     print_line(f"{target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
-def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) -> bytes:
-    """Return the page of a model called `name` that has read a text, with `bits` for each weight.
+def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
+    """Return the page of a model called `name` that has read a text.
 
     Raise `UserError` if the text is shorter than two tokens, or predictions are not finite.
     """
@@ -92,7 +86,7 @@ def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) ->
         "followers": [follower._asdict() for follower in followers],
         "correlations": pack(correlations, "f4"),
         "gates": jax.tree.map(lambda shares: pack(shares, "f4"), reading.saturation),
-        "model": pack_model(trained, bits) if runs_in_page else None,
+        "model": pack_model(trained) if runs_in_page else None,
         "text": text[:_EXCERPT],
         "record": None if runs_in_page else _pack_record(vocabulary, text, ids, reading),
     }
@@ -102,13 +96,13 @@ def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) ->
     return template.replace("null/*data*/", in_script).encode()
 
 
-def pack_model(trained: workdir.Trained, bits: int) -> dict[str, Any]:
+def pack_model(trained: workdir.Trained) -> dict[str, Any]:
     """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
     model, params = trained.model, trained.params
 
     def pack_array(array: jax.Array) -> dict[str, Any]:
         """Return a kernel with its outputs as rows, or a vector."""
-        return pack_rows(np.asarray(array.T, order="C"), bits) if array.ndim > 1 else pack(array)
+        return pack_rows(np.asarray(array.T, order="C")) if array.ndim > 1 else pack(array)
 
     layers = [params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
     return {
@@ -137,13 +131,11 @@ def _pack_record(
     }
 
 
-def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:
-    """Return a matrix as integers with a scale for each row, as the page reads it."""
-    limit = 2 ** (bits - 1) - 1
+def pack_rows(matrix: np.ndarray) -> dict[str, Any]:
+    """Return a matrix as integers of 16 bits with a scale for each row, as the page reads it."""
     largest = np.abs(matrix).max(axis=1, keepdims=True)
-    scales = np.where(largest > 0, largest, 1) / np.float32(limit)
-    integers = pack(np.round(matrix / scales), f"i{bits // 8}")
-    return {**integers, "scales": pack(scales[:, 0])}
+    scales = np.where(largest > 0, largest, 1) / np.float32(2**15 - 1)
+    return {**pack(np.round(matrix / scales), "i2"), "scales": pack(scales[:, 0])}
 
 
 def pack(array: np.typing.ArrayLike, dtype: str = "f4") -> dict[str, Any]:

@@ -11,26 +11,17 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
     ("name", "text", "expected"),
     [
         ("inside a speaker's name", "A Bc:\nDe: f\n\nG:\nH", "11110000000001000"),
-        ("the line after a speaker's name", "A:\nbc\nd\n\ne\nf", "000111000000"),
-        ("inside quotation marks", 'a "b\n\nc "d"', "00111100110"),
+        ("inside quotation marks", 'a "b\n\nc "d"', "00110000110"),
         ("inside quotation marks", "“a” «b»", "1100110"),
-        ("inside brackets ( ) [ ]", "a) (b[c]d) e", "000111111000"),
-        ("inside brackets ( ) [ ]", "(a\n\nb)", "111100"),
+        ("inside brackets", "a) (b[c]d) e", "000111100000"),
         ("a capital letter", "aBÉ", "011"),
-        ("in a capitalized word", "Ab cD Éa E\u0301", "11000011011"),
         ("a punctuation mark", "हिन्दी, b!", "0000001001"),
-        ("a vowel", "abE", "101"),
         ("a digit", "a12", "011"),
         ("a space", "a b\n", "0100"),
         ("a line break", "a b\n", "0001"),
-        ("a blank line", "a\n\n \nb", "001010"),
-        ("depth of braces { }", "}{a{b\n\n}c}d", "01122221100"),
-        ("indentation of the line", "a\n  b\n  \n", "002222000"),
-        ("position in the line", "ab\nc", "0120"),
-        ("characters left in the line", "ab\ncd", "21010"),
+        ("depth of braces", "}{a{b\n\n}c}d", "01122221100"),
+        ("position in the line", "ab\nc", "1231"),
         ("position in the word", "ab c,d", "120101"),
-        ("characters since the sentence began", "ab. c", "01001"),
-        ("line number in the speech or paragraph", "A:\nb\nc\n\nd\n", "0001122011"),
     ],
 )
 def test_features_of_characters(name: str, text: str, expected: str) -> None:
@@ -53,10 +44,10 @@ def test_a_token_has_the_features_of_its_last_character(kind: str, stop: str) ->
         np.testing.assert_array_equal(found[name], values[ends])
 
 
-@pytest.mark.parametrize("text", ["\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"])
-def test_any_text_has_features(text: str) -> None:
-    found = features.compute_text_features(text)
-    assert found and all(np.isfinite(x).all() and x.min() >= 0 for x in found.values())
+def test_any_text_has_features() -> None:
+    for text in ("\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"):
+        found = features.compute_text_features(text)
+        assert found and all(np.isfinite(x).all() and x.min() >= 0 for x in found.values())
 
 
 def test_hidden_units_correlated_by_chance_are_not_found() -> None:

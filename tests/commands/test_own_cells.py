@@ -2,7 +2,6 @@
 """Train with cells in files of a user: the example of docs/cells.md, and broken ones."""
 
 import inspect
-import json
 import re
 import shlex
 import shutil
@@ -113,7 +112,7 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    # The commands that a run and a sweep print work.
+    # The command that a run prints works.
     def generate(printed: str) -> str:
         command = shlex.split(printed.partition("Generate text: ")[2].partition("\n")[0])
         assert command[:3] == ["python", "-m", "lstm_jax.sample"]
@@ -122,14 +121,11 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     assert len(generate(run("main", *fields, "--config.max_steps=20", "--workdir=run"))) == 9 + 1
     resumed = run("main", *fields, "--config.max_steps=30", "--workdir=run")
     assert "Resuming from step 20" in resumed
-    run("export", "--workdir=run", f"--cell={cell}", "--length=500")
+    run("export", "--workdir=run", f"--cell={cell}")
     assert '"rate"' in (tmp_path / "run" / "page.html").read_text()
     (tmp_path / "space.py").write_text(SPACE)
     sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=1", "--workdir=sweep"]
-    printed = run("sweep", *sweep)
-    rows = (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(row)["state"] for row in rows] == ["complete"]
-    assert len(generate(printed)) == 9 + 1
+    assert "| 0 | complete |" in run("sweep", *sweep)
 
 
 @pytest.mark.slow
