@@ -25,14 +25,15 @@ _CONTEXT = flags.DEFINE_integer(
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic", False, "Dynamic evaluation: train on each segment of the text after predicting it."
 )
-# The best of a dozen settings on the validation split of experiments/quick.py, as defaults: `python
-# -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.259 nats per
-# character, and without --dynamic 1.349.
-_SETTINGS = (
-    flags.DEFINE_float("dynamic_learning_rate", 1e-3, "Learning rate of --dynamic.", 0.0),
-    flags.DEFINE_float("dynamic_decay", 0.003, "Share of the way back to the trained model.", 0.0),
-    flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1),
+# The best on the validation splits of experiments/quick.py and penn_treebank_words.py:
+# docs/results.md has the others tried.
+_RATE = flags.DEFINE_float(
+    "dynamic_learning_rate", None, "[default: 1e-3, or 2e-4 for 1,000 tokens or more]", 0.0
 )
+_DECAY = flags.DEFINE_float(
+    "dynamic_decay", 0.003, "Share of the way back to the trained model.", 0.0
+)
+_SEGMENT = flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1)
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     from lstm_jax.data import texts
     from lstm_jax.dynamic import Settings
     from lstm_jax.evaluate import measurement
+    from lstm_jax.loss import compute_loss
     from lstm_jax.run import ensemble
 
     trained, steps = ensemble.load_ensemble(directories, _DTYPE.value)
@@ -54,20 +56,21 @@ def main() -> None:
         subject = measurement.load_file(_TEXT.value, vocabulary)
     else:
         subject = measurement.join_splits(_SPLIT.value, splits, vocabulary)
-    result = subject.fields
+    result, ids = subject.fields, subject.ids
     if _DYNAMIC.value:
-        settings = Settings(*(flag.value for flag in _SETTINGS))
+        default = 1e-3 if len(vocabulary) < 1000 else 2e-4
+        rate = default if _RATE.value is None else _RATE.value
+        settings = Settings(rate, _DECAY.value, _SEGMENT.value)
         train_ids = splits["train"].encode(vocabulary)
-        loss = measurement.measure_dynamic_loss(trained, subject.ids, train_ids, settings)
+        loss = measurement.measure_dynamic_loss(trained, ids, train_ids, settings)
         result["dynamic"] = settings._asdict()
+    elif _CONTEXT.value:
+        loss = measurement.measure_in_windows(trained, ids, _CONTEXT.value)
+        result["context"] = _CONTEXT.value
     else:
-        loss = measurement.measure_loss(trained, subject.ids, _CONTEXT.value)
-        result |= {"context": _CONTEXT.value} if _CONTEXT.value else {}
+        loss = compute_loss(trained.model, trained.params, ids)
     if math.isnan(loss):
-        raise UserError(
-            "the loss is not a number: the model has diverged; train it, or evaluate it with "
-            "--dynamic, at a lower learning rate"
-        )
+        raise UserError("the loss is not a number: lower the learning rate, of training or dynamic")
     result |= measurement.report_loss(subject, loss)
     print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
 

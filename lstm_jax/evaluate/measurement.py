@@ -26,17 +26,14 @@ class Subject(NamedTuple):
 def load_file(path: str, vocabulary: Vocabulary) -> Subject:
     """Read a file, or standard input for "-", as a run with this vocabulary reads its own text.
 
-    Raise `UserError` if it can't be read, is too short, or has no token that the model knows.
+    Raise `UserError` if it can't be read or is too short.
     """
     content = texts.read_argument(path, "--text", vocabulary.kind == "bytes")
     content += FILE_END if vocabulary.stop == FILE_END else ""
     name = "standard input" if path == "-" else path
     text = texts.hold_text(content, vocabulary.kind, vocabulary.stop)
     subject = _encode({"text": name}, [text], vocabulary)
-    unknown = int((subject.ids == UNKNOWN_ID).sum())
-    if unknown == len(subject.ids):
-        raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
-    subject.fields["unknown_tokens"] = unknown
+    subject.fields["unknown_tokens"] = int((subject.ids == UNKNOWN_ID).sum())
     return subject
 
 
@@ -60,10 +57,8 @@ def _encode(fields: dict[str, object], parts: Sequence[Text], vocabulary: Vocabu
     return Subject(fields, ids, sizes)
 
 
-def measure_loss(trained: workdir.Trained, ids: Ids, context: int | None) -> float:
-    """Return the mean loss in nats per token, with the carry kept or in windows from zero."""
-    if context is None:
-        return loss_lib.compute_loss(trained.model, trained.params, ids)
+def measure_in_windows(trained: workdir.Trained, ids: Ids, context: int) -> float:
+    """Return the mean loss in nats per token, in windows that are read from a zero state."""
     losses = loss_lib.compute_token_losses(trained.model, trained.params, ids, context)
     return float(losses.mean(dtype=np.float64))
 

@@ -5,13 +5,12 @@ import sys
 
 from absl import flags
 
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import warn
 from lstm_jax.run import command
 
 _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag("int8")
-_PROMPT = flags.DEFINE_string("prompt", None, "Prompt to continue.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
+_PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to generate.")
 _CONTROLS = (
     flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy."),
@@ -21,9 +20,9 @@ _CONTROLS = (
     flags.DEFINE_float("repetition_penalty", 1.0, "Recent tokens are less likely above 1."),
     flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize."),
 )
-_FORBID = flags.DEFINE_string("forbid", None, "Never generate the tokens of this text.")
+_FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
-_STOP_AT = flags.DEFINE_string("stop_at", None, "End when this text has been generated.")
+_STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with dashes between.")
 
@@ -31,14 +30,11 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with das
 def main() -> None:
     """Print samples of a trained model."""
     directories = _RUN()
-    if _PROMPT.value and _PROMPT_FILE.value:
-        raise UserError("give either --prompt or --prompt_file")
     # Here, because they import JAX, which --help does not need.
     import jax
 
     from lstm_jax import generation
     from lstm_jax.controls import Controls, check_number, make_control_arrays
-    from lstm_jax.data import texts
     from lstm_jax.run import ensemble
     from lstm_jax.run.messages import make_printable
 
@@ -47,9 +43,7 @@ def main() -> None:
 
     trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
-    prompt, forbidden = _PROMPT.value or "", _FORBID.value or ""
-    if path := _PROMPT_FILE.value:
-        prompt = texts.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
+    prompt, forbidden = _PROMPT.value, _FORBID.value
     for where, text in (("the prompt", prompt), ("--forbid", forbidden)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
@@ -69,7 +63,7 @@ def main() -> None:
         length=_LENGTH.value,
         controls=controls,
         stop_token=_STOP.value,
-        stop_at=_STOP_AT.value or "",
+        stop_at=_STOP_AT.value,
         num_samples=_NUM_SAMPLES.value,
     ):
         # Print the first text as it is generated, the others at the end.

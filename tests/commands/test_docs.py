@@ -42,7 +42,7 @@ SIZES = [
     *("--config.model.num_layers=1", "--config.num_epochs=1", "--config.sample.length=20"),
 ]
 # Flags whose value is an input file.
-TEXTS = ("--config.data.path", "--text", "--data_path", "--prompt_file")
+TEXTS = ("--config.data.path", "--text", "--data_path")
 
 
 class Block(NamedTuple):
