@@ -11,7 +11,6 @@ libraries; a line is printed for each that is missing.
 
 import argparse
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +36,6 @@ OURS: dict[str, Any] = {
 }
 FLAX = {"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"}
 EQUINOX = {"lstm": "LSTMCell", "gru": "GRUCell"}
-HAIKU = {"lstm": "LSTM", "gru": "GRU", "rnn": "VanillaRNN"}
-KERAS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 
 
@@ -73,8 +70,8 @@ def list_contestants() -> dict[str, Make]:
         for name in ("c", "xla", "scan"):
             make: Any = functools.partial(make_ours, kind, name)
             contestants[f"{cell} {name}"] = functools.partial(make_work, make)
-        makers = make_flax, make_nnx, make_equinox, make_haiku, make_keras
-        for make_layer, cells in zip(makers, (FLAX, FLAX, EQUINOX, HAIKU, KERAS), strict=True):
+        makers = make_flax, make_nnx, make_equinox
+        for make_layer, cells in zip(makers, (FLAX, FLAX, EQUINOX), strict=True):
             if cell in cells:
                 name = make_layer.__name__.removeprefix("make_")
                 make = functools.partial(make_layer, cells[cell])
@@ -172,37 +169,6 @@ def make_equinox(cell: str, options: argparse.Namespace, inputs: jax.Array) -> L
         return jax.lax.scan(step, carry, inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
 
     return apply, params
-
-
-def make_haiku(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
-    """Make a layer of Haiku, with all arithmetic in `options.dtype`."""
-    import haiku as hk
-
-    def unroll(inputs: jax.Array) -> jax.Array:
-        core = getattr(hk, cell)(options.hidden_size)
-        zeros = jax.tree.map(lambda x: x.astype(inputs.dtype), core.initial_state(len(inputs)))
-        return hk.dynamic_unroll(core, inputs.swapaxes(0, 1), zeros)[0].swapaxes(0, 1)
-
-    layer = hk.without_apply_rng(hk.transform(unroll))
-
-    def apply(params: Any, inputs: jax.Array) -> jax.Array:
-        return layer.apply(*jax.tree.map(lambda x: x.astype(options.dtype), (params, inputs)))
-
-    return apply, layer.init(jax.random.key(0), inputs)
-
-
-def make_keras(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
-    """Make a layer of Keras on JAX; its GRU does not support bfloat16."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import keras
-
-    make: Any = getattr(keras.layers, cell)
-    dtype = "mixed_bfloat16" if options.dtype == "bfloat16" else options.dtype
-    layer = make(options.hidden_size, return_sequences=True, dtype=dtype)
-    layer.build(inputs.shape)
-    others = [variable.value for variable in layer.non_trainable_variables]
-    params = [variable.value for variable in layer.trainable_variables]
-    return lambda params, inputs: layer.stateless_call(params, others, inputs)[0], params
 
 
 def make_torch(cell: str, options: argparse.Namespace) -> Work:

@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 Model = tuple[Callable[..., Any], Callable[..., Any], Any]
 MakeModel = Callable[[argparse.Namespace, int], Model]
@@ -41,30 +40,7 @@ def make_flax(cell: str, options: argparse.Namespace, batch_size: int) -> Model:
     return network.init, network.apply, carries
 
 
-def make_haiku(options: argparse.Namespace, batch_size: int) -> Model:
-    """Make the model of Haiku, with matmuls in `options.dtype` and parameters in float32."""
-    import haiku as hk
-    import jmp
-
-    policy = jmp.get_policy(f"params=float32,compute={options.dtype},output=float32")
-    for module in (hk.LSTM, hk.Linear):
-        hk.mixed_precision.set_policy(module, policy)
-
-    def network(ids: Any, states: Any) -> Any:
-        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids.T)
-        last = []
-        for state in states:
-            hidden, state = hk.dynamic_unroll(hk.LSTM(options.hidden_size), hidden, state)
-            last.append(state)
-        return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1), last
-
-    zeros = jnp.zeros((batch_size, options.hidden_size))
-    model = hk.without_apply_rng(hk.transform(network))
-    return model.init, model.apply, [hk.LSTMState(zeros, zeros)] * options.num_layers
-
-
 MODELS: dict[str, MakeModel] = {
     "Flax LSTMCell": functools.partial(make_flax, "LSTMCell"),
     "Flax OptimizedLSTMCell": functools.partial(make_flax, "OptimizedLSTMCell"),
-    "Haiku": make_haiku,
 }

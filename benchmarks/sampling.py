@@ -32,10 +32,8 @@ def main() -> None:
     contestants: dict[str, Make] = {
         "lstm-jax": _lstm_jax,
         "lstm-jax int8": functools.partial(_lstm_jax, int8=True),
-        "lstm-jax top-k and top-p": functools.partial(_lstm_jax, top_k=20, top_p=0.9),
-        **{name: functools.partial(_peer, peers.MODELS[name]) for name in peers.MODELS},
+        "Flax LSTMCell": functools.partial(_peer, peers.MODELS["Flax LSTMCell"]),
         "PyTorch LSTMCell": _torch,
-        "Keras": _keras,
     }
     measurements = side_by_side.measure(contestants, options)
     tokens = options.num_samples * options.length
@@ -49,7 +47,7 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
     return mask
 
 
-def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) -> Work:
+def _lstm_jax(options: argparse.Namespace, int8: bool = False) -> Work:
     lstm = model.LanguageModel(
         options.vocabulary_size,
         options.embedding_size,
@@ -65,7 +63,7 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) 
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
 
     def run() -> np.ndarray:
-        values = Controls(TEMPERATURE, **controls)
+        values = Controls(TEMPERATURE)
         return generation.generate_tokens(lstm, params, prompts, key, values, length=options.length)
 
     return Work(run, jax.devices()[0].device_kind)
@@ -127,42 +125,6 @@ def _torch(options: argparse.Namespace) -> Work:
         return torch.stack(drawn, dim=1).cpu().numpy()
 
     return Work(run, device.type)
-
-
-def _keras(options: argparse.Namespace) -> Work:
-    import keras
-    import tensorflow as tf
-
-    device = side_by_side.keras_device(options.dtype)
-    embedding = keras.layers.Embedding(options.vocabulary_size, options.embedding_size)
-    lstm = [
-        keras.layers.LSTM(options.hidden_size, return_sequences=True, return_state=True)
-        for _ in range(options.num_layers)
-    ]
-    dense = keras.layers.Dense(options.vocabulary_size)
-    mask = tf.constant(_mask(options))
-    first = tf.fill([options.num_samples], FIRST_ID)
-    zeros = tf.zeros([options.num_samples, options.hidden_size])
-
-    @tf.function
-    def one_step(ids: Any, states: Any) -> Any:
-        hidden = embedding(ids[:, None])
-        last = []
-        for layer, state in zip(lstm, states, strict=True):
-            hidden, *state = layer(hidden, initial_state=state)
-            last.append(state)
-        logits = tf.cast(dense(hidden)[:, -1], tf.float32) / TEMPERATURE + mask
-        return tf.random.categorical(logits, 1, dtype=tf.int32)[:, 0], last
-
-    def run() -> np.ndarray:
-        ids, states = first, [[zeros, zeros]] * options.num_layers
-        drawn = []
-        for _ in range(options.length):
-            ids, states = one_step(ids, states)
-            drawn.append(ids)
-        return tf.stack(drawn, axis=1).numpy()
-
-    return Work(run, device)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,6 @@ def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dic
     """
     # Otherwise the first process allocates most of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     context = multiprocessing.get_context("spawn")
     words = options.only.lower().split(",")
     pipes: dict[str, Connection] = {}
@@ -128,7 +125,7 @@ def print_machine(device: str, options: argparse.Namespace) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    names = ("jax", "jaxlib", "flax", "dm-haiku", "torch", "keras", "tensorflow-cpu")
+    names = ("jax", "jaxlib", "flax", "equinox", "torch")
     libraries = sorted(f"{d.name} {d.version}" for d in distributions() if d.name in names)
     print(
         f"{device}, {(models or [platform.processor()])[0]}, {count_cores()} cores, load "
@@ -164,15 +161,6 @@ def torch_device() -> Any:
     torch.set_num_threads(count_cores())
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # JAX and TensorFlow multiply float32 in TF32 on GPUs that support it.
+    # JAX multiplies float32 in TF32 on GPUs that support it.
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda")
-
-
-def keras_device(dtype: str) -> str:
-    """Set the dtype of new Keras layers; return the device for `Work`."""
-    import keras
-    import tensorflow as tf
-
-    keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else dtype)
-    return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"

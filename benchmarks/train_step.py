@@ -48,7 +48,6 @@ def main() -> None:
         **{name: functools.partial(make_peer, peers.MODELS[name]) for name in peers.MODELS},
         "PyTorch": make_torch,
         "PyTorch compiled": functools.partial(make_torch, compiled=True),
-        "Keras": _keras,
     }
     measurements = side_by_side.measure(contestants, options)
     peak = 1 / min(run.seconds for run in measurements.pop("matmul"))
@@ -112,11 +111,7 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 
 
 def make_lstm_jax(
-    options: argparse.Namespace,
-    recurrence: str,
-    rate: float = 0.0,
-    skipped: str = "",
-    cell: str = "lstm",
+    options: argparse.Namespace, recurrence: str, rate: float = 0.0, skipped: str = ""
 ) -> Work:
     """Return the step of this package, with this rate of every regularizer but one."""
     settings = config.default()
@@ -124,7 +119,7 @@ def make_lstm_jax(
     for name in ("embedding_size", "hidden_size", "num_layers", "dtype"):
         settings.model[name] = getattr(options, name)
     settings.model.tie_embeddings = bool(options.tie_embeddings)
-    settings.model.recurrence, settings.model.cell = recurrence, cell
+    settings.model.recurrence = recurrence
     for name in settings.regularization:
         settings.regularization[name] = 0.0 if name == skipped else rate
     complete = config.complete_config(settings)
@@ -168,13 +163,13 @@ def _refuse_tied(options: argparse.Namespace) -> None:
         raise NotImplementedError("its model here has no tied embeddings")
 
 
-def make_torch(options: argparse.Namespace, compiled: bool = False, cell: str = "lstm") -> Work:
+def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
     """Return the step in PyTorch, optionally with `torch.compile`."""
     import torch
 
     device = side_by_side.torch_device()
     embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size)
-    make_lstm = functools.partial(getattr(torch.nn, cell.upper()), batch_first=True)
+    make_lstm = functools.partial(torch.nn.LSTM, batch_first=True)
     sizes = layer_sizes(options)
     if options.tie_embeddings:
         lstms = [make_lstm(*size) for size in sizes]
@@ -208,21 +203,6 @@ def make_torch(options: argparse.Namespace, compiled: bool = False, cell: str = 
         return loss.item()
 
     return Work(run, device.type)
-
-
-def _keras(options: argparse.Namespace) -> Work:
-    import keras
-
-    _refuse_tied(options)
-    device = side_by_side.keras_device(options.dtype)
-    layers = [keras.layers.Embedding(options.vocabulary_size, options.embedding_size)]
-    for _ in range(options.num_layers):
-        layers.append(keras.layers.LSTM(options.hidden_size, return_sequences=True))
-    layers.append(keras.layers.Dense(options.vocabulary_size))
-    model = keras.Sequential(layers)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss)
-    return Work(functools.partial(model.train_on_batch, *_batch(options)), device)
 
 
 if __name__ == "__main__":

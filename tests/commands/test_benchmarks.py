@@ -24,16 +24,13 @@ SIZES = {
     ("cell", "dtype"),
     [("gru", "float32"), ("peephole", "float32"), ("lstm", "bfloat16"), ("rnn", "bfloat16")],
 )
-def test_every_library_runs_the_same_layer(
-    cell: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_library_runs_the_same_layer(cell: str, dtype: str) -> None:
     import jax
     import numpy as np
 
     import layers
     from lstm_jax.ops import choice
 
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
     options = argparse.Namespace(batch_size=2, window_length=3, hidden_size=16, dtype=dtype)
     gates = {"lstm": 4, "peephole": 4, "gru": 3, "rnn": 1}[cell]
     ours: list[Any] = []
@@ -77,16 +74,6 @@ def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
         np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=1e-6)
 
 
-def test_pytorch_converts_its_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch: Any = pytest.importorskip("torch")
-    import sampling
-
-    monkeypatch.delattr(torch, "autocast")
-    options = argparse.Namespace(**SIZES, dtype="bfloat16")
-    generated: Any = sampling._torch(options).run()
-    assert generated.shape == (2, 3)
-
-
 @pytest.mark.slow
 def test_a_row_of_results_is_trained_and_compared(
     tmp_path: Path,
@@ -121,25 +108,3 @@ def test_a_row_of_results_is_trained_and_compared(
     known = results.Stated(3.0, 0.2)
     assert results.compare((3.5,), known) == "no, 2.5 deviations away"
     assert results.compare((3.2, 3.8), known) == "yes, 1.2 deviations away"
-
-
-@pytest.mark.slow
-@pytest.mark.process
-def test_a_gpu_is_measured_in_one_command(
-    tmp_path: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import gpu
-
-    sizes = ["--batch_size=2", "--window_length=3", "--length=3", "--rounds=2", "--units=16"]
-    fields = [f for f in runs.make_arguments(text_file, tmp_path) if f.startswith("--config.")]
-    monkeypatch.setattr(sys, "argv", ["", *sizes, *fields])
-    gpu.main()
-    printed = capsys.readouterr().out
-    assert printed.count("| 16 | lstm |") == printed.count("| 16 | gru |") == 3, printed
-    assert "skipped" not in printed and printed.count("xla ") >= 6 <= printed.count("scan ")
-    assert "steps, validation " in printed and "\nauto " in printed
-    late: Any = argparse.Namespace(end=0.0, rounds=1)
-    assert gpu.time_all({"xla": late}, "float32", late) == {}
