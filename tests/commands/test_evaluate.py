@@ -2,13 +2,11 @@
 
 import math
 
-import jax
 import numpy as np
 import pytest
 
 import models
 from lstm_jax import loss as loss_lib
-from lstm_jax import model as model_lib
 from lstm_jax.data.texts import hold_text
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
@@ -40,12 +38,6 @@ def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
     np.testing.assert_allclose(loss_lib.compute_loss(MODEL, PARAMS, ids), expected, rtol=1e-5)
 
 
-def test_only_long_texts_are_read_in_streams() -> None:
-    longest = loss_lib.LONGEST_IN_ONE
-    assert loss_lib.count_streams(np.zeros(2)) == loss_lib.count_streams(np.zeros(longest)) == 1
-    assert loss_lib.count_streams(np.zeros(longest + 1)) > 1
-
-
 @pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])
 def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> None:
     ids = make_ids(length)
@@ -70,15 +62,6 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     total = loss_lib.compute_loss(MODEL, PARAMS, ids) * 4999
     assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
     np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
-
-
-@pytest.mark.slow
-def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
-    model = LanguageModel(67, 256, 1024)
-    params = model_lib.init_params(model, jax.random.key(0))
-    ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
-    loss = loss_lib.compute_loss(model, params, ids)
-    assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
 
 
 def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:

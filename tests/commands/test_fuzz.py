@@ -3,8 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import commands
-from lstm_jax import batches, generation, training
 from lstm_jax import config as config_lib
-from lstm_jax.data import texts
+from lstm_jax import generation
 from lstm_jax.errors import UserError
-from lstm_jax.run import command, workdir
+from lstm_jax.run import command
 from lstm_jax.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.drawn
-
-QUICK = str(Path(__file__).parents[2] / "experiments" / "quick.py")
 
 
 def assert_one_line(error: UserError) -> None:
@@ -31,59 +25,6 @@ def assert_one_line(error: UserError) -> None:
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit):
         command._fail(str(error))
     assert len(stderr.getvalue().splitlines()) == 1
-
-
-CONTENTS = st.one_of(
-    st.binary(max_size=200),
-    st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.text("ab\n\0\ufeff\r\u2028é", max_size=60).map(str.encode),
-    st.tuples(st.text(min_size=1, max_size=3), st.integers(0, 3000)).map(
-        lambda pair: (pair[0] * pair[1]).encode("utf-8", "surrogatepass")
-    ),
-)
-
-
-@pytest.mark.slow
-@given(
-    contents=st.lists(CONTENTS, min_size=1, max_size=3),
-    kind=st.sampled_from(["windows", "streams"]),
-    batch_size=st.integers(1, 5),
-    window_length=st.integers(1, 9),
-    fractions=st.sampled_from([(0.9, 0.05, 0.05), (0.4, 0.3, 0.3), (1e-9, 0.5, 0.499999999)]),
-)
-def test_text_files(
-    contents: list[bytes],
-    kind: str,
-    batch_size: int,
-    window_length: int,
-    fractions: tuple[float, ...],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    directory = tmp_path_factory.mktemp("text")
-    for number, content in enumerate(contents):
-        (directory / f"{number}.txt").write_bytes(content)
-    config = config_lib.complete_config(
-        {
-            "data": {"path": f"{directory}/*.txt", "fractions": fractions},
-            "batches": {"kind": kind, "batch_size": batch_size, "window_length": window_length},
-        }
-    )
-    try:
-        splits = texts.read_splits(config.data)
-        vocabulary = Vocabulary.from_text(splits["train"])
-        ids = vocabulary.encode(splits["train"])
-        assert vocabulary.decode(ids) == splits["train"]
-        vocabulary.encode(splits["test"])
-        workdir.save_vocabulary(directory, vocabulary)
-        read = workdir.load_vocabulary(directory)
-        assert read.tokens == vocabulary.tokens
-        iterator, _ = batches.make_batches(ids, config.batches, 0)
-        batch = next(iterator)
-        assert batch.inputs.shape == batch.targets.shape == (batch_size, window_length)
-    except UserError as error:
-        assert_one_line(error)
-    finally:
-        shutil.rmtree(directory)
 
 
 FIELDS = [*config_lib.FIELDS]
@@ -108,24 +49,6 @@ def test_config_fields(fields: dict[str, Any]) -> None:
         assert_one_line(error)
     else:
         assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
-
-
-@pytest.mark.slow
-@given(
-    name=st.sampled_from(FIELDS) | st.text("abcdefgh._", max_size=12),
-    value=st.one_of(
-        st.integers().map(str),
-        st.floats().map(str),
-        st.text(max_size=12).filter(lambda text: "\0" not in text),
-        st.sampled_from(["", "1,2", "(1,", "[]", "None", "True", "1e400", "0x10", "'", "{}"]),
-    ),
-)
-def test_command_line_overrides(name: str, value: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train", lambda *arguments: 0)
-        done = commands.run("main", "--config", QUICK, f"--config.{name}={value}")
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
-    assert (done.returncode, len(lines)) in ((0, 0), (2, 1))
 
 
 @given(prompt=st.text(st.characters(codec=None), max_size=50))

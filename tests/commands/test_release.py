@@ -97,17 +97,6 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert len(run(*sample, cwd=empty)) == 21
 
 
-@pytest.mark.process
-def test_a_type_checker_finds_an_editable_install_from_any_folder(tmp_path: Path) -> None:
-    environment = tmp_path / "environment"
-    venv.create(environment)
-    python = str(environment / "bin" / "python")
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"]
-    run(*install, "--editable", str(ROOT), cwd=tmp_path)
-    check = [sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=skip"]
-    run(*check, "-c", "from lstm_jax import load", cwd=tmp_path)
-
-
 def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> None:
     assert f'version = "{lstm_jax.__version__}"' not in (ROOT / "pyproject.toml").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
