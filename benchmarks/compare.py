@@ -120,7 +120,7 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
 
 def load_trials(sweep: Path) -> list[FrozenTrial]:
     """Return the trials of a sweep, the best one first."""
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{sweep}/study.db")
+    study = optuna.load_study(study_name=sweep.name, storage=f"sqlite:///{sweep}/study.db")
     return search.list_trials(study)
 
 

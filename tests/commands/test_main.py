@@ -292,7 +292,7 @@ def test_flags_set_fields_and_one_without_effect_gives_a_warning(
     flags += " --config.model.options.rounds 3 --config.optimizer.learning_rate=1"
     result = run("main", *flags.split(), f"--config={ROOT}/experiments/cells.py:gru")
     assert result.returncode == 0
-    ((fields, directory, _),) = given
+    ((fields, directory),) = given
     assert directory == Path("runs/cells_gru") and fields.model.cell == "gru"
     assert (fields.num_epochs, fields.optimizer.step_at) == (10, (0.1, 0.2))
     assert fields.model.options == {"rounds": 3}
