@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from frame import parse_flags, print_head, print_row
-from lstm_jax import batches, dynamic, generation, loss, model, optimizer, train_step
+from lstm_jax import batches, generation, loss, model, optimizer, train_step
 from lstm_jax.config import Config, change_fields, complete_config
 from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
@@ -130,7 +130,6 @@ def list_programs(
         )
     return programs | {
         "evaluation": functools.partial(trace_evaluation, lstm, place),
-        "dynamic evaluation": functools.partial(trace_dynamic_evaluation, lstm, place),
         "generation of one text": functools.partial(trace_generation, lstm, place, 1),
         "generation of 64 texts": functools.partial(trace_generation, lstm, place, 64),
     }
@@ -188,16 +187,6 @@ def trace_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> 
     chunk = next(loss.iterate_chunks(np.zeros(loss.LONGEST_IN_ONE + 2, np.int32)))
     carry = jax.eval_shape(lambda: lstm.initial_carry(len(chunk[0])))
     return loss.compute_chunk_losses.trace(lstm, *place((get_params(lstm), chunk, carry)))
-
-
-def trace_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Any:
-    """Trace the dynamic evaluation of 20 segments of 32 tokens."""
-    ids, counted = np.zeros((20, 32), np.int32), np.ones((20, 32), bool)
-    params, carry = get_params(lstm), jax.eval_shape(lambda: lstm.initial_carry(1))
-    numbers: Any = np.float32(0), np.float32(0), np.int32(32)
-    settings = dynamic.Settings(*numbers)
-    arguments = (params, params, (params, carry), (ids, ids, counted), settings)
-    return dynamic._read_segments.trace(lstm, *place(arguments))
 
 
 def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], texts: int) -> Any:
