@@ -16,7 +16,7 @@ from lstm_jax.vocabulary import Vocabulary
 _PUNCTUATION = "!-/:-@\\[-`{-~«»\u2010-\u2027、。"
 # Patterns whose first groups are the characters with the feature.
 _INSIDE = {
-    "inside a speaker's name": r"(?:\A|\n\n)([^\n:]{1,40}):\n",
+    "inside a speaker's name": r"(?:\A|\n\n)([^\n:]{1,40}):(?=\n)",
     # A mark that nothing closes ends with its paragraph.
     "inside quotation marks": r'(["“«](?:(?!\n\n)[^"”»])*)["”»]?',
     "inside brackets": r"([(\[](?:(?!\n\n)[^)\]])*)[)\]]?",

@@ -10,7 +10,7 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("inside a speaker's name", "A Bc:\nDe: f\n\nG:\nH", "11110000000001000"),
+        ("inside a speaker's name", "A Bc:\nDe: f\n\nG:\n\nH:\n", "11110000000001000100"),
         ("inside quotation marks", 'a "b\n\nc "d"', "00110000110"),
         ("inside quotation marks", "“a” «b»", "1100110"),
         ("inside brackets", "a) (b[c]d) e", "000111100000"),
