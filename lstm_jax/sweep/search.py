@@ -29,6 +29,7 @@ from lstm_jax.errors import (
     NotFiniteError,
     UnavailableError,
     UserError,
+    make_visible,
     name_setting,
     note,
     one_line,
@@ -248,7 +249,7 @@ def make_row(trial: FrozenTrial) -> str:
         for name, value in overrides.items()
     ]
     settings += [trial.user_attrs[REASON]] if REASON in trial.user_attrs else []
-    return f"| {' | '.join([*cells, ', '.join(settings)])} |"
+    return make_visible(f"| {' | '.join([*cells, ', '.join(settings)])} |")
 
 
 def describe_results(study: Study, command: str) -> str:
