@@ -36,7 +36,6 @@ ROWS: dict[str, list[str]] = {
     "output dropout 0.3": ["regularization.output_dropout=0.3"],
     "two layers of 288": _TWO_LAYERS,
     "two layers of 288 with skip connections": [*_TWO_LAYERS, "model.skip_connections=True"],
-    "averaged weights": ["optimizer.average_decay=0.998"],
     "12 epochs": ["num_epochs=12"],
     "9 epochs": ["num_epochs=9"],
 }

@@ -13,10 +13,10 @@ def get_config() -> ConfigDict:
     """Return a config of three layers with 1,840 hidden units.
 
     The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling at
-    Multiple Scales", but weight decay is decoupled from the gradient here, a stream starts from a
-    zero state with probability 0.02 at each step, all windows have the same length, and initial
-    parameters are this package's: Glorot uniform and orthogonal kernels, a bias of 1 for the forget
-    gate, and the tokens' frequencies as the output bias.
+    Multiple Scales", but the learning rate decays linearly and weight decay is decoupled from the
+    gradient here, a stream starts from a zero state with probability 0.02 at each step, all windows
+    have the same length, and initial parameters are this package's: Glorot uniform and orthogonal
+    kernels, a bias of 1 for the forget gate, and the tokens' frequencies as the output bias.
     """
     config = config_lib.default()
 
@@ -34,8 +34,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "step"
-    config.optimizer.step_at = (0.5, 0.7)
+    config.optimizer.schedule = "linear"
     config.optimizer.weight_decay = 1.2e-6
     config.optimizer.max_gradient_norm = 0.25
 

@@ -14,9 +14,7 @@ from lstm_jax import config as config_lib
 VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"name": "adam"},
     "adam_b2_99": {"name": "adam", "b2": 0.99},
-    "lion": {"name": "lion", "b2": 0.99},
     "muon": {"name": "muon", "momentum": 0.95},
-    "schedule_free": {"name": "schedule_free", "schedule": "constant"},
     "sgd": {"name": "sgd", "momentum": 0.9},
 }
 

@@ -17,6 +17,7 @@ import itertools
 import re
 import runpy
 from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
+from lstm_jax.cells import CELLS
 from lstm_jax.errors import UserError, run_user_code
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Field(NamedTuple):
     """One field of a config; `name` is dotted, and values have the type of `default`.
 
     Conditions are Python expressions, which messages and docs/config.md show: `allowed` of the
-    value x; `requires` and `relevant_if` of the whole config, by the names of its fields.
+    value x; `requires` of the whole config, by the names of its fields.
     """
 
     name: str
@@ -44,7 +46,6 @@ class Field(NamedTuple):
     # losses before and after the change can be compared.
     resume: bool = False
     requires: str = ""
-    relevant_if: str = ""  # Elsewhere, the field has no effect, and `main` warns if it is set.
     also: str = ""  # Other names by which people look for it.
     is_flag: bool = True  # Otherwise, only the program sets it.
 
@@ -61,14 +62,8 @@ def names_cell_file(name: str) -> bool:
 
 
 # fmt: off
-# The keys of `cells.CELLS`.
-CELLS = (
-    "lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn", "minlstm", "mingru", "rglru",
-    "paragru", "slstm", "mlstm")
-# The keys of `standard_texts.STANDARD_TEXTS`, which have splits.
-STANDARD_TEXTS = ("tiny_shakespeare", "enwik8", "text8", "penn_treebank", "wikitext2")
-OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
-Schedule = Literal["constant", "cosine", "linear", "step"]
+OptimizerName = Literal["adam", "muon", "sgd"]
+Schedule = Literal["constant", "cosine", "linear"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
 Option = bool | int | float | str  # The value of an option of a cell.
 DTYPES = get_args(Dtype)
@@ -87,18 +82,16 @@ class DataConfig:
     path: str = field("", "UTF-8 text files: paths and globs, separated by commas; semicolons "
         "separate train, validation and test. Empty: data.dataset.", resume=True, also="data text")
     dataset: str = field("tiny_shakespeare", "Name of a standard text (docs/data.md) or of a TFDS "
-        "dataset.", relevant_if="data.path == ''")
-    text_feature: str = field("text", "Feature that holds the text.", relevant_if="data.path == ''")
+        "dataset, if data.path is empty.")
+    text_feature: str = field("text", "Feature of a TFDS dataset that holds the text.")
     directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
         "test, in this order, in a text without splits.",
-        "len(x) == 3 and min(x) > 0 and abs(sum(x) - 1) < 1e-6", relevant_if=
-        "';' not in data.path if data.path else data.dataset not in STANDARD_TEXTS")
+        "len(x) == 3 and min(x) > 0 and abs(sum(x) - 1) < 1e-6")
     units: str = field("characters", "Kind of tokens (docs/data.md).", vocabulary.KINDS,
         also="tokens tokenizer")
-    vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens, with the 256 "
-        "bytes and three special ones.", "259 <= x <= 2**20", also="vocab_size",
-        relevant_if="data.units == 'bpe'")
+    vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens with bpe, "
+        "with the 256 bytes and three special ones.", "259 <= x <= 2**20", also="vocab_size")
     min_count: int = field(1, "Replace tokens that occur less often than this in the training text "
         "by [UNK], except bytes. bpe: learn only tokens that occur at least this often.",
         _POSITIVE_COUNT)
@@ -120,8 +113,7 @@ class BatchesConfig:
     window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE,
         also="context bptt seq_len sequence_length")
     reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
-        "state, as each text does in evaluation.", _SHARE, resume=True,
-        relevant_if="batches.kind == 'streams'")
+        "state, as each text does in evaluation.", _SHARE, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +122,7 @@ class ModelConfig:
 
     embedding_size: int = field(256, "Size of token embeddings.", _SIZE)
     hidden_size: int = field(1024, "Hidden units of each layer; with tie_embeddings, the last one "
-        "has embedding_size.", _SIZE, also="hidden units",
-        relevant_if="model.num_layers > 1 or not model.tie_embeddings")
+        "has embedding_size.", _SIZE, also="hidden units")
     num_layers: int = field(1, "Recurrent layers.", "1 <= x <= 100")
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
         "(docs/cells.md).", (*CELLS, _OWN_CELL))
@@ -140,57 +131,41 @@ class ModelConfig:
     cell_sha256: str = field("", "Checksum of the file with the cell.", is_flag=False)
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
-    layer_norm: bool = field(False, "Layer normalization of x W and h U, and of an LSTM's c'.")
     tie_embeddings: bool = field(False, "The embedding table is the dense layer's kernel.")
     skip_connections: bool = field(False, "Each layer but the first adds its inputs, without "
-        "dropout, to its outputs.", relevant_if="model.num_layers > 1", requires=
-        "not (model.skip_connections and model.tie_embeddings)"
+        "dropout, to its outputs.", requires="not (model.skip_connections and model.tie_embeddings)"
         " or model.embedding_size == model.hidden_size")
     initial_embedding: float = field(0.05, "Initial embeddings lie within ± this.", "0 < x <= 1000")
-    initial_scale: float = field(1.0, "Factor of initial kernels and embeddings.", "0 < x <= 1000")
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text.")
-    recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas", "parallel"] = field("auto",
+    recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas"] = field("auto",
         "Implementation of the recurrence (docs/models.md).", resume=True)
     dtype: Dtype = field("float32", "Dtype of matmuls. auto: the faster one (docs/models.md).",
         resume=True)
-    rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
-        "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
-        relevant_if="model.rematerialize < batches.window_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning rate, and the average of the parameters."""
+    """The optimizer, and its learning rate."""
 
     name: OptimizerName = field("adam", "adam: AdamW. muon: Muon for the matrices of recurrent "
-        "layers with AdamW for the rest. schedule_free: AdamW without a schedule.",
-        also="adamw optimizer")
-    b1: float = field(0.9, "Decay of the gradients' mean in Adam; its weight in Lion's updates; "
-        "in schedule_free, the share of the average in the point of the gradient, which can't "
-        "change when a run resumes.", _SHARE, resume=True, also="beta1",
-        requires="optimizer.b1 > 0 or optimizer.name != 'schedule_free'",
-        relevant_if="optimizer.name != 'sgd'")
-    b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "
-        "Lion.", _SHARE, resume=True, also="beta2", relevant_if="optimizer.name != 'sgd'")
+        "layers with AdamW for the rest.", also="adamw optimizer")
+    b1: float = field(0.9, "Decay of the gradients' mean in Adam.", _SHARE, resume=True,
+        also="beta1")
+    b2: float = field(0.999, "Decay of the gradients' mean square in Adam.", _SHARE, resume=True,
+        also="beta2")
     epsilon: float = field(1e-8, "Added to the root mean square in Adam.", "1e-30 <= x <= 1",
-        resume=True, also="eps", relevant_if="optimizer.name not in ('lion', 'sgd')")
-    momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True,
-        relevant_if="optimizer.name in ('sgd', 'muon')")
+        resume=True, also="eps")
+    momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True)
     learning_rate: float = field(1e-4, "Peak of the schedule.", "0 < x <= 1e38",
         resume=True, also="lr")
     warmup_steps: int = field(0, "Steps of a linear rise to the peak.", _COUNT, resume=True)
     schedule: Schedule = field("constant", "Learning rate after warm-up. cosine, linear: decay to "
-        "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
-    step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.",
-        "all(0 < part < 1 for part in x)", resume=True, relevant_if="optimizer.schedule == 'step'")
+        "zero at the end of training.", resume=True)
     weight_decay: float = field(0.0, "Decay of kernels and embeddings.", "0 <= x <= 1e38",
         resume=True)
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
         _AMOUNT, resume=True, also="clip grad_clip")
-    average_decay: float = field(0.0, "Decay of an exponential moving average of the parameters, "
-        "which evaluation and sampling then use. 0: no average.", _SHARE, also="ema",
-        relevant_if="optimizer.name != 'schedule_free'")
     microbatches: int = field(1, "Parts of a batch, computed one after the other to save memory "
         "(gradient accumulation).", _SIZE, resume=True,
         requires="batches.batch_size % optimizer.microbatches == 0")
@@ -198,19 +173,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegularizationConfig:
-    """The rates of dropout, and the weights of penalties."""
+    """The rates of dropout."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
         resume=True)
     input_dropout: float = field(0.0, "Dropout of the first layer's inputs.", _SHARE, resume=True)
-    hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True,
-        relevant_if="model.num_layers > 1")
+    hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True)
     output_dropout: float = field(0.0, "Dropout of the last layer's outputs.", _SHARE, resume=True)
     recurrent_dropout: float = field(0.0, "DropConnect of recurrent kernels.", _SHARE, resume=True)
-    activation_penalty: float = field(0.0, "Weight of the outputs' mean square in the loss.",
-        _AMOUNT, resume=True)
-    temporal_activation_penalty: float = field(0.0, "Weight of the outputs' mean squared change "
-        "per step in the loss.", _AMOUNT, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +265,18 @@ FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
 # Fields of earlier runs, with the values that changed nothing, which are ignored.
-_REMOVED = {"mesh.model": 1, "max_skipped_steps": 0, "profile": False}
+_REMOVED = {
+    "mesh.model": 1,
+    "max_skipped_steps": 0,
+    "profile": False,
+    "model.layer_norm": False,
+    "model.initial_scale": 1.0,
+    "model.rematerialize": 0,
+    "optimizer.average_decay": 0.0,
+    "optimizer.step_at": [0.5, 0.75],
+    "regularization.activation_penalty": 0.0,
+    "regularization.temporal_activation_penalty": 0.0,
+}
 # A field whose value is a dict with any names; each can be set like a field.
 OPTIONS = "model.options"
 
@@ -391,42 +372,40 @@ def check_value(name: str, value: Any) -> Any:
     kind, allowed = type(field.default), field.allowed
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"config.{name} is {value!r}: it must be of type {kind.__name__}")
     if isinstance(allowed, str):
-        with contextlib.suppress(TypeError):  # Elements of a tuple may have any type.
-            if _is_met(allowed, {"x": value}):
-                return value
-        raise UserError(f"config.{name} is {value!r}: it needs {_describe_allowed(field)}")
+        return check_number(f"config.{name}", value, kind, allowed)
     if value in allowed or (_OWN_CELL in allowed and names_cell_file(value)):
         return value
-    near = difflib.get_close_matches(value, allowed, n=1)
+    near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f": did you mean {near[0]}?" if near else ""
-    raise UserError(f"config.{name} is {value!r}: it must be {_describe_allowed(field)}{hint}")
+    raise UserError(f"config.{name} is {value!r}: it must be {_list_allowed(allowed)}{hint}")
 
 
-def _describe_allowed(field: Field) -> str:
-    """Return the allowed values of a field, with its name for x."""
-    if isinstance(field.allowed, tuple):
-        return f"one of {', '.join(word or 'empty' for word in field.allowed)}"
-    return re.sub(r"\bx\b", field.name.rpartition(".")[2], field.allowed)
+def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
+    """Return a value in a type, such as int, if it meets a condition on x.
+
+    Raises:
+      UserError: with the name that messages have for it, if it does not.
+    """
+    wanted: Any = {int: Integral, float: Real}.get(kind, kind)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    if kind in (int, float) and abs(value) < 2**1000:
+        value = kind(value)
+    with contextlib.suppress(TypeError):  # Elements of a tuple may have any type.
+        if _is_met(condition, {"x": value}):
+            return value
+    shown = re.sub(r"\bx\b", name.rpartition(".")[2], condition)
+    raise UserError(f"{name} is {value!r}: it needs {shown}")
+
+
+def _list_allowed(words: tuple[str, ...]) -> str:
+    return f"one of {', '.join(word or 'empty' for word in words)}"
 
 
 def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:
     """Return the config with other values, by dotted field name; see `complete_config`."""
     return complete_config(config, overrides)
-
-
-def describe_unused_fields(config: Config) -> list[str]:
-    """Return a message for each field that is set but has no effect on this config."""
-    return [
-        f"config.{name} is {value!r}, which has no effect: it needs {FIELDS[name].relevant_if}"
-        for name, value in flatten(config)
-        if value != FIELDS[name].default
-        if not _is_met(FIELDS[name].relevant_if, vars(config))
-    ]
 
 
 def find_fields(name: str) -> list[str]:
@@ -463,14 +442,10 @@ def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 
 
 def explain(field: Field) -> str:
-    """Return the meaning of a field, its choices if it has any, and its conditions."""
-    conditions = {
-        "Allowed: {}.": isinstance(field.allowed, tuple) and _describe_allowed(field),
-        "Needs `{}`.": field.requires,
-        "Has an effect if `{}`.": field.relevant_if,
-    }
-    shown = [words.format(condition) for words, condition in conditions.items() if condition]
-    return " ".join([field.meaning, *shown])
+    """Return the meaning of a field, its choices if it has any, and its condition."""
+    allowed = field.allowed
+    choices = f" Allowed: {_list_allowed(allowed)}." if isinstance(allowed, tuple) else ""
+    return field.meaning + choices + (f" Needs `{field.requires}`." if field.requires else "")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import config
-from lstm_jax.errors import warn
 from lstm_jax.run import command, interrupts
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
@@ -42,8 +40,6 @@ def main() -> int:
     experiment, name = command.read_experiment(model and f"experiments/finetune.py:{model}")
     if model is not None:
         experiment = dataclasses.replace(experiment, init_from=model)
-    for message in config.describe_unused_fields(experiment):
-        warn(message)
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
     from lstm_jax.devices import hosts, memory, parallel

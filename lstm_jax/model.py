@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,30 +20,29 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from lstm_jax.cells import CELLS, LOADED
-from lstm_jax.cells.block import Block
-from lstm_jax.cells.making import make_cell, trace_cell
+from lstm_jax import ops, step
+from lstm_jax.cells import CELLS, LOADED, import_block
 from lstm_jax.cells.protocol import (
     Gates,
     get_activation,
     get_gates,
     get_layer_params,
     has_layer_params,
+    make_cell,
+    name_cell_error,
     restart,
     run_cell,
-    run_layer,
 )
-from lstm_jax.config import ModelConfig, Option, check_value
+from lstm_jax.config import ModelConfig, Option
 from lstm_jax.cross_entropy import compute_cross_entropy
 from lstm_jax.matmul import matmul
 from lstm_jax.ops import choice
 from lstm_jax.ops.gates import Gating
 from lstm_jax.ops.layer import GATINGS
-from lstm_jax.step import StepArrays, apply_step, prepare_step
+from lstm_jax.step import StepArrays
 
 Ids = Integer[Array, "batch time"]
 Tokens = Integer[Array, " batch"]
-Starts = Bool[Array, "batch time"]
 Hidden = Float[Array, "batch time features"]
 Logits = Float[Array, "batch time vocabulary"]
 Params = dict[str, Any]
@@ -101,32 +100,23 @@ class LanguageModel(nn.Module):
     embedding_size: int  # Features of an embedded token.
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
-    # How the layers run over time: "scan", one step of the cell after the other; "parallel", in the
-    # parallel form of the cell; "auto", the fastest; or another implementation of `ops.lstm`.
+    # How the layers run over time: "scan", one step of the cell after the other; "auto", the
+    # fastest; or another implementation of `ops.lstm`.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     int8_steps: bool = False  # Whether `apply_step` multiplies in int8; see `supports_int8`.
-    rematerialize: int = 0  # See `run_in_chunks`.
     cell: str | type[nn.Module] = "lstm"  # A key of `cells.CELLS`, or a class.
-    layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
     initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
-    initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
     # Initial bias of the dense layer: "frequencies" (the logarithms of the tokens' frequencies in
     # the training text) or "zeros".
     initial_bias: str = "frequencies"
     # The id of the stop token, if texts consist of documents. Each document begins with the stop
     # token that ends the one before; this token is read from the initial carry.
     stop_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("cell", "recurrence", "dtype", "block", "initial_bias"):
-            if isinstance(value := getattr(self, name), str):
-                check_value(f"model.{name}", value)
-        super().__post_init__()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -156,7 +146,7 @@ class LanguageModel(nn.Module):
     @property
     def runs_gated_layers(self) -> bool:
         """Return whether `lstm_jax.ops` runs the layers."""
-        return self.block == "none" and has_layer_params(self.cell_class, self.layer_norm)
+        return self.block == "none" and has_layer_params(self.cell_class)
 
     @property
     def gating(self) -> Gating:
@@ -174,13 +164,13 @@ class LanguageModel(nn.Module):
     @nn.nowrap  # So that an unbound model can call it.
     def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
-        make = functools.partial(make_cell, self.cell_class)
-        given = self.dtype, self.layer_norm, self.options
+        make = functools.partial(make_cell, dtype=self.dtype, options=self.options)
         sizes = itertools.pairwise(self.sizes)
         if self.block == "none":
-            return [make(inputs, hidden, *given) for inputs, hidden in sizes]
+            return [make(self.cell_class, inputs, hidden) for inputs, hidden in sizes]
+        block = import_block()
         return [
-            Block(inputs, hidden, make(hidden, hidden, *given), self.dtype)
+            block(inputs, hidden, make(self.cell_class, hidden, hidden), self.dtype)
             for inputs, hidden in sizes
         ]
 
@@ -218,7 +208,7 @@ class LanguageModel(nn.Module):
             inputs = apply_mask(below, mask)
             if i == 0 and mask is None and self.folds_embedding:
                 run, inputs = self.fold_embedding(cell, ids)
-            after, outputs = run_in_chunks(run, before, inputs, starts, self.rematerialize)
+            after, outputs = run(before, inputs, starts)
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
@@ -240,28 +230,29 @@ class LanguageModel(nn.Module):
         params = get_layer_params(cell)
         table = matmul(self.embedding.embedding, params.input_kernel, self.dtype)
         layer = params._replace(input_kernel=table)
-        run = functools.partial(run_layer, layer, self.dtype, implementation=self.recurrence)
+        options: Any = {"dtype": self.dtype, "implementation": self.recurrence}
+
+        def run(carry: Any, inputs: Logits, starts: Any) -> Any:
+            return ops.run(layer, inputs, carry, reset=starts, **options)
+
         return run, jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
 
     def run_step(
-        self, ids: Tokens, carry: Carry, records: list[Record] | None = None
-    ) -> tuple[Float[Array, "batch features"], Carry]:
+        self, ids: Tokens, carry: Carry
+    ) -> tuple[Float[Array, "batch features"], Carry, list[Record]]:
         """Run the recurrent layers over one token of each text.
 
-        Return the outputs of the last layer and the next carry. If `records` is a list, append to
-        it the gates, activations and outputs of each cell.
+        Return the outputs of the last layer, the next carry, and the record of each layer.
         """
-        below, carries = self.embedding.embedding[ids], []
+        below, carries, records = self.embedding.embedding[ids], [], []
         starts = self.find_starts(ids)
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             before = restart(cell, before, starts)
-            after, outputs = cell(before, below)
-            if records is not None:
-                gates = get_gates(cell, before, below)
-                records.append((gates, get_activation(cell, after, outputs), outputs))
+            gates, (after, outputs) = get_gates(cell, before, below), cell(before, below)
+            records.append((gates, get_activation(cell, after, outputs), outputs))
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
-        return below, tuple(carries)
+        return below, tuple(carries), records
 
     def predict(self, outputs: Hidden) -> Logits:
         """Return the logits for outputs of the last layer."""
@@ -304,7 +295,7 @@ class LanguageModel(nn.Module):
         layers = [get_layer_params(cell) for cell in bound.layers]
         options = self.dtype, self.skip_connections
         table = bound.embedding.embedding
-        return prepare_step(self.gating, table, layers, *head, *options, self.int8_steps)
+        return step.prepare_step(self.gating, table, layers, *head, *options, self.int8_steps)
 
     @nn.nowrap
     def apply_step(
@@ -317,9 +308,9 @@ class LanguageModel(nn.Module):
         if isinstance(arrays, StepArrays):
             before = restart(self, carry, self.find_starts(ids))
             options = self.dtype, self.skip_connections
-            return apply_step(self.gating, arrays, ids, before, *options)
+            return step.apply_step(self.gating, arrays, ids, before, *options)
         bound = self.bind({"params": arrays})
-        outputs, carry = bound.run_step(ids, carry)
+        outputs, carry, _ = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
 
     @nn.nowrap
@@ -334,33 +325,6 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
     return (x.transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
-
-
-def run_in_chunks(
-    run: Callable[..., Any], carry: Any, inputs: Hidden, starts: Starts | None, chunk: int
-) -> tuple[Any, Float[Array, "batch time hidden"]]:
-    """Run a layer in chunks of time; the backward pass stores only the carries between them.
-
-    It recomputes the steps of a chunk. Memory then grows with time / chunk + chunk instead of time,
-    and is smallest at the square root of time. With `chunk` 0, there is one.
-    """
-    time = inputs.shape[1]
-    if not chunk or chunk >= time:
-        return run(carry, inputs, starts)
-    run = jax.checkpoint(run)
-    whole = time - time % chunk
-
-    def cut(x: Array) -> Array:
-        parts = x[:, :whole].reshape(len(x), -1, chunk, *x.shape[2:])
-        return parts.swapaxes(0, 1)
-
-    steps = inputs, starts
-    carry, outputs = jax.lax.scan(lambda carry, x: run(carry, *x), carry, jax.tree.map(cut, steps))
-    outputs = outputs.swapaxes(0, 1).reshape(len(inputs), whole, -1)
-    if whole < time:
-        carry, rest = run(carry, *jax.tree.map(lambda x: x[:, whole:], steps))
-        outputs = jnp.concatenate([outputs, rest], axis=1)
-    return carry, outputs
 
 
 def make_model(
@@ -391,29 +355,28 @@ def make_model(
 
 def check_recurrence(model: LanguageModel) -> None:
     """Raise `ValueError` if `model.recurrence` can't run the layers on this machine."""
-    name, kind = model.recurrence, model.cell_class
-    if name == "parallel":
-        if not (model.runs_gated_layers or hasattr(kind, "run_parallel") or model.block != "none"):
-            raise ValueError(
-                f"'parallel' needs a cell with a method run_parallel, which {model.cell_name} "
-                "lacks; 'auto' supports any cell"
-            )
-    elif name not in ("auto", "scan") and not model.runs_gated_layers:
+    if (name := model.recurrence) in ("auto", "scan"):
+        return
+    if not model.runs_gated_layers:
         raise ValueError(
-            f"{name!r} supports only the cells lstm, peephole, gru and rnn, without layer "
-            "normalization or a block; 'auto' supports any cell"
+            f"{name!r} supports only the cells lstm, peephole, gru and rnn, without a block; "
+            "'auto' supports any cell"
         )
-    elif name not in ("auto", "scan"):
-        options: Any = {"dtype": model.dtype, "has_reset": model.stop_id is not None}
-        for size in model.sizes[1:]:
-            choice.choose(name, model.gating, size=size, **options)
+    options: Any = {"dtype": model.dtype, "has_reset": model.stop_id is not None}
+    for size in model.sizes[1:]:
+        choice.choose(name, model.gating, size=size, **options)
 
 
-def check_cells(model: LanguageModel) -> None:
-    """Raise `UserError` if a cell breaks the protocol."""
-    for layer in set(model.make_cells()):
-        if not isinstance(model.cell, str):  # The cells of the package follow it.
-            trace_cell(layer.cell if isinstance(layer, Block) else layer)
+def check_model(model: LanguageModel) -> None:
+    """Raise `UserError` with the name and file of the cell if a user's own cell fails."""
+
+    def run(key: Array) -> Any:
+        ids, carry = jnp.zeros((1, 2), jnp.int32), model.initial_carry(1)
+        return model.apply({"params": model.init(key, ids, carry)["params"]}, ids, carry)
+
+    if not isinstance(model.cell, str):
+        with name_cell_error(model.cell_class):
+            jax.eval_shape(run, jax.random.key(0))
 
 
 def init_params(
@@ -421,20 +384,13 @@ def init_params(
 ) -> Params:
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
-    Embeddings are uniform in ±`initial_embedding`. In an `LSTMCell`, kernels are Glorot uniform,
-    recurrent kernels orthogonal, and biases 1 for the forget gate and 0 for the others. With
-    `initial_bias` "frequencies" an untrained model predicts the frequencies of the tokens in the
-    training text.
-
-    `counts` holds the number of occurrences of each token in the training text. Without it the
-    dense layer's bias is zero.
+    With `initial_bias` "frequencies", an untrained model predicts the frequencies of the tokens in
+    the training text, which are in proportion to `counts`. Without those, that bias is zero.
     """
     # LAPACK makes the orthogonal kernels. Its threads spin while they wait for each other: if
     # another process occupies the cores, 0.2 s become 15 s.
     with _DRAWING, threadpoolctl.threadpool_limits(1, user_api="blas"):
         params = jax.block_until_ready(_draw_params(model, key))
-    if model.initial_scale != 1:
-        params = jax.tree.map(lambda x: x * model.initial_scale if x.ndim > 1 else x, params)
     if model.initial_bias == "frequencies" and counts is not None:
         # Add-one smoothing, so that no token has probability zero.
         frequencies = (counts + 1) / (counts + 1).sum()

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -36,12 +35,6 @@ def _make_adam(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Ch
     return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
 
 
-def _make_lion(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make Lion (Chen et al. 2023): the sign of a momentum, for learning rates 10x smaller."""
-    b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
-    return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
-
-
 def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make Muon (Jordan et al. 2024) for the matrices of recurrent layers, and Adam for the rest.
 
@@ -61,62 +54,22 @@ def _make_sgd(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Cha
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]
 
 
-def _make_schedule_free(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make AdamW that averages its iterates (Defazio et al. 2024): it needs no learning rate decay.
-
-    The gradient is computed at `b1` times the average plus 1 - `b1` times the last iterate.
-    """
-    b2, epsilon, decay = optimizer.b2, optimizer.epsilon, optimizer.weight_decay
-    adam = optax.adamw(learning_rate, 0.0, b2, epsilon, weight_decay=decay, mask=_is_matrix)
-    return [contrib.schedule_free(adam, learning_rate, optimizer.b1)]
-
-
 # The transformations after clipping.
 OPTIMIZERS: dict[OptimizerName, Callable[[OptimizerConfig, optax.Schedule], _Chain]] = {
     "adam": _make_adam,
-    "lion": _make_lion,
     "muon": _make_muon,
-    "schedule_free": _make_schedule_free,
     "sgd": _make_sgd,
 }
-
-
-def has_average(optimizer: OptimizerConfig) -> bool:
-    """Return whether evaluation and sampling use an average of the parameters."""
-    return optimizer.name == "schedule_free" or optimizer.average_decay > 0
-
-
-def update_average(
-    optimizer: OptimizerConfig,
-    average: optax.Params,
-    params: optax.Params,
-    opt_state: optax.OptState,
-    step: jax.Array,
-) -> optax.Params:
-    """Return the average of the parameters after `step` steps, from the one before.
-
-    It is an exponential moving average with `average_decay`, or the optimizer's average.
-    """
-    if optimizer.name == "schedule_free":
-        return contrib.schedule_free_eval_params(opt_state[-1], params)
-    # With a smaller decay at first, the initial parameters are forgotten soon.
-    kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
 
 
 def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`."""
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
     decay_steps = max(total_steps - warmup_steps, 1)
-    drops: dict[int, float] = {}
-    for share in optimizer.step_at:
-        step = round(share * total_steps) - warmup_steps
-        drops[step] = 0.1 * drops.get(step, 1)
     after: dict[Schedule, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
-        "step": optax.piecewise_constant_schedule(peak, drops),
     }
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)
     return optax.join_schedules([warmup, after[optimizer.schedule]], [warmup_steps])

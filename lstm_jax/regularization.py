@@ -66,30 +66,6 @@ def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array)
     return dropped
 
 
-def compute_penalty(
-    rates: RegularizationConfig,
-    outputs: jax.Array,
-    dropped: jax.Array,
-    starts: jax.Array | None = None,
-) -> jax.Array | float:
-    """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.
-
-    `outputs` and `dropped` are the outputs of the last layer, [batch, time, features], before and
-    after dropout. Add the mean square of `dropped` times `activation_penalty`, and the mean squared
-    difference between consecutive steps of `outputs` times `temporal_activation_penalty`. The
-    difference is zero where a document begins: where `starts`, bool [batch, time], is true.
-    """
-    total: jax.Array | float = 0.0
-    if rates.activation_penalty:
-        total += rates.activation_penalty * jnp.mean(dropped**2)
-    if rates.temporal_activation_penalty and outputs.shape[1] > 1:
-        differences = outputs[:, 1:] - outputs[:, :-1]
-        if starts is not None:
-            differences = jnp.where(starts[:, 1:, None], 0, differences)
-        total += rates.temporal_activation_penalty * jnp.mean(differences**2)
-    return total
-
-
 def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw 0 with probability `rate`, otherwise 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)

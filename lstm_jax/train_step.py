@@ -16,18 +16,15 @@ from lstm_jax.batches import Batch
 from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config
 from lstm_jax.devices import parallel
-from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes.
+    """Everything that a training step reads and writes; checkpoints hold all of it.
 
-    Checkpoints hold all of it but what is None, so a new field that is never None makes earlier
-    ones unreadable.
+    So a new field makes earlier checkpoints unreadable.
     """
 
     params: model_lib.Params
-    average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
     opt_state: optax.OptState
     carry: model_lib.Carry  # After the last batch.
     key: Array  # The PRNG key of all random draws in training.
@@ -37,29 +34,14 @@ class TrainState(NamedTuple):
     loss_steps: Int[Array, ""]  # The number of steps in these sums.
 
     @property
-    def evaluated(self) -> model_lib.Params:
-        """Return the parameters that evaluation and sampling use."""
-        return self.params if self.average is None else self.average
-
-    @property
     def rest(self) -> dict[str, Any]:
-        """Return all of the state but `evaluated`, which a checkpoint holds as a separate item."""
-        evaluated = "params" if self.average is None else "average"
-        rest = {k: x for k, x in self._asdict().items() if k != evaluated and x is not None}
-        rest["optimizer"] = rest.pop("opt_state")  # Its name in checkpoints.
-        return rest
+        """Return all but the parameters, which a checkpoint holds as a separate item."""
+        return {name: x for name, x in self._asdict().items() if name != "params"}
 
-    def clear(self, *names: str) -> "TrainState":
-        """Return the state with zero in these fields."""
-        zeros: dict[str, Any] = {name: jnp.zeros_like(getattr(self, name)) for name in names}
-        return self._replace(**zeros)
-
-    @classmethod
-    def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
-        """Return the state with these `evaluated` and `rest`."""
-        name = "average" if "params" in rest else "params"
-        fields = {"average": None, name: evaluated, **rest}
-        return cls(opt_state=fields.pop("optimizer"), **fields)
+    def clear_sums(self) -> "TrainState":
+        """Return the state with sums of zero."""
+        zeros = jax.tree.map(jnp.zeros_like, (self.loss_sum, self.norm_sum, self.loss_steps))
+        return self._replace(loss_sum=zeros[0], norm_sum=zeros[1], loss_steps=zeros[2])
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
@@ -75,16 +57,14 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: Array,
     batch_size: int,
-    averaged: bool = False,
     trained: model_lib.Params | None = None,
     mesh: Mesh | None = None,
     counts: Integer[np.ndarray, " vocabulary"] | None = None,
 ) -> TrainState:
     """Return the state before the first step, on the devices of `mesh` or on the default device.
 
-    If `averaged`, the state has an average of the parameters. `trained` holds parameters to start
-    from; `model` may have more tokens than they have, whose parameters are then drawn. For
-    `counts`, see `model.init_params`.
+    `trained` holds parameters to start from; `model` may have more tokens than they have, whose
+    parameters are then drawn. For `counts`, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init_params(model, init_key, counts)
@@ -94,18 +74,10 @@ def init_state(
         )
     if mesh is not None:  # First: arrays made from the parameters are then divided like them.
         params = parallel.place(params, mesh)
-    state = TrainState(
-        params=params,
-        average=jax.tree.map(jnp.copy, params) if averaged else None,
-        opt_state=optimizer.init(params),
-        carry=model.initial_carry(batch_size),
-        key=key,
-        # Separate arrays, because a step donates each of them.
-        step=jnp.int32(0),
-        loss_sum=jnp.zeros(()),
-        norm_sum=jnp.zeros(()),
-        loss_steps=jnp.int32(0),
-    )
+    # Separate arrays, because a step donates each of them.
+    counters = jnp.int32(0), jnp.zeros(()), jnp.zeros(()), jnp.int32(0)
+    carry = model.initial_carry(batch_size)
+    state = TrainState(params, optimizer.init(params), carry, key, *counters)
     return state if mesh is None else state.place(mesh)
 
 
@@ -154,18 +126,13 @@ def make_step(
         compute = parallel.divide_over_devices(compute_grads, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
-        step, average = state.step + 1, state.average
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if average is not None:
-            average = update_average(config.optimizer, average, params, opt_state, step)
         return TrainState(
-            params=params,
-            average=average,
+            params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             carry=carry,
             key=key,
-            step=step,
+            step=state.step + 1,
             loss_sum=state.loss_sum + loss,
             norm_sum=state.norm_sum + optax.tree.norm(grads),
             loss_steps=state.loss_steps + 1,
@@ -205,7 +172,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         carry: model_lib.Carry,
         masks: model_lib.Masks | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
-        """Return the loss to minimize, with teachers and penalties; and (the loss, the carry)."""
+        """Return the loss to minimize, with that of teachers; and (the loss, the carry)."""
         read = params if key is None else regularization.drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
@@ -216,9 +183,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(bound.predict(dropped), soft_targets)
             objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
-        starts = model.find_starts(inputs)
-        penalty = regularization.compute_penalty(rates, outputs, dropped, starts)
-        return objective + penalty, (loss, carry)
+        return objective, (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: Array | None, *divided: Any) -> Any:
         def compute_part(*part: Any) -> Any:

@@ -146,7 +146,7 @@ def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> Train
     if speed:  # Otherwise it is unknown.
         extra["tokens_per_second"] = round(speed * run.plan.tokens_per_step)
     record(run, step, "train", loss, **extra)
-    return state.clear("loss_sum", "norm_sum", "loss_steps")
+    return state.clear_sums()
 
 
 def record(
@@ -171,7 +171,7 @@ def is_save_due(run: OpenRun) -> bool:
 def save(run: OpenRun, state: TrainState, step: int) -> None:
     """Start saving a checkpoint, with the sizes of the files that the run appends to."""
     sizes = workdir.measure_history(run.directory)
-    arrays = state.evaluated, state.rest
+    arrays = state.params, state.rest
     if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
         arrays = jax.tree.map(
             lambda x: x.addressable_data(0) if x.is_fully_replicated else x, arrays
@@ -189,7 +189,7 @@ def validate(
     number, ids = run.config.validation_tokens, run.ids["validation"]
     alone = jax.process_count() == 1
     with stop.at_once() if alone else contextlib.nullcontext():  # Others would wait for this one.
-        params, key = parallel.get_local_copy((state.evaluated, state.key))
+        params, key = parallel.get_local_copy((state.params, state.key))
         loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
         sample = generate_sample(run, params, jax.random.fold_in(key, step))
     run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.

@@ -1,5 +1,5 @@
 """Search space for optimizers: ten learning rates from 4e-4 to 1.5, for --sampler grid."""
-# python -m lstm_jax.sweep --config experiments/optimizers.py:lion --sampler grid --trials 10 \
+# python -m lstm_jax.sweep --config experiments/optimizers.py:muon --sampler grid --trials 10 \
 #     --space experiments/sweeps/optimizers.py
 
 from typing import Any

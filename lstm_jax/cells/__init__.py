@@ -4,41 +4,54 @@ A cell is a flax module in its own file, here or anywhere; `cells.protocol` defi
 docs/cells.md has a table of the cells here, with their numbers of parameters and their sources.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
+if TYPE_CHECKING:  # `config` lists the names, and does not import Flax.
+    import flax.linen as nn
 
-from lstm_jax.cells.gru import GRUCell
-from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.mingru import MinGRUCell
-from lstm_jax.cells.minlstm import MinLSTMCell
-from lstm_jax.cells.mlstm import MLSTMCell
-from lstm_jax.cells.mogrifier import MogrifierLSTMCell
-from lstm_jax.cells.multiplicative import MultiplicativeLSTMCell
-from lstm_jax.cells.paragru import ParaGRUCell
-from lstm_jax.cells.peephole import PeepholeLSTMCell
-from lstm_jax.cells.rglru import RGLRUCell
-from lstm_jax.cells.rnn import RNNCell
-from lstm_jax.cells.slstm import SLSTMCell
+# The class of each cell, in the module of its name.
+_CLASSES = {
+    "lstm": "LSTMCell",
+    "peephole": "PeepholeLSTMCell",
+    "mogrifier": "MogrifierLSTMCell",
+    "multiplicative": "MultiplicativeLSTMCell",
+    "gru": "GRUCell",
+    "rnn": "RNNCell",
+    "minlstm": "MinLSTMCell",
+    "mingru": "MinGRUCell",
+    "rglru": "RGLRUCell",
+    "paragru": "ParaGRUCell",
+    "slstm": "SLSTMCell",
+    "mlstm": "MLSTMCell",
+}
 
-# Read-only: a cell that a config file adds would be unknown to all other commands.
-CELLS: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {
-        "lstm": LSTMCell,
-        "peephole": PeepholeLSTMCell,
-        "mogrifier": MogrifierLSTMCell,
-        "multiplicative": MultiplicativeLSTMCell,
-        "gru": GRUCell,
-        "rnn": RNNCell,
-        "minlstm": MinLSTMCell,
-        "mingru": MinGRUCell,
-        "rglru": RGLRUCell,
-        "paragru": ParaGRUCell,
-        "slstm": SLSTMCell,
-        "mlstm": MLSTMCell,
-    }
-)
+
+class _Cells(Mapping[str, "type[nn.Module]"]):
+    """The cells of the package by name; each is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> "type[nn.Module]":
+        class_name = _CLASSES[name]
+        cell: type[nn.Module] = getattr(importlib.import_module(f"{__name__}.{name}"), class_name)
+        return cell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+CELLS = _Cells()
+
+
+def import_block() -> "type[nn.Module]":
+    """Return the class of the block around a cell, `cells.block.Block`."""
+    block: type[nn.Module] = importlib.import_module(f"{__name__}.block").Block
+    return block
+
+
 # Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, in the order in
 # which they were loaded; see `run.cell_file`.
-LOADED: dict[str, tuple[type[nn.Module], str]] = {}
+LOADED: dict[str, "tuple[type[nn.Module], str]"] = {}

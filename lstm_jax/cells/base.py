@@ -32,9 +32,6 @@ class SizedCell(nn.Module):
 class Cell(SizedCell):
     """A cell whose gates read x W + b and h U. The protocol does not require this base class."""
 
-    # Whether to normalize x W and h U, separately, each over all gates together (Ba et al. 2016).
-    layer_norm: bool = False
-
     def declare_kernels(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
         """Declare the kernels and the bias for this number of gates; call it in `setup`."""
         size = gates * self.hidden_size
@@ -42,20 +39,14 @@ class Cell(SizedCell):
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, (self.hidden_size, size))
         self.bias = self.param("bias", bias, (size,))
-        if self.layer_norm:
-            self.input_scale = self.param("input_scale", nn.initializers.ones, (size,))
-            self.recurrent_scale = self.param("recurrent_scale", nn.initializers.ones, (size,))
 
     def project_inputs(self, inputs: Inputs) -> Float[Array, "batch sums"]:
         """Return x W + b: [batch, gates * hidden_size]."""
-        projected = matmul(inputs, self.input_kernel, self.dtype)
-        scaled = normalize(projected) * self.input_scale[None] if self.layer_norm else projected
-        return scaled + self.bias[None]
+        return matmul(inputs, self.input_kernel, self.dtype, self.bias)
 
     def project_hidden(self, hidden: Outputs) -> Float[Array, "batch sums"]:
         """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""
-        projected = matmul(hidden, self.recurrent_kernel, self.dtype)
-        return normalize(projected) * self.recurrent_scale[None] if self.layer_norm else projected
+        return matmul(hidden, self.recurrent_kernel, self.dtype)
 
     def activation(self, carry: Any) -> Outputs:
         """Return the activations of the hidden units, in [-1, 1]."""
@@ -74,8 +65,3 @@ def forget_bias(gates: int, opened: float | Array) -> Initializer:
         return biases.at[1].set(jnp.asarray(opened, dtype)).reshape(shape)
 
     return initialize
-
-
-def normalize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Normalize to mean 0, variance 1 over the last axis (Ba et al. 2016), without gain or bias."""
-    return nn.standardize(x, axis=-1, epsilon=1e-5)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, forget_bias, normalize
+from lstm_jax.cells.base import Cell, forget_bias
 from lstm_jax.cells.protocol import Gates, Inputs, Outputs
 from lstm_jax.ops.gates import LSTMCarry, LSTMParams
 
@@ -21,7 +21,6 @@ class LSTMCell(Cell):
         h' = o * tanh(c')
 
     The cell state passes through time without an activation, so that gradients vanish slowly.
-    `layer_norm` normalizes x W, h U, and c' in the equation of h'.
 
     This is the readable reference; `ops.lstm` computes the same from the same parameters.
     """
@@ -31,9 +30,6 @@ class LSTMCell(Cell):
     def setup(self) -> None:
         """Declare the parameters."""
         self.declare_kernels(4, forget_bias(4, 1.0))  # 1 by Jozefowicz et al. 2015.
-        if self.layer_norm:
-            self.cell_scale = self.param("cell_scale", nn.initializers.ones, (self.hidden_size,))
-            self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
@@ -51,8 +47,6 @@ class LSTMCell(Cell):
 
     def activation(self, carry: LSTMCarry) -> Outputs:
         """Return the activation of the cell state, in [-1, 1]."""
-        if self.layer_norm:
-            return jnp.tanh(normalize(carry.cell) * self.cell_scale[None] + self.cell_bias[None])
         return jnp.tanh(carry.cell)
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:

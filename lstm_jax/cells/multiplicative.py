@@ -14,8 +14,7 @@ class MultiplicativeLSTMCell(LSTMCell):
         m = (x V) * (h R)
 
     The gates and the candidate read m instead of h. The paper calls this cell mLSTM, which here is
-    the LSTM with a matrix memory, `cells.mlstm`. `layer_norm` normalizes x W, m U, and c' in
-    the equation of h'.
+    the LSTM with a matrix memory, `cells.mlstm`.
     """
 
     def setup(self) -> None:

@@ -20,8 +20,7 @@ class PeepholeLSTMCell(LSTMCell):
         o = sigmoid(x Wo + h Uo + po * c' + bo)     output gate, which sees the new cell state
         h' = o * tanh(c')
 
-    The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size]. `layer_norm`
-    normalizes x W, h U, and c' in the equation of h'.
+    The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size].
     """
 
     layer_params: ClassVar[type[Any]] = PeepholeLSTMParams

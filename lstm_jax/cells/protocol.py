@@ -1,25 +1,20 @@
-"""The protocol of a cell, and the functions by which the model calls one.
+"""The protocol of a cell, and the functions by which the model makes and calls one.
 
-A cell is a flax module with the fields `input_size` and `hidden_size` and two methods:
+A cell is a flax module with the fields `input_size` and `hidden_size`, and the methods
+`initial_carry(batch_size)`, a pytree of arrays [batch_size, ...] that depends on the fields alone,
+and `__call__(carry, inputs)`, which returns the next carry, of the same types, and the outputs. It
+may also have a field `dtype`; other fields with a default, which are options; and the methods
 
-- `initial_carry(batch_size)` returns the carry at the start of a text, any pytree of arrays
-  [batch_size, ...]; it depends on the fields alone, not on parameters;
-- `__call__(carry, inputs)` returns the next carry, of the same structure, shapes and dtypes, and
-  the outputs.
-
-It may also have
-
-- a field `dtype`, "float32" or "bfloat16", for its matmuls; a field `layer_norm`; and any other
-  field with a default, which is an option: `--config.model.options.NAME=VALUE`;
 - `run_parallel(carry, inputs, starts)`, which returns the last carry and the outputs of all steps.
   `starts` is true at the steps that read the initial carry because a document begins, or None;
 - `gates(carry, inputs)`, which returns the gates of a step by name, and `activation(carry)`, the
   activations of the hidden units in [-1, 1], for `lstm_jax.export`.
-
-Recurrent dropout (DropConnect) applies to every parameter named `recurrent_kernel`. `cells.making`
-makes a cell, with errors for a class that does not follow the protocol.
 """
 
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from lstm_jax import ops
+from lstm_jax.errors import UserError, one_line
 
 # The inputs and outputs of one step, and of all steps.
 Inputs = Float[Array, "batch inputs"]
@@ -38,6 +34,47 @@ AllOutputs = Float[Array, "batch time hidden"]
 Starts = Bool[Array, "batch time"]
 # Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
 Gates = dict[str, Float[Array, "*batch hidden"]]
+
+
+def make_cell(
+    cell: type[nn.Module],
+    input_size: int,
+    hidden_size: int,
+    dtype: str = "float32",
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Make a cell with these sizes and options; raise `UserError` if that fails."""
+    fields = [field.name for field in dataclasses.fields(cell)]
+    given = dict(options or {})
+    known = [x for x in fields if x not in ("input_size", "hidden_size", "dtype", "parent", "name")]
+    if others := [name for name in given if name not in known]:
+        listed = ", ".join(known) or "none"
+        raise UserError(
+            f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
+        )
+    if "dtype" in fields:
+        given["dtype"] = dtype
+    elif dtype != "float32":
+        raise UserError(f"the cell {cell.__name__} has no field dtype: it must be 'float32'")
+    with name_cell_error(cell):
+        return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
+
+
+@contextlib.contextmanager
+def name_cell_error(cell: type[nn.Module]) -> Iterator[None]:
+    """Raise any exception as a `UserError` with the name of this cell, and its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{describe_cell(cell)}: {one_line(error)[:400]}") from error
+
+
+def describe_cell(cell: type[nn.Module]) -> str:
+    """Return the name of a cell with its file, or with its module, typed in a session."""
+    file = getattr(sys.modules.get(cell.__module__), "__file__", cell.__module__)
+    return f"the cell {cell.__name__} ({file})"
 
 
 def run_cell(
@@ -53,37 +90,22 @@ def run_cell(
     that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
     where `starts` is true read the initial carry.
     """
-    if implementation == "scan":
-        return _scan(cell, carry, (inputs, starts))
-    if params := get_layer_params(cell):
-        return run_layer(params, cell.dtype, carry, inputs, starts, implementation)
-    if hasattr(cell, "run_parallel"):
+    if implementation != "scan" and (params := get_layer_params(cell)):
+        options: Any = {"dtype": cell.dtype, "implementation": implementation}
+        return ops.run(params, inputs, carry, reset=starts, **options)
+    if implementation != "scan" and hasattr(cell, "run_parallel"):
         return cell.run_parallel(carry, inputs, starts)
     return _scan(cell, carry, (inputs, starts))
 
 
-def run_layer(
-    params: Any,
-    dtype: str,
-    carry: Any,
-    inputs: Float[ArrayLike, "batch time features"],
-    starts: Bool[ArrayLike, "batch time"] | None,
-    implementation: str,
-) -> tuple[Any, AllOutputs]:
-    """Run a gated layer with parameters of `lstm_jax.ops`, as `run_cell` runs a cell."""
-    name: Any = "auto" if implementation == "parallel" else implementation
-    return ops.run(params, inputs, carry, reset=starts, dtype=dtype, implementation=name)
-
-
-def has_layer_params(kind: type[nn.Module], layer_norm: bool) -> bool:
+def has_layer_params(kind: type[nn.Module]) -> bool:
     """Return whether `lstm_jax.ops` computes the equations of a cell."""
-    # An attribute of the class itself: a subclass may have other equations.
-    return "layer_params" in vars(kind) and not layer_norm
+    return "layer_params" in vars(kind)  # Not inherited: a subclass may have other equations.
 
 
 def get_layer_params(cell: Any) -> Any:
     """Return the parameters of a cell that `lstm_jax.ops` can run; None for another one."""
-    if not has_layer_params(type(cell), getattr(cell, "layer_norm", False)):
+    if not has_layer_params(type(cell)):
         return None
     return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
 

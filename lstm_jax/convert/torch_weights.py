@@ -120,11 +120,11 @@ def check_model(model: ModelConfig) -> None:
     """Raise `UserError` if PyTorch has no layers with these `model` fields of a config."""
     last = model.embedding_size if model.tie_embeddings else model.hidden_size
     has_one_size = last == model.hidden_size or model.num_layers == 1
-    is_plain = not (model.layer_norm or model.skip_connections) and model.block == "none"
+    is_plain = not model.skip_connections and model.block == "none"
     if not (model.cell in _PARAMS and has_one_size and is_plain):
         raise UserError(
-            "PyTorch has only the cells lstm and gru, layers of one size, no layer_norm, no blocks "
-            "and no skip_connections"
+            "PyTorch has only the cells lstm and gru, layers of one size, no blocks and no "
+            "skip_connections"
         )
 
 

@@ -84,8 +84,7 @@ def _read(
     def step(
         carry: model_lib.Carry, token: jax.Array
     ) -> tuple[model_lib.Carry, tuple[jax.Array, jax.Array, tuple[Gates, ...]]]:
-        records: list[model_lib.Record] = []
-        outputs, carry = bound.run_step(token[None], carry, records)
+        outputs, carry, records = bound.run_step(token[None], carry)
         gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
         return carry, (outputs[0], jnp.concatenate(activations), gates)
 

@@ -282,8 +282,7 @@ def _compute_hidden(
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
-        records: list[model_lib.Record] = []
-        _, carry = bound.run_step(token[None], carry, records)
+        _, carry, records = bound.run_step(token[None], carry)
         return carry, [outputs[0] for _, _, outputs in records]
 
     return jax.lax.scan(step, model.initial_carry(1), ids)[1]

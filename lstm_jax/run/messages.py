@@ -27,7 +27,7 @@ def print_setup(run: OpenRun) -> None:
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     recurrence = model.recurrence
-    if model.runs_gated_layers and recurrence in ("auto", "parallel"):
+    if model.runs_gated_layers and recurrence == "auto":
         batch_size = config.batches.batch_size // config.optimizer.microbatches
         chosen = {
             choice.choose("auto", model.gating, size=size, batch=batch_size, dtype=model.dtype)

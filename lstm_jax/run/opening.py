@@ -262,7 +262,6 @@ def _make_first_state(
         optimizer,
         jax.random.key(config.seed),
         config.batches.batch_size,
-        averaged=optimizer_lib.has_average(config.optimizer),
         trained=trained.params if trained else None,
         mesh=mesh,
         counts=None if is_resumed else texts.count_ids(ids, model.vocabulary_size),
@@ -277,7 +276,7 @@ def _restore_state(
 
     Raise `UserError` if there are metrics but no checkpoint, or it is beyond the last step.
     """
-    restored = restore_latest(directory / workdir.CHECKPOINTS, state.evaluated, state.rest)
+    restored = restore_latest(directory / workdir.CHECKPOINTS, state.params, state.rest)
     if not restored:
         if (directory / workdir.METRICS).exists():
             raise UserError(
@@ -292,7 +291,7 @@ def _restore_state(
             f"{plan.limit}={getattr(config, plan.limit)} is fewer: set more, or use another "
             "working directory"
         )
-    return TrainState.join(items.params, items.state), step, items.history
+    return TrainState(params=items.params, **items.state), step, items.history
 
 
 def is_out_of_patience(config: Config, directory: Path) -> bool:

@@ -36,7 +36,7 @@ def resolve_model(config: Config) -> Config:
         model = model_lib.make_model(config.model, 1, stop_id)
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
-    model_lib.check_cells(model)
+    model_lib.check_model(model)
     key = jax.random.key(0)
     jax.eval_shape(
         lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)
@@ -127,8 +127,6 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
-    if config.optimizer.name == "schedule_free" and "optimizer.b1" in changes:
-        fixed["optimizer.b1"] = changes["optimizer.b1"]  # Its average follows from b1 and params.
     is_other_text = fixed.pop("data.sha256", None)
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())

@@ -135,11 +135,11 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
         if not model.supports_int8:
             raise UserError(
                 f"the model in {workdir} can't use int8 here: that needs LSTM "
-                "cells of a multiple of 16 hidden units, without layer normalization or a block, "
-                "and the library in C with AVX-512 VNNI (see python -m lstm_jax.ops)"
+                "cells of a multiple of 16 hidden units, without a block, and "
+                "the library in C with AVX-512 VNNI (see python -m lstm_jax.ops)"
             )
         model = model.clone(int8_steps=True)
-    model_lib.check_cells(model)
+    model_lib.check_model(model)
     params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)
 

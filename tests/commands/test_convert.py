@@ -208,7 +208,6 @@ def test_modules_with_other_names_without_biases_in_16_bits(dtype: Any, tmp_path
     "fields",
     [
         {"cell": "mogrifier"},
-        {"layer_norm": True},
         {"block": "residual"},
         {"skip_connections": True},
         {"tie_embeddings": True, "num_layers": 2, "embedding_size": 7},

@@ -19,8 +19,8 @@ from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.cells import rglru as rglru_lib
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.making import make_cell
-from lstm_jax.cells.protocol import run_cell
+from lstm_jax.cells.lstm import LSTMCell
+from lstm_jax.cells.protocol import make_cell, run_cell
 from lstm_jax.errors import UserError
 from lstm_jax.model import check_recurrence
 
@@ -38,27 +38,20 @@ def softplus(x: Array) -> Array:
     return np.logaddexp(0, x)
 
 
-def normalize(x: Array) -> Array:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-
-
 # Steps from x and the state, [batch, n] each, to the next state, which begins with h.
 
 
 def project(p: Arrays, x: Array, h: Array, gates: int) -> tuple[list[Array], list[Array]]:
-    """Return x W and h U of each gate, with layer normalization if it has parameters."""
-    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
-    if "input_scale" in p:
-        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
-    return np.split(xs + p["bias"], gates, 1), np.split(hs, gates, 1)
+    """Return x W + b and h U of each gate."""
+    xs, hs = x @ p["input_kernel"] + p["bias"], h @ p["recurrent_kernel"]
+    return np.split(xs, gates, 1), np.split(hs, gates, 1)
 
 
 def lstm(p: Arrays, x: Array, h: Array, c: Array) -> tuple[Array, ...]:
     i, f, g, o = map(np.add, *project(p, x, h, 4))
     pi, pf, po = p.get("peepholes", np.zeros((3, 1)))
     c = sigmoid(f + pf * c) * c + sigmoid(i + pi * c) * np.tanh(g)
-    shown = normalize(c) * p["cell_scale"] + p["cell_bias"] if "cell_scale" in p else c
-    return sigmoid(o + po * c) * np.tanh(shown), c
+    return sigmoid(o + po * c) * np.tanh(c), c
 
 
 def mogrifier(p: Arrays, x: Array, h: Array, c: Array) -> tuple[Array, ...]:
@@ -218,10 +211,10 @@ PARAMETERS = {
 }
 
 
-def make(name: str, layer_norm: bool = False) -> Any:
+def make(name: str) -> Any:
     if name == "block":
         return Block(INPUTS, HIDDEN, make_cell(cells.CELLS["mingru"], HIDDEN, HIDDEN))
-    return make_cell(cells.CELLS[name], INPUTS, HIDDEN, layer_norm=layer_norm)
+    return make_cell(cells.CELLS[name], INPUTS, HIDDEN)
 
 
 def make_problem(cell: Any) -> tuple[Arrays, Array, Array]:
@@ -234,22 +227,14 @@ def make_problem(cell: Any) -> tuple[Arrays, Array, Array]:
     return params, inputs, rng.normal(size=(BATCH, TIME, HIDDEN))
 
 
-def count_parameters(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-@pytest.mark.parametrize(
-    ("name", "layer_norm"),
-    [(name, False) for name in REFERENCES] + [(name, True) for name in ("lstm", "gru", "rnn")],
-)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_outputs_and_gradients_agree_with_the_paper(
-    name: str, layer_norm: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 4)  # Three chunks, the last one partial.
-    cell = make(name, layer_norm)
+    cell = make(name)
     params, inputs, weights = make_problem(cell)
-    normalizing = 2 * len(params["bias"]) + 2 * HIDDEN * (name == "lstm") if layer_norm else 0
-    assert count_parameters(params) == PARAMETERS[name] + normalizing
+    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
     expected = REFERENCES[name](params, inputs)
     assert np.abs(expected).max() > 0.1
 
@@ -329,20 +314,13 @@ def test_an_initial_carry_can_be_donated(name: str) -> None:
 
 # `check_cell` compares a scan with the parallel form of those that have one.
 @pytest.mark.parametrize(
-    ("name", "layer_norm", "block"),
-    [
-        ("lstm", True, "none"),
-        ("mogrifier", False, "none"),
-        ("gru", True, "none"),
-        ("rnn", False, "none"),
-        ("peephole", False, "none"),
-        ("slstm", False, "none"),
-        ("slstm", False, "residual"),
-    ],
+    ("name", "block"),
+    [(name, "none") for name in ("mogrifier", "rnn", "peephole", "slstm")]
+    + [("slstm", "residual")],
 )
-def test_every_execution_gives_the_same_logits(name: str, layer_norm: bool, block: str) -> None:
-    options: Any = {"cell": name, "layer_norm": layer_norm, "block": block}
-    scan = model_lib.LanguageModel(11, 4, 8, 2, "scan", tie_embeddings=True, **options)
+def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
+    options: Any = {"cell": name, "block": block, "tie_embeddings": True}
+    scan = model_lib.LanguageModel(11, 4, 8, 2, "scan", **options)
     params = models.draw_params(scan)
     assert "kernel" not in params["dense"]
     ids, carry = np.random.default_rng(0).integers(0, 11, (3, 8)), scan.initial_carry(3)
@@ -354,16 +332,11 @@ def test_every_execution_gives_the_same_logits(name: str, layer_norm: bool, bloc
             one, after = step(ids[:, t], after)
             np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, last)
-    parallel = scan.clone(recurrence="parallel")
-    if block == "none" and not scan.runs_gated_layers:
-        with pytest.raises(ValueError, match="needs a cell with a method run_parallel"):
-            check_recurrence(parallel)
-    else:
-        other, _ = models.apply(parallel, params, ids, carry)
-        np.testing.assert_allclose(other, logits, atol=1e-5)
+    other, _ = models.apply(scan.clone(recurrence="auto"), params, ids, carry)
+    np.testing.assert_allclose(other, logits, atol=1e-5)
 
 
-class OwnLSTMCell(cells.LSTMCell):
+class OwnLSTMCell(LSTMCell):
     """A cell with other equations, for which `ops.lstm` is wrong."""
 
     def gates(self, carry: Any, inputs: jax.Array) -> Any:
@@ -375,9 +348,9 @@ def test_only_cells_with_the_equations_of_a_layer_run_as_one() -> None:
     for name in ("lstm", "peephole", "gru", "rnn"):
         assert model_lib.LanguageModel(11, 6, 9, cell=name).runs_gated_layers
     assert not model_lib.LanguageModel(11, 6, 9, cell="mogrifier").runs_gated_layers
-    normalized = model_lib.LanguageModel(11, 6, 9, layer_norm=True, recurrence="xla")
-    with pytest.raises(ValueError, match="only the cells lstm, .* without layer normalization"):
-        check_recurrence(normalized)
+    block = model_lib.LanguageModel(11, 6, 9, block="residual", recurrence="xla")
+    with pytest.raises(ValueError, match="only the cells lstm, .* without a block"):
+        check_recurrence(block)
     own = model_lib.LanguageModel(11, 6, 9, cell=OwnLSTMCell)
     params, ids = models.draw_params(own), np.zeros((2, 5), np.int32)
     both = (own.clone(recurrence=name) for name in ("auto", "scan"))
@@ -389,15 +362,9 @@ def test_only_cells_with_the_equations_of_a_layer_run_as_one() -> None:
     ("name", "block"),
     [(name, "none") for name in cells.CELLS] + [("lstm", "residual"), ("mingru", "residual")],
 )
-def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) -> None:
+def test_no_cell_ignores_recurrent_dropout(name: str, block: str) -> None:
     model = model_lib.LanguageModel(11, 6, 8, cell=name, block=block)
     plain = models.draw_params(model)
-    normalized = model.clone(layer_norm=True)
-    if name in ("lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn"):
-        assert count_parameters(models.draw_params(normalized)) > count_parameters(plain)
-    else:
-        with pytest.raises(UserError, match="has no field layer_norm"):
-            models.draw_params(normalized)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
     if name in ("minlstm", "mingru", "rglru", "paragru", "mlstm"):

@@ -115,7 +115,7 @@ def test_devices_share_only_what_the_library_does_not_share_better(
     simulate(monkeypatch, *AMD)
     assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
     others: Any = {"hidden_size": 256, "cell": "mogrifier", "recurrence": "scan"}
-    for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
+    for field, value in {**others, "block": "residual"}.items():
         assert count(**{field: value}) == 2
     assert count(hidden_size=500) == 2
     simulate(monkeypatch, *INTEL)

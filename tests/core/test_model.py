@@ -1,7 +1,6 @@
 """Compare the model with its equations, gradients with finite differences, and sizes."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ from jax.flatten_util import ravel_pytree
 
 import models
 from lstm_jax import model as model_lib
-from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
 from lstm_jax.ops import LSTMCarry
 from lstm_jax.run import messages
@@ -123,16 +121,6 @@ def test_the_initial_bias_is_the_logarithm_of_the_frequencies() -> None:
     np.testing.assert_allclose(np.exp(params["dense"]["bias"]), (counts + 1) / 12, rtol=1e-6)
 
 
-def test_the_initial_scale_is_that_of_kernels_and_embeddings() -> None:
-    params, scaled = (
-        model_lib.init_params(LanguageModel(5, 4, 4, initial_scale=scale), jax.random.key(0))
-        for scale in (1.0, 0.5)
-    )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(y, 0.5 * x if x.ndim > 1 else x), params, scaled
-    )
-
-
 def test_initialized_as_keras_does() -> None:
     model = LanguageModel(67, 40, 64)
     params = model_lib.init_params(model, jax.random.key(3))
@@ -152,16 +140,6 @@ def test_initialized_as_keras_does() -> None:
     bias = np.asarray(lstm["bias"]).reshape(4, 64)
     np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(64))
     assert not np.asarray(params["dense"]["bias"]).any()
-
-
-@pytest.mark.parametrize(
-    ("field", "word", "listed"),
-    [("cell", "LSTM", "one of lstm,"), ("recurrence", "fusd", "auto"), ("block", "yes", "none")],
-)
-def test_an_unknown_word_is_an_error(field: str, word: str, listed: str) -> None:
-    fields: dict[str, Any] = {field: word}
-    with pytest.raises(UserError, match=f"model.{field} is '{word}': it must be .*{listed}"):
-        LanguageModel(11, 6, 9, **fields)
 
 
 def test_the_carry_continues_the_text() -> None:

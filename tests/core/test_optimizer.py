@@ -26,11 +26,10 @@ _PROGRESS = np.arange(100) / 100  # The fraction of the steps after warm-up.
         ("constant", np.ones(100)),
         ("cosine", 0.5 * (1 + np.cos(np.pi * _PROGRESS))),
         ("linear", 1 - _PROGRESS),
-        ("step", np.repeat([1, 0.1, 0.01], [45, 44, 11])),
     ],
 )
 def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarray) -> None:
-    fields = make_fields(learning_rate=1.0, warmup_steps=10, schedule=schedule, step_at=(0.5, 0.9))
+    fields = make_fields(learning_rate=1.0, warmup_steps=10, schedule=schedule)
     optimizer = optimizer_lib.make_optimizer(fields, 110)
     params, update_once = np.zeros(1, np.float32), jax.jit(optimizer.update)
     state = optimizer.init(params)
@@ -79,7 +78,6 @@ def test_adamw(decay: float) -> None:
     np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-5)
 
 
-@jax.debug_nans(False)  # As in `test_schedule_free`.
 @pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
 def test_kernels_decay_and_vectors_do_not(name: str) -> None:
     fields = make_fields(name=name, learning_rate=0.1, weight_decay=0.5)
@@ -91,43 +89,6 @@ def test_kernels_decay_and_vectors_do_not(name: str) -> None:
     of_layer = updates["lstm_0"]
     np.testing.assert_allclose(of_layer.pop("kernel"), -0.05, atol=1e-6)
     jax.tree.map(lambda update: np.testing.assert_array_equal(update, 0), of_layer)
-
-
-def test_lion() -> None:
-    rng = np.random.default_rng(0)
-    start, *gradients = rng.normal(size=(4, 3, 2))
-    params, mean = start, np.zeros((3, 2))
-    for gradient in gradients:
-        sign = np.sign(0.8 * mean + 0.2 * gradient)
-        params = params - 0.1 * (sign + 0.5 * params)
-        mean = 0.7 * mean + 0.3 * gradient
-    fields = make_fields(name="lion", learning_rate=0.1, b1=0.8, b2=0.7, weight_decay=0.5)
-    np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-6)
-
-
-@jax.debug_nans(False)  # Optax makes an array of NaN, and here selects the other one.
-def test_schedule_free() -> None:
-    rng = np.random.default_rng(0)
-    start, *gradients = rng.normal(size=(6, 3, 2))
-    given = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.7, "weight_decay": 0.5, "warmup_steps": 2}
-    fields = make_fields(name="schedule_free", **given)
-    average, last, square, total = start, start, np.zeros((3, 2)), 0.0
-    optimizer = optimizer_lib.make_optimizer(fields, 10)
-    params, found = jnp.asarray(start, jnp.float32), jnp.asarray(start, jnp.float32)
-    state = optimizer.init(params)
-    for t, gradient in enumerate(gradients, start=1):
-        at = 0.8 * average + 0.2 * last
-        square = 0.7 * square + 0.3 * gradient**2
-        scaled = gradient / (np.sqrt(square / (1 - 0.7**t)) + 1e-8)
-        last = last - 0.1 * min((t - 1) / 2, 1) * (scaled + 0.5 * at)
-        weight = (0.1 * min(t / 2, 1)) ** 2  # Of the greatest rate so far.
-        total += weight
-        average = average + weight / total * (last - average)
-        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
-        params = params + jnp.asarray(updates)
-        found = optimizer_lib.update_average(fields, found, params, state, jnp.asarray(t))
-        np.testing.assert_allclose(params, 0.8 * average + 0.2 * last, atol=1e-5)
-        np.testing.assert_allclose(found, average, atol=1e-5)
 
 
 def orthogonalize(matrix: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from lstm_jax import cells, ops
-from lstm_jax.model import run_in_chunks
+from lstm_jax import ops
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.ops import LSTMCarry, LSTMParams, choice, cudnn, fused, processor
 
 
@@ -19,17 +19,12 @@ def run_layer(
     inputs: jax.Array,
     carry: LSTMCarry,
     dtype: str = "float32",
-    rematerialize: int = 0,
     starts: jax.Array | None = None,
     implementation: Any = "auto",
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run an LSTM; return its outputs, the first result of which cotangents are given."""
-
-    def run(carry: Any, inputs: jax.Array, starts: Any) -> Any:
-        options: Any = {"dtype": dtype, "implementation": implementation}
-        return ops.lstm(params, inputs, carry, reset=starts, **options)
-
-    carry, outputs = run_in_chunks(run, carry, inputs, starts, rematerialize)
+    options: Any = {"dtype": dtype, "implementation": implementation}
+    carry, outputs = ops.lstm(params, inputs, carry, reset=starts, **options)
     return outputs, carry
 
 
@@ -37,7 +32,7 @@ def reference(
     kernels: LSTMParams, rows: jax.Array, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run `LSTMCell` under `lax.scan`; JAX differentiates it."""
-    cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
+    cell = LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     params = kernels._asdict()
 
     def step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, jax.Array]:
@@ -97,11 +92,9 @@ SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 6, 
 def test_fused_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
-    for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
-        run = functools.partial(run_layer, rematerialize=rematerialize)
-        outputs, gradients = value_and_gradients(run, cotangents, *arguments)
-        assert_close(outputs, expected, 1e-5)
-        assert_close(gradients, expected_gradients, 1e-4)
+    outputs, gradients = value_and_gradients(run_layer, cotangents, *arguments)
+    assert_close(outputs, expected, 1e-5)
+    assert_close(gradients, expected_gradients, 1e-4)
 
 
 @pytest.mark.parametrize("sizes", [*SIZES[1:4:2], SIZES[4], (4, 20, 16, 32)], ids=str)
@@ -163,14 +156,6 @@ def test_the_backward_pass_writes_in_place() -> None:
     # Outputs, cell states, four gates, and the stacked inputs twice; the reference stores more.
     assert count_temp_bytes(run_layer, *arguments) < 13 * array
     assert count_temp_bytes(run_layer, *arguments) < count_temp_bytes(reference, *arguments)
-
-
-def test_rematerialization_needs_less_memory() -> None:
-    arguments = make_problem(8, 256, 8, 60)[:3]  # Without the library in C.
-
-    rematerialized = functools.partial(run_layer, rematerialize=16)
-    less = count_temp_bytes(rematerialized, *arguments)
-    assert less < 0.5 * count_temp_bytes(run_layer, *arguments)
 
 
 def test_weights_are_packed_in_the_layout_of_cudnn() -> None:

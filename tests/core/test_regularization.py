@@ -28,8 +28,6 @@ def test_regularization_is_off_by_default() -> None:
     rates = make_rates()
     assert not regularization.is_random(rates)
     assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
-    outputs = jnp.ones((2, 3, 4))
-    assert regularization.compute_penalty(rates, outputs, outputs) == 0
     params = {"embedding": {"embedding": jnp.ones((2, 2))}}
     assert regularization.drop_parameters(rates, params, jax.random.key(0)) == params
 
@@ -133,20 +131,3 @@ def test_weights_are_dropped_independently(rate: float) -> None:
         (mask[:150], mask[151:]),
     ):
         check_mean(first * second, (1 - rate) ** 2)
-
-
-def test_activation_penalties() -> None:
-    outputs, dropped = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
-    rates = make_rates(activation_penalty=2.0)
-    actual = regularization.compute_penalty(rates, outputs, dropped)
-    np.testing.assert_allclose(actual, 2 * (dropped**2).mean(), rtol=1e-5)
-    rates = make_rates(temporal_activation_penalty=3.0)
-    actual = regularization.compute_penalty(rates, jnp.asarray(outputs), jnp.asarray(dropped))
-    np.testing.assert_allclose(actual, 3 * (np.diff(outputs, axis=1) ** 2).mean(), rtol=1e-5)
-    starts = np.zeros((3, 5), bool)
-    starts[:, [0, 2]] = True
-    actual = regularization.compute_penalty(rates, *map(jnp.asarray, (outputs, dropped, starts)))
-    within = np.diff(outputs, axis=1) * [[[1], [0], [1], [1]]]
-    np.testing.assert_allclose(actual, 3 * (within**2).mean(), rtol=1e-5)
-    one = jnp.asarray(outputs[:, :1])
-    assert regularization.compute_penalty(rates, one, one) == 0

@@ -1,4 +1,4 @@
-"""Test one training step: its gradient, masks and averages."""
+"""Test one training step: its gradient, masks and carry."""
 
 from typing import Any
 
@@ -39,10 +39,7 @@ def set_up(
     """Return the initial state and the step."""
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     mesh = parallel.make_mesh(config)
-    averaged = config.optimizer.average_decay > 0
-    state = train_step.init_state(
-        model, optimizer, jax.random.key(0), config.batches.batch_size, averaged
-    )
+    state = train_step.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
     return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
 
 
@@ -82,15 +79,15 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
 
 
 def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare several steps, with masks, penalties and the carry."""
+    """Compare several steps, with masks and the carry."""
     results: list[train_step.TrainState] = []
-    penalty, sizes = regularization.compute_penalty, set[int]()
+    apply_mask, sizes = model_lib.apply_mask, set[int]()
 
-    def record(rates: Any, outputs: jax.Array, *rest: Any) -> Any:
-        sizes.add(len(outputs))
-        return penalty(rates, outputs, *rest)
+    def record(x: jax.Array, mask: Any) -> jax.Array:
+        sizes.add(len(x))
+        return apply_mask(x, mask)
 
-    monkeypatch.setattr(regularization, "compute_penalty", record)
+    monkeypatch.setattr(model_lib, "apply_mask", record)
     for number in (1, 3):
         config = make_config(6)
         config.optimizer.learning_rate = 0.01
@@ -109,40 +106,6 @@ def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.Monk
         *map(jax.tree.leaves, ((r.params, r.rest | {"key": 0}) for r in results)), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_the_temporal_penalty_is_of_steps_within_a_document() -> None:
-    model = model_lib.LanguageModel(11, 6, 9, stop_id=0)
-    inputs = np.array([[5, 0], [7, 0]], np.int32)  # A document begins at the second step.
-    grads = []
-    for weight in (0.0, 3.0):
-        config = make_config()
-        config.regularization.temporal_activation_penalty = weight
-        compute = jax.jit(train_step._make_compute_grads(model, config_lib.complete_config(config)))
-        batch = inputs, inputs, None
-        (gradient, _), _ = compute(
-            models.draw_params(model), None, batch, model.initial_carry(2), None
-        )
-        grads.append(gradient)
-    jax.tree.map(np.testing.assert_array_equal, *grads)
-
-
-def test_the_average_follows_the_parameters() -> None:
-    config = make_config()
-    config.optimizer.average_decay = 0.25
-    model = model_lib.make_model(config.model, 11)
-    state, step = set_up(model, config)
-    expected = [np.asarray(x) for x in jax.tree.leaves(state.params)]
-    for n in range(5):
-        state = step(state, make_batch(2, 7, n))
-        kept = min(0.25, (2 + n) / (11 + n))
-        params = jax.tree.leaves(state.params)
-        expected = [kept * a + (1 - kept) * p for a, p in zip(expected, params, strict=True)]
-    for a, b in zip(jax.tree.leaves(state.evaluated), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-    again = train_step.TrainState.join(state.evaluated, state.rest)
-    assert jax.tree.map(lambda a, b: a is b, again, state) == jax.tree.map(lambda _: True, state)
-    assert "params" in state.rest and "average" not in state.rest
 
 
 def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
@@ -169,7 +132,7 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     config.regularization.output_dropout = 0.5
     model = model_lib.make_model(config.model, 11)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
-    state = train_step.init_state(model, optimizer, jax.random.key(0), 2, False)
+    state = train_step.init_state(model, optimizer, jax.random.key(0), 2)
     mesh = parallel.make_mesh(config)
     with jax.checking_leaks():
         jax.eval_shape(

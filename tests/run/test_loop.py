@@ -54,7 +54,7 @@ def make_state(**counters: float) -> TrainState:
     """Return a state without parameters, whose counters are 0 unless given."""
     names = ("loss_sum", "norm_sum", "loss_steps", "step")
     values: dict[str, Any] = {name: jnp.asarray(counters.get(name, 0)) for name in names}
-    return TrainState({}, None, (), (), jax.random.key(0), **values)
+    return TrainState({}, (), (), jax.random.key(0), **values)
 
 
 class Clock:

@@ -62,7 +62,7 @@ def test_tensorboard_has_the_config_and_the_samples(trained: Path) -> None:
     fields = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
     assert fields["optimizer.learning_rate"].number_value == 0.02
     assert fields["batches.kind"].string_value == "streams"
-    assert fields["model.layer_norm"].bool_value is False
+    assert fields["model.tie_embeddings"].bool_value is False
     assert fields["data.fractions"].string_value == "(0.9, 0.05, 0.05)"
     for step in (0, 70, 140):
         (shown,) = values["validation/sample/text_summary", step].tensor.string_val

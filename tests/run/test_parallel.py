@@ -25,9 +25,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 settings, cell = config.default(), sys.argv[1]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
-settings.model.cell, settings.model.layer_norm = cell, cell == "gru"
+settings.model.cell = cell
 cell_file.resolve_cell(config.complete_config(settings).model)  # Loads the cell.
-settings.optimizer.learning_rate, settings.optimizer.average_decay = 0.01, 0.9
+settings.optimizer.learning_rate = 0.01
 settings.optimizer.microbatches = 2
 settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.
 for name in settings.regularization:
@@ -37,7 +37,7 @@ adam = optimizer.make_optimizer(settings.optimizer, 50)
 
 
 def train(mesh):
-    state = train_step.init_state(lstm, adam, jax.random.key(0), 16, True, mesh=mesh)
+    state = train_step.init_state(lstm, adam, jax.random.key(0), 16, mesh=mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
     rng, losses = np.random.default_rng(0), []
     for k in range(30):
@@ -45,7 +45,7 @@ def train(mesh):
         state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
         losses.append(float(state.loss_sum))
         state = state._replace(loss_sum=0 * state.loss_sum)
-    return losses, parallel.get_local_copy((state.params, state.average))
+    return losses, parallel.get_local_copy(state.params)
 
 
 expected = None
