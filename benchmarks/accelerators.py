@@ -64,7 +64,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "step minlstm": {"model.cell": "minlstm"},
     "step gru": {"model.cell": "gru"},
     "step residual block": {"model.block": "residual"},
-    "step rematerialized": {"model.rematerialize": 16},
     "step 2 microbatches": {"optimizer.microbatches": 2},
 }
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -193,7 +192,7 @@ def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], tex
     """Trace the generation of 1,024 tokens of each text."""
     arrays = jax.eval_shape(functools.partial(generation.prepare_params, lstm), get_params(lstm))
     state = jax.eval_shape(functools.partial(generation.initial_state, lstm, arrays, texts))
-    controls = make_control_arrays(DEFAULT_CONTROLS, lstm.vocabulary_size)
+    controls = make_control_arrays(DEFAULT_CONTROLS)
     scalar = np.int32(0)
     arguments = arrays, state, jax.random.key(0), controls, scalar, scalar
     return generation._generate.trace(lstm, *place(arguments), size=1024)

@@ -63,8 +63,8 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False) -> Work:
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
 
     def run() -> np.ndarray:
-        values = Controls(TEMPERATURE)
-        return generation.generate_tokens(lstm, params, prompts, key, values, length=options.length)
+        given = lstm, params, prompts, key, Controls(TEMPERATURE)
+        return np.concatenate([*generation.generate_chunks(*given, length=options.length)], axis=1)
 
     return Work(run, jax.devices()[0].device_kind)
 

@@ -18,8 +18,6 @@ from lstm_jax.run.messages import make_printable
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
     """Read lines from standard input and print the continuation of each; see `Run.stream`."""
-    # A stop token, which ends an answer, stays in the text.
-    options |= {"stop_token": False, "stop_at": run.vocabulary.stop}
     text, earlier = "", list[str]()
     for turn in itertools.count():
         try:
@@ -40,6 +38,7 @@ def chat(run: lstm_jax.Run, **options: Any) -> None:
                 for piece in run.stream(text, seed=turn, **options):
                     print(make_printable(piece), end="", flush=True)
                     text += piece
+                text += run.vocabulary.stop  # In a model of documents, an answer ends one.
             except KeyboardInterrupt:
                 pass
             print()

@@ -26,7 +26,6 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
         length: int = fastapi.Query(500, ge=1, le=10_000),
         temperature: float = 0.8,
         top_p: float = 1.0,
-        stop_at: str = "",
         seed: int = 0,
     ) -> StreamingResponse:
         """Stream the continuation of a prompt, eight tokens at a time."""
@@ -37,7 +36,6 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
                 length=length,
                 temperature=temperature,
                 top_p=top_p,
-                stop_at=stop_at,
                 seed=seed,
             )
         except lstm_jax.UserError as error:  # Such as a temperature that is not allowed.

@@ -1,7 +1,7 @@
 """Generate text: one jitted loop reads the prompt, another draws tokens and feeds them back."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,27 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lstm_jax import controls as controls_lib
-from lstm_jax.controls import ControlArrays, Controls, Stops, StopSearch, adjust_logits, make_stops
-from lstm_jax.errors import NotFiniteError, UserError
+from lstm_jax.controls import DEFAULT_CONTROLS, Controls, adjust_logits, make_control_arrays
+from lstm_jax.errors import NotFiniteError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 Prompts = Integer[np.ndarray, "batch time"]
-# Called before each token is drawn, with the ids so far, and the logits of the next token; returns
-# the logits to use instead.
-BatchLogitsProcessor = Callable[
-    [Int[np.ndarray, "batch time"], Float[np.ndarray, "batch vocabulary"]],
-    Float[np.ndarray, "batch vocabulary"],
-]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
 # The longest chunk of a text that is streamed in pieces. Not shorter, because XLA prepares the
 # kernels anew in each call of the compiled function.
 _STREAMED_CHUNK = 256
-# The longest chunk where a stop text is searched for: the tokens after it are generated in vain.
-_SEARCHED_CHUNK = 64
 
 
 class State(NamedTuple):
@@ -37,7 +28,6 @@ class State(NamedTuple):
 
     logits: Float[Array, "batch vocabulary"]  # Of the next token.
     carry: Carry  # The model's.
-    last_seen: Int[Array, "batch vocabulary"]  # Position of each token's last occurrence.
     position: Int[Array, ""]  # The number of tokens so far.
     ended: Bool[Array, " batch"]  # Which texts have ended.
 
@@ -51,11 +41,9 @@ def prepare_params(model: LanguageModel, params: Params) -> Prepared:
 @jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
 def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -> State:
     """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
-    shape = (batch_size, model.vocabulary_size)
     return State(
-        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((batch_size, model.vocabulary_size), jnp.float32),
         model.initial_carry(batch_size),
-        jnp.full(shape, -(2**30), jnp.int32),  # Long ago.
         jnp.zeros((), jnp.int32),
         jnp.zeros(batch_size, bool),
     )
@@ -95,8 +83,7 @@ def _read_one(
 ) -> State:
     """Read one token of each text."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
-    last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
-    return State(logits.astype(jnp.float32), carry, last_seen, state.position + 1, state.ended)
+    return State(logits.astype(jnp.float32), carry, state.position + 1, state.ended)
 
 
 # Ids, the number of tokens generated, the state.
@@ -109,7 +96,7 @@ def _generate(
     arrays: Prepared,
     state: State,
     key: Array,
-    controls: ControlArrays,
+    controls: Controls,
     stop_id: Int[Array, ""],
     count: Int[Array, ""],
     size: int,
@@ -126,8 +113,7 @@ def _generate(
 
     def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
-        logits = adjust_logits(state.logits, state.position - state.last_seen, controls)
-        drawn = draw_tokens(logits, uniform[:, t])
+        drawn = draw_tokens(adjust_logits(state.logits, controls), uniform[:, t])
         drawn = jnp.where(state.ended, PADDING_ID, drawn)
         state = _read_one(model, arrays, state, drawn)
         state = state._replace(ended=state.ended | (drawn == stop_id))
@@ -170,22 +156,18 @@ def generate_chunks(
     params: Params,
     prompts: Prompts,
     key: Array,
-    controls: Controls = controls_lib.DEFAULT_CONTROLS,
+    controls: Controls = DEFAULT_CONTROLS,
     *,
     length: int,
-    stops: Stops = controls_lib.NO_STOPS,
+    stop_id: int | None = None,
     num_samples: int = 1,
-    process_logits: BatchLogitsProcessor | None = None,
     longest: int = _CHUNK,
 ) -> Iterator[np.ndarray]:
-    """Continue prompts chunk by chunk, by up to `length` tokens each.
+    """Continue prompts chunk by chunk, by up to `length` tokens each, or up to a stop token.
 
-    Without `stops` from `make_stops` no text ends before `length`. With several samples, the only
-    prompt has that number of continuations. The tokens of text b depend on `key`, b and the
-    position in the text, but not on the size of the batch or the chunks.
-
-    With `process_logits` a chunk is one token. Else it has 16 tokens at first, then four times as
-    many each time, up to `longest`, or 64 to search for a stop text.
+    With several samples, the only prompt has that number of continuations. The tokens of text b
+    depend on `key`, b and the position in the text, but not on the size of the batch or the chunks.
+    A chunk has 16 tokens at first, then four times as many each time, up to `longest`.
 
     Yields:
       The ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
@@ -194,90 +176,26 @@ def generate_chunks(
       UserError: if a control is outside its range.
       NotFiniteError: if the model's logits are not finite.
     """
-    control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
-    arrays = prepare_params(model, params)
+    arrays, control_arrays = prepare_params(model, params), make_control_arrays(controls)
     state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
-        prompts = np.repeat(prompts, num_samples, 0)
-    searches = [StopSearch(stops) for _ in prompts] if stops.text else []
-    longest = 1 if process_logits else longest
-    most = min(longest, _SEARCHED_CHUNK) if searches else longest
-    chunk, ids = min(_FIRST_CHUNK, most), prompts
+    stop, chunk = np.int32(-1 if stop_id is None else stop_id), min(_FIRST_CHUNK, longest)
     while length > 0:
-        _check_finite(state)
-        if process_logits:
-            state = _process_logits(process_logits, ids, state, control_arrays)
-        stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))
-        drawn, number, state = _generate(
-            model, arrays, state, key, control_arrays, stop_id, count, size=longest
+        if not np.isfinite(state.logits).all():
+            raise NotFiniteError(
+                "the model's predictions are not finite: training has diverged; train again with a "
+                "lower optimizer.learning_rate"
+            )
+        count = np.int32(min(chunk, length))
+        ids, number, state = _generate(
+            model, arrays, state, key, control_arrays, stop, count, size=longest
         )
-        new, ended = np.array(drawn)[:, : int(number)], np.array(state.ended)
-        if searches:
-            new = _search_stops(searches, new, ended)
-            # Placed like the state: else `_generate` would be compiled again.
-            state = state._replace(ended=state.ended | ended)
-        yield new
-        if ended.all():
+        yield np.array(ids)[:, : int(number)]
+        if np.array(state.ended).all():
             return
-        if process_logits:
-            ids = np.concatenate([ids, new], axis=1)
-        length -= new.shape[1]
-        chunk = min(4 * chunk, most)
-
-
-def _check_finite(state: State) -> None:
-    if not np.isfinite(state.logits).all():
-        raise NotFiniteError(
-            "the model's predictions are not finite: training has diverged; train again with a "
-            "lower optimizer.learning_rate"
-        )
-
-
-def _search_stops(searches: list[StopSearch], new: np.ndarray, ended: np.ndarray) -> np.ndarray:
-    """Pad each text after its stop text, and mark it in `ended`; return the columns with tokens."""
-    for row, search in enumerate(searches):
-        if (end := search.find_end(new[row])) is not None:
-            new[row, end:], ended[row] = PADDING_ID, True
-    return new[:, (new != PADDING_ID).any(axis=0)] if ended.all() else new
-
-
-def _process_logits(
-    process: BatchLogitsProcessor, ids: np.ndarray, state: State, controls: ControlArrays
-) -> State:
-    """Return the state with processed logits; raise `UserError` if no token can be drawn."""
-    # The processor may change its arguments.
-    logits = np.asarray(process(ids.copy(), np.array(state.logits)), np.float32)
-    if logits.shape != state.logits.shape:
-        raise UserError(
-            f"process_logits returned an array {list(logits.shape)}: it must return the logits "
-            f"{list(state.logits.shape)} of the next token"
-        )
-    if not (logits < np.inf).all() or not np.isfinite(logits[:, ~controls.forbidden]).any(1).all():
-        raise UserError(
-            "process_logits returned logits with which no token can be drawn: at least one allowed "
-            "token needs a finite logit, and none may be NaN or infinity"
-        )
-    return state._replace(logits=jnp.asarray(logits))
-
-
-def generate_tokens(
-    model: LanguageModel,
-    params: Params,
-    prompts: Prompts,
-    key: Array,
-    controls: Controls = controls_lib.DEFAULT_CONTROLS,
-    *,
-    length: int,
-    stops: Stops = controls_lib.NO_STOPS,
-) -> Int[np.ndarray, "batch n"]:
-    """Continue prompts; see `generate_chunks`.
-
-    Return the tokens without the prompts. n is `length`, or less if all texts end
-    earlier. A text that has ended is padded with id 0.
-    """
-    chunks = generate_chunks(model, params, prompts, key, controls, length=length, stops=stops)
-    return np.concatenate([*chunks] or [prompts[:, :0]], axis=1)
+        length -= int(number)
+        chunk = min(4 * chunk, longest)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> Int[np.ndarray, " n"]:
@@ -303,17 +221,14 @@ def stream_texts(
     *,
     prompt: str = "",
     length: int,
-    controls: Controls = controls_lib.DEFAULT_CONTROLS,
+    controls: Controls = DEFAULT_CONTROLS,
     num_samples: int = 1,
     stop_token: bool = True,
-    stop_at: str = "",
-    process_logits: BatchLogitsProcessor | None = None,
     piece_length: int | None = None,
 ) -> Iterator[list[str]]:
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.
 
-    A text ends after the string `stop_at`, unless it is empty, and before the stop token, unless
-    `stop_token` is false. `process_logits` gets the ids with the prompt.
+    A text ends before the stop token, unless `stop_token` is false.
 
     Yields:
       The next piece of each text, of `piece_length` tokens; by default, pieces get longer. The last
@@ -322,18 +237,17 @@ def stream_texts(
     Raises:
       UserError: if a control is outside its range.
     """
-    dropped = vocabulary.stop_id if stop_token else None
+    stop_id = vocabulary.stop_id if stop_token else None
     decoders = [vocabulary.make_decoder() for _ in range(num_samples)]
     chunks = generate_chunks(
         *(model, params, encode_prompt(vocabulary, prompt)[None], key, controls),
         length=length,
-        stops=make_stops(vocabulary, stop_token, stop_at),
+        stop_id=stop_id,
         num_samples=num_samples,
-        process_logits=process_logits,
         longest=_STREAMED_CHUNK if piece_length else _CHUNK,
     )
     for piece in _cut_pieces(chunks, piece_length) if piece_length else chunks:
-        rows = [[i for i in row if i != dropped] for row in piece]
+        rows = [[i for i in row if i != stop_id] for row in piece]
         yield [decode(row, False) for decode, row in zip(decoders, rows, strict=True)]
     yield [decode((), True) for decode in decoders]
 

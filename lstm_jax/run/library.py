@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
@@ -20,10 +20,6 @@ from lstm_jax.run import cell_file, ensemble, workdir
 if TYPE_CHECKING:
     from lstm_jax.run.metrics import Row
 
-# Called before each token is drawn, with the ids so far, int32 [n] with the prompt, and the logits
-# of the next token, float32 [vocabulary]; returns the logits to use instead.
-LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 _LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
 
 
@@ -33,15 +29,10 @@ class GenerateOptions(TypedDict, total=False):
     length: int
     seed: int
     stop_token: bool
-    stop_at: str
-    process_logits: LogitsProcessor | None
     temperature: float
     top_k: int
     top_p: float
     min_p: float
-    repetition_penalty: float
-    repetition_window: int
-    forbidden: Collection[int]
 
 
 class TextCarry(NamedTuple):
@@ -117,8 +108,6 @@ class Run:
             length: the maximum number of tokens, by default 500.
             seed: the random seed, by default 0; the same seed generates the same text.
             stop_token: whether the stop token of a model of documents ends the text (by default).
-            stop_at: a string that ends the text.
-            process_logits: changes the logits before the controls do.
             temperature: divides the logits, by default 0.8; 0 is greedy decoding.
             The others are fields of `Controls`.
 
@@ -138,8 +127,6 @@ class Run:
         length: int = 500,
         seed: int = 0,
         stop_token: bool = True,
-        stop_at: str = "",
-        process_logits: LogitsProcessor | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
@@ -147,12 +134,9 @@ class Run:
             if name not in (known := GenerateOptions.__annotations__):
                 raise UserError(f"there is no {name!r}: the options are {', '.join(known)}")
         values = controls.Controls(**{"temperature": 0.8, **options})
-        controls.make_control_arrays(values, len(self.vocabulary))
+        controls.make_control_arrays(values)
         controls.check_number("length", length)
         controls.check_number("seed", seed)
-        process = process_logits and (
-            lambda ids, logits: np.asarray(process_logits(ids[0], logits[0]))[None]
-        )
         pieces = generation.stream_texts(
             self.model,
             self.params,
@@ -162,8 +146,6 @@ class Run:
             length=int(length),
             controls=values,
             stop_token=stop_token,
-            stop_at=stop_at,
-            process_logits=process,
             piece_length=piece_length,
         )
         return (piece for (piece,) in pieces if piece)

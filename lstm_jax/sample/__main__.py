@@ -17,12 +17,8 @@ _CONTROLS = (
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all."),
     flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this probability."),
     flags.DEFINE_float("min_p", 0.0, "Draw from tokens with this share of the highest one."),
-    flags.DEFINE_float("repetition_penalty", 1.0, "Recent tokens are less likely above 1."),
-    flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize."),
 )
-_FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
-_STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with dashes between.")
 
@@ -34,7 +30,7 @@ def main() -> None:
     import jax
 
     from lstm_jax import generation
-    from lstm_jax.controls import Controls, check_number, make_control_arrays
+    from lstm_jax.controls import Controls, check_number
     from lstm_jax.run import ensemble
     from lstm_jax.run.messages import make_printable
 
@@ -43,13 +39,9 @@ def main() -> None:
 
     trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
-    prompt, forbidden = _PROMPT.value, _FORBID.value
-    for where, text in (("the prompt", prompt), ("--forbid", forbidden)):
-        if named := vocabulary.name_unknown(text):
-            warn(f"the model does not know {named} in {where} and reads [UNK] instead")
-    values = {flag.name: flag.value for flag in _CONTROLS}
-    controls = Controls(**values, forbidden=vocabulary.encode(forbidden).tolist())
-    make_control_arrays(controls, len(vocabulary))  # Check that a token is left.
+    prompt = _PROMPT.value
+    if named := vocabulary.name_unknown(prompt):
+        warn(f"the model does not know {named} in the prompt and reads [UNK] instead")
 
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     generated: list[list[str]] = []
@@ -61,9 +53,8 @@ def main() -> None:
         jax.random.key(_SEED.value),
         prompt=prompt,
         length=_LENGTH.value,
-        controls=controls,
+        controls=Controls(*(flag.value for flag in _CONTROLS)),
         stop_token=_STOP.value,
-        stop_at=_STOP_AT.value,
         num_samples=_NUM_SAMPLES.value,
     ):
         # Print the first text as it is generated, the others at the end.

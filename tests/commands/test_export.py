@@ -119,15 +119,11 @@ class Page:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "lstm with layer_norm, documents": {
-        **{"kind": "characters", "layer_norm": True, "num_layers": 3, "stop": "\n\n"}
-    },
+    "lstm, documents": {"kind": "characters", "num_layers": 3, "stop": "\n\n"},
     "gru with skip connections": {
         **{"kind": "words", "cell": "gru", "num_layers": 3, "skip_connections": True}
     },
-    "gru with layer_norm, tied": {
-        **{"kind": "bytes", "cell": "gru", "layer_norm": True, "tie_embeddings": True}
-    },
+    "gru, tied": {"kind": "bytes", "cell": "gru", "tie_embeddings": True},
     "rnn, bytes of documents": {"kind": "bytes", "cell": "rnn", "stop": FILE_END},
     "gru, parts of words of documents": {"kind": "bpe", "cell": "gru", "stop": FILE_END},
 }
@@ -263,8 +259,8 @@ def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     logits = jnp.float32(shown("[...logits]"))
     for temperature, top_p in ((0, 1), (0.8, 1), (1.5, 0.5), (1, 1)):
         shown("([controls.temperature, controls.topP] = arguments)", temperature, top_p)
-        arrays = make_control_arrays(Controls(temperature, top_p=top_p), len(logits))
-        adjusted = adjust_logits(logits[None], jnp.full((1, len(logits)), 99), arrays)
+        arrays = make_control_arrays(Controls(temperature, top_p=top_p))
+        adjusted = adjust_logits(logits[None], arrays)
         shares = shown("[...distribution(logits)]")
         np.testing.assert_allclose(shares, jax.nn.softmax(adjusted)[0], atol=1e-5)
     many = shown("Array.from({length: 20000}, (_, k) => (seed = k, draw()))")

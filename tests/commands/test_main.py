@@ -138,16 +138,11 @@ def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None
     assert on.stdout.startswith(stopped.stdout.removesuffix("\n") + "\n\n")
 
 
-def test_controls_and_warnings(trained: Path) -> None:
-    options = ["sample", "--workdir", str(trained), "--length=300"]
-    controls = ["--top_k=20", "--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1"]
-    result = run(*options, *controls, "--forbid=eE日", cwd=ROOT)
+def test_an_unknown_token_of_the_prompt_gives_a_warning(trained: Path) -> None:
+    options = ["--workdir", str(trained), "--length=3", "--prompt=日"]
+    result = run("sample", *options, "--top_k=20", "--top_p=0.9", "--min_p=0.01", cwd=ROOT)
     assert result.returncode == 0
-    assert "e" not in result.stdout and len(result.stdout) > 300
-    (unknown,) = result.stderr.splitlines()
-    assert "does not know '日' in --forbid" in unknown
-    ended = run(*options, "--stop_at=a", cwd=ROOT).stdout
-    assert ended.index("a") == len(ended) - 2
+    assert "does not know '日' in the prompt" in result.stderr
 
 
 def test_sample_passes_its_flags_and_prints_each_piece(
@@ -165,12 +160,10 @@ def test_sample_passes_its_flags_and_prints_each_piece(
 
     monkeypatch.setattr(generation, "stream_texts", stream)
     flags = "--prompt=O --temperature=0.7 --top_k=9 --top_p=0.9 --min_p=0.05 --length=7 --nostop"
-    flags += " --repetition_penalty=1.3 --repetition_window=10 --forbid=e --stop_at=x"
     done = run("sample", f"--workdir={trained}", *flags.split())
     assert done.returncode == 0 and printed == ["Oab", "Oabcd"]
-    forbidden = workdir.load_vocabulary(trained).encode("e").tolist()
-    assert given["controls"] == Controls(0.7, 9, 0.9, 0.05, 1.3, 10, forbidden)
-    assert (given["length"], given["stop_token"], given["stop_at"]) == (7, False, "x")
+    assert given["controls"] == Controls(0.7, 9, 0.9, 0.05)
+    assert (given["length"], given["stop_token"]) == (7, False)
 
 
 @pytest.mark.parametrize(
@@ -283,24 +276,18 @@ def test_help_imports_no_jax(module: str) -> None:
     assert not re.search(r"\| +(flax|jax|optax|optuna|orbax|torch)\n", done.stderr)
 
 
-def test_flags_set_fields_and_one_without_effect_gives_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))
-    flags = "--config.num_epochs=1_0 --config.optimizer.step_at=0.1,0.2"
+    flags = "--config.num_epochs=1_0 --config.data.fractions=0.8,0.1,0.1"
     flags += " --config.model.options.rounds 3 --config.optimizer.learning_rate=1"
     result = run("main", *flags.split(), f"--config={ROOT}/experiments/cells.py:gru")
-    assert result.returncode == 0
+    assert result.returncode == 0 and result.stderr == ""
     ((fields, directory),) = given
     assert directory == Path("runs/cells_gru") and fields.model.cell == "gru"
-    assert (fields.num_epochs, fields.optimizer.step_at) == (10, (0.1, 0.2))
+    assert (fields.num_epochs, fields.data.fractions) == (10, (0.8, 0.1, 0.1))
     assert fields.model.options == {"rounds": 3}
     assert fields.optimizer.learning_rate == 1.0
-    assert result.stderr == (
-        "warning: config.optimizer.step_at is (0.1, 0.2), which has no effect: it needs "
-        "optimizer.schedule == 'step'\n"
-    )
 
 
 @pytest.mark.parametrize(
@@ -313,7 +300,7 @@ def test_flags_set_fields_and_one_without_effect_gives_a_warning(
         (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
         (["main", "--config", QUICK, "--config.num_epochs=three"], "num_epochs=three: invalid lit"),
         (["main", "--config", QUICK, "--config.model.hidden_size=0"], "1 <= hidden_size <= 2**20"),
-        (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "step_at is ('a',"),
+        (["main", "--config", QUICK, "--config.data.fractions=('a','b')"], "fractions is ('a',"),
         (["main", "--hidden_size=3"], "no flag --hidden_size: did you mean --config.model.hidden"),
         (["main", "--config", QUICK, "--wordir=x"], "Did you mean: workdir"),
         (["main", "--config", QUICK, "stray"], "stray argument 'stray'"),

@@ -19,7 +19,7 @@ import commands
 import lstm_jax
 import models
 import test_cross_entropy
-from lstm_jax import config, generation, model
+from lstm_jax import config, model
 from lstm_jax.convert import transfer
 from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
@@ -437,7 +437,7 @@ def test_parameters_that_are_not_finite_are_found_in_8_bits(place: str) -> None:
             changed = {**params, place: {**params[place], name: array.at[index].set(value)}}
             prompts = np.full((1, 1), 3, np.int32)
             with pytest.raises(NotFiniteError):
-                generation.generate_tokens(lstm, changed, prompts, jax.random.key(0), length=9)
+                models.generate_tokens(lstm, changed, prompts, jax.random.key(0), length=9)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
     np.testing.assert_allclose(
         np.exp(state.logits[0]), compute_probabilities(ids)[-1], rtol=1e-4, atol=1e-6
     )
-    greedy = generation.generate_tokens(
+    greedy = models.generate_tokens(
         model, params, ids[None], jax.random.key(0), Controls(temperature=0), length=20
     )
     probabilities = compute_probabilities(np.append(ids, greedy))[39:-1]
@@ -86,7 +86,7 @@ def test_an_ensemble_of_one_equals_its_member() -> None:
     key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
     pairs: list[tuple[Any, model_lib.Params]] = [MEMBERS[0], ONE]
     single, joined = (
-        generation.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
+        models.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
     )
     np.testing.assert_array_equal(single, joined)
     single, joined = (

@@ -156,43 +156,6 @@ def test_several_texts_are_read_step_by_step() -> None:
         np.testing.assert_allclose(of_text, compute_log_probs(run, text)[-1], atol=1e-5)
 
 
-def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
-    run = make_run("abcdefgh")
-    seen = []
-
-    def follow(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        seen.append((ids.copy(), logits.copy()))
-        logits[:] = -np.inf
-        logits[2 + (ids[-1] - 1) % 8] = 0  # The next letter.
-        return logits
-
-    assert run.generate("gh", length=10, process_logits=follow) == "ghabcdefghab"
-    assert [len(ids) for ids, _ in seen] == list(range(2, 12))
-    expected = compute_log_probs(run, "ghabcdefghab")
-    for ids, logits in seen:
-        log_probs = np.asarray(jax.nn.log_softmax(logits))
-        np.testing.assert_allclose(log_probs, expected[len(ids) - 1], atol=1e-5)
-    # Without a change the text is that without a processor; controls still apply.
-    unchanged = run.generate("a", length=50, process_logits=lambda ids, logits: logits)
-    assert unchanged == run.generate("a", length=50)
-    greedy = run.generate("a", length=5, temperature=0, process_logits=lambda ids, logits: -logits)
-    ids = run.vocabulary.encode(greedy)
-    for n in range(1, 6):
-        assert compute_log_probs(run, greedy[:n])[-1][2:].argmin() == ids[n] - 2
-
-    def fill(value: float) -> library.LogitsProcessor:
-        return lambda ids, logits: np.full(10, value)
-
-    for value in (-np.inf, np.nan, np.inf):
-        with pytest.raises(UserError, match="no token can be drawn"):
-            run.generate(length=3, process_logits=fill(value))
-    only_special = np.where(np.arange(10) < 2, 0, -np.inf)
-    with pytest.raises(UserError, match="no token can be drawn"):
-        run.generate(length=3, process_logits=lambda ids, logits: only_special)
-    with pytest.raises(UserError, match=r"an array \[1, 3\].*logits \[1, 10\]"):
-        run.generate(length=3, process_logits=lambda ids, logits: logits[:3])
-
-
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_scores_are_those_of_the_model_in_one_part_or_several(cell: str) -> None:
     run = make_run("abcdefgh", cell=cell, num_layers=2)
@@ -346,12 +309,11 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": -1}, "length is -1: it must be from 1 to 1,000,000"),
-        ({"length": 1.0}, "length is 1.0: it must be a whole number"),
-        ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
+        ({"length": -1}, "length is -1: it needs 1 <= length <= "),
+        ({"length": 1.0}, "length is 1.0: it must be of type int"),
+        ({"seed": 2**32}, "seed is 4294967296: it needs 0 <= seed < "),
         ({"seed": -1}, "seed is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"forbidden": 3}, "forbidden is 3: it must be a list"),
         ({"temprature": 1}, "there is no 'temprature': the options are length, seed, stop_token"),
     ],
 )
@@ -365,8 +327,8 @@ def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> N
 def test_an_error_names_the_argument_of_other_methods() -> None:
     run = make_run()
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
-        (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
-        (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
+        (run.stream, {"piece_length": 0}, "piece_length is 0: it needs 1 <= piece_length <= 1024"),
+        (run.next, {"text": "a", "n": -1}, "n is -1: it needs n >= 1"),
         (run.read, {"ids": np.array([[2, 999]])}, "ids must be from 0 to 4"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
@@ -382,7 +344,6 @@ def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
     expected = run.generate("a", length=20, top_p=0.9)
     with jax.enable_x64(True):
         assert run.generate("a", length=20, top_p=0.9) == expected
-        run.generate("a", length=5, process_logits=lambda ids, logits: logits)
 
 
 def test_a_warning_points_to_the_line_of_the_caller() -> None:
