@@ -22,8 +22,6 @@ SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 KINDS = ("characters", "words", "tokens", "bytes", "bpe")
 # The default maximum size of a vocabulary of kind "bpe".
 DEFAULT_SIZE = 1024
-# The maximum length of a token in characters. It bounds the text that a few tokens generate.
-MAX_TOKEN_LENGTH = 1024
 _PATTERNS = {
     # Words by Unicode Standard Annex 29, each with the space before it; between words, characters
     # and line breaks. The first `\w` also keeps `\b` from counting regional indicators, in
@@ -65,10 +63,8 @@ class Vocabulary:
             raise ValueError(f"the first two tokens must be {PADDING!r} and {UNKNOWN!r}")
         if kind not in KINDS:
             raise ValueError(f"the kind of tokens must be one of {', '.join(KINDS)}")
-        if not all(isinstance(x, str) and 0 < len(x) <= MAX_TOKEN_LENGTH for x in tokens[1:]):
-            raise ValueError(
-                f"every token after the first must be text of 1 to {MAX_TOKEN_LENGTH:,} characters"
-            )
+        if not all(isinstance(token, str) and token for token in tokens[1:]):
+            raise ValueError("every token after the first must be text")
         "".join(tokens).encode("utf-8", "surrogateescape")  # A `ValueError` for other surrogates.
         self._ids = {token: i for i, token in enumerate(tokens)}
         if len(self._ids) != len(tokens):
@@ -80,37 +76,26 @@ class Vocabulary:
     @classmethod
     def from_text(
         cls,
-        text: str,
+        text: str | Iterable[str],
         kind: str = "characters",
         min_count: int = 1,
         stop: str = "",
         size: int = DEFAULT_SIZE,
     ) -> "Vocabulary":
-        """Return the vocabulary of a text; see `from_counts`."""
-        return cls.from_counts(count_tokens([text], kind, stop), kind, min_count, stop, size)
+        """Return the vocabulary of a text, which may be in pieces, as of `Text.read_pieces`.
 
-    @classmethod
-    def from_counts(
-        cls, counts: Mapping[str, int], kind: str, min_count: int, stop: str, size: int
-    ) -> "Vocabulary":
-        """Return the vocabulary of a text, from the number of occurrences of each token.
-
-        The tokens are those that occur at least `min_count` times and have at most
-        `MAX_TOKEN_LENGTH` characters. For kind "bpe", the counts are those of words, and `size` is
-        the maximum number of tokens. Raise `UserError` if none occurs often enough, or the stop
-        token does not occur.
+        The tokens are those that occur at least `min_count` times. For kind "bpe", `size` is the
+        maximum number of tokens. Raise `UserError` if none occurs often enough, or the stop token
+        does not occur.
         """
+        counts = count_tokens([text] if isinstance(text, str) else text, kind, stop)
         if stop and not counts.get(stop):
             name = "end of a file" if stop == FILE_END else repr(stop)
             raise UserError(
                 f"the training text has no {name} to end its documents: choose another "
                 "data.document_separator"
             )
-        frequent = {
-            token
-            for token, count in counts.items()
-            if count >= min_count and len(token) <= MAX_TOKEN_LENGTH
-        }
+        frequent = {token for token, count in counts.items() if count >= min_count}
         if kind in ("bytes", "bpe"):
             frequent = set(BYTES)
         if counts and not frequent:

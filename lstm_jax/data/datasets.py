@@ -56,17 +56,9 @@ def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
             "correct data.dataset"
         ) from None
-    except ImportError as error:  # TFDS raises its own error for modules that it imports late.
-        missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
-        raise UserError(
-            f"preparing {name} needs {missing}, which is not installed: prepare it as "
-            f"array_record elsewhere and copy it to {data_dir}"
-        ) from None
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
-        if "File format is already set" in str(error):
-            raise UserError(
-                f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
-                "another data.directory (or --data_directory), where it is prepared anew"
-            ) from None
-        raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
+        raise UserError(
+            f"can't prepare {name} under {data_dir} ({one_line(error)}): prepare it elsewhere, as "
+            "array_record, and copy it there, or use another data.directory"
+        ) from None
     return builder

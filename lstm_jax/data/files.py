@@ -7,9 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
-
-from lstm_jax.errors import note
+from typing import Any
 
 
 def hash_file(path: Path, sync: bool = False) -> str:
@@ -20,26 +18,23 @@ def hash_file(path: Path, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(file: int | IO[bytes], waiting: str = "") -> None:
+def lock_file(file: int) -> None:
     """Lock an open file until it is closed or the process ends, however it ends.
 
-    If another process holds the lock, log the message `waiting` and wait, or without one raise
-    `BlockingIOError`. On a file system without locks, do nothing.
+    Raise `BlockingIOError` if another process holds the lock. On a file system without locks, do
+    nothing.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if not waiting:
-            raise
-        note(waiting)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise
     except OSError:
         pass
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically, and flush it to disk."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)

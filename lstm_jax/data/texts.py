@@ -15,19 +15,18 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import regex
-from tqdm import tqdm
 
 from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
-from lstm_jax.data import files, standard_texts
+from lstm_jax.data import standard_texts
 from lstm_jax.data.standard_texts import SPLITS
-from lstm_jax.errors import UnavailableError, UserError, name_failure
+from lstm_jax.errors import UnavailableError, UserError, name_failure, note
 from lstm_jax.version import __version__
 from lstm_jax.vocabulary import (
     FILE_END,
@@ -73,15 +72,11 @@ class Text(NamedTuple):
     def read_pieces(self) -> Iterator[str]:
         """Yield the text in pieces whose tokens are those of the whole text."""
         pattern, rest = _CUTS.get(self.units, _WORDS), ""
-        size = _count_bytes(self.segments)
-        shown = {"desc": self.name, "unit": "B", "unit_scale": True, "leave": False}
-        with tqdm(total=size, disable=None if size > LARGE else True, **shown) as bar:
-            for piece in _decode(self.segments, self.units == "bytes"):
-                bar.update(len(piece))
-                rest += piece
-                if match := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
-                    yield rest[: match.start()]
-                    rest = rest[match.start() :]
+        for piece in _decode(self.segments, self.units == "bytes"):
+            rest += piece
+            if match := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
+                yield rest[: match.start()]
+                rest = rest[match.start() :]
         if rest:
             yield rest
 
@@ -91,9 +86,8 @@ class Text(NamedTuple):
 
     def make_vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
-        counts = count_tokens(self.read_pieces(), self.units, self.stop)
-        size = data.vocabulary_size
-        return Vocabulary.from_counts(counts, self.units, data.min_count, self.stop, size)
+        options = self.units, data.min_count, self.stop, data.vocabulary_size
+        return Vocabulary.from_text(self.read_pieces(), *options)
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """Return the ids of the text, in the smallest dtype that holds the vocabulary.
@@ -110,6 +104,7 @@ class Text(NamedTuple):
         path = user_cache.get_path("texts") / name
         try:
             if not path.exists():
+                note(f"Writing the ids of the {self.name} text, once, to {path}")
                 _write_ids(path, pieces)
         except OSError as error:
             raise UnavailableError(
@@ -257,12 +252,7 @@ def find_files(paths: str) -> list[list[Path]]:
             f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
             "and test) separated by ;"
         )
-    found = [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
-    train, *others = ([path.resolve() for path in text] for text in found)
-    counts = Counter([*train, *set(itertools.chain(*others))])
-    if twice := [path for path, count in counts.items() if count > 1]:
-        raise UserError(f"{twice[0]} is named twice, so it may be in two splits: name it once")
-    return found
+    return [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
 
 
 def _find(pattern: str) -> list[Path]:
@@ -305,47 +295,34 @@ def _list_segments(paths: Iterable[Path], data: DataConfig) -> list[Segment]:
     return segments
 
 
-def _split(texts: Sequence[list[Segment]], data: DataConfig) -> tuple[list[list[Segment]], str]:
+def _split(texts: list[list[Segment]], data: DataConfig) -> tuple[list[list[Segment]], str]:
     """Return train, validation and test, which are given, or cut from one text.
 
-    Each split is cut from the rest, with its length rounded down, as in TFDS's Tiny Shakespeare;
-    between characters, or for tokens of bytes between bytes, like the usual splits of enwik8. Also
-    return the checksum, `data.sha256`: SHA-256 over all splits, in hexadecimal, and the number of
-    bytes of each.
+    Each split is cut from the rest, with its bytes rounded down, and then up to a whole character.
+    Also return the checksum, `data.sha256`: SHA-256 over all splits, in hexadecimal, and the number
+    of bytes of each.
     """
-    any_bytes, digest, length = data.units == "bytes", hashlib.sha256(), 0
+    if len(texts) == 1:
+        (text,), (of_train, of_validation, of_test) = texts, data.fractions
+        size = _count_bytes(text)
+        train = int(size * of_train)
+        rest = int((size - train) * (of_validation / (of_validation + of_test)))
+        places = (_find_start(text, at, data.units == "bytes") for at in (train, train + rest))
+        texts = [_cut(text, *pair) for pair in itertools.pairwise([0, *places, size])]
+    digest = hashlib.sha256()
     for piece in _read_bytes(itertools.chain.from_iterable(texts)):
         digest.update(piece)
-        length += int(np.count_nonzero(_may_cut(piece, any_bytes)))
-    splits = list(texts)
-    if len(texts) == 1:
-        of_train, of_validation, of_test = data.fractions
-        train = int(length * of_train)
-        rest = int((length - train) * (of_validation / (of_validation + of_test)))
-        first, second = (_find_byte(texts[0], at, any_bytes) for at in (train, train + rest))
-        ends = 0, first, second, _count_bytes(texts[0])
-        splits = [_cut(texts[0], *pair) for pair in itertools.pairwise(ends)]
-    sizes = map(str, map(_count_bytes, splits))
-    return splits, ":".join([digest.hexdigest(), *sizes])
+    return texts, ":".join([digest.hexdigest(), *(str(_count_bytes(text)) for text in texts)])
 
 
-def _find_byte(text: list[Segment], place: int, any_bytes: bool) -> int:
-    """Return how many bytes of a text are before a character, or before the `FILE_END` it is in."""
-    before = 0
-    for segment in text:
-        for piece in _read_bytes([segment]):
-            places = np.flatnonzero(_may_cut(piece, any_bytes))
-            if place < len(places):
-                return before + (int(places[place]) if segment.source != _FILE_END else 0)
-            place -= len(places)
-            before += len(piece)
-    return before
-
-
-def _may_cut(content: bytes, any_bytes: bool) -> np.ndarray:
-    """Return a mask of the bytes before which a text can be cut: all, or starts of characters."""
-    # The others are 0b10xxxxxx, which are below -64 as int8.
-    return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
+def _find_start(text: list[Segment], place: int, any_bytes: bool) -> int:
+    """Return the first byte from `place` on at which a character starts, or any, or `FILE_END`."""
+    following = _cut(text, place, place + 4)
+    if any_bytes and not (following and following[0].source == _FILE_END):
+        return place
+    content = b"".join(_read_bytes(following))
+    starts = (i for i, byte in enumerate(content) if byte & 0xC0 != 0x80)
+    return place + next(starts, len(content))
 
 
 def _cut(text: list[Segment], begin: int, end: int) -> list[Segment]:
@@ -400,22 +377,14 @@ def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserE
 
 
 def _write_ids(path: Path, pieces: Iterable[np.ndarray]) -> None:
-    """Write the ids of a text; wait if another process writes them. Raise `OSError` if that fails.
-
-    The file gets its name when it is complete.
-    """
+    """Write the ids of a text to a file, which gets its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("ab") as lock:
-        files.lock_file(lock, f"Waiting for another process that encodes the text: {part}")
-        if path.exists():  # The other process has written it.
-            return
-        try:
-            with part.open("wb") as file:  # It may be that of a process that was killed.
-                file.writelines(piece.data for piece in pieces)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            os.truncate(part, 0)
-            raise
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.writelines(piece.data for piece in pieces)
+            file.flush()
+            os.fsync(file.fileno())
         part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)

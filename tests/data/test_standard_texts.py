@@ -6,15 +6,13 @@ import io
 import random
 import re
 import subprocess
-import threading
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from lstm_jax import config as config_lib
-from lstm_jax.data import files, standard_texts, texts
+from lstm_jax.data import standard_texts, texts
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, Download, StandardText
 from lstm_jax.errors import UnavailableError, UserError
 
@@ -58,11 +56,7 @@ def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
 
 
 def test_the_table_is_consistent() -> None:
-    assert (*STANDARD_TEXTS,) == config_lib.STANDARD_TEXTS
-    for name, text in STANDARD_TEXTS.items():
-        data = config_lib.DataConfig(dataset=name, fractions=(0.8, 0.1, 0.1))
-        (message,) = config_lib.describe_unused_fields(config_lib.Config(data=data))
-        assert "config.data.fractions" in message
+    for text in STANDARD_TEXTS.values():
         assert len(text.members or text.downloads) in (1, 3)
         assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)
 
@@ -71,8 +65,7 @@ def test_one_text_is_downloaded_once_and_cut(source: Path, tmp_path: Path) -> No
     data_dir = tmp_path / "new" / "data"
     parts = [CONTENT[:90_000], CONTENT[90_000:95_000], CONTENT[95_000:]]
     assert get_splits(data_dir) == parts
-    names = {".lstm_jax.lock", "enwik8", "enwik8.zip"}
-    assert {path.name for path in data_dir.iterdir()} == names
+    assert {path.name for path in data_dir.iterdir()} == {"enwik8", "enwik8.zip"}
     assert not (data_dir.parent / "outside.txt").exists()
     source.unlink()
     (data_dir / "enwik8" / "test.txt").unlink()
@@ -120,22 +113,6 @@ def test_a_directory_that_cannot_be_written(source: Path, tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*use another data directory"):
         get_splits(tmp_path / "file")
-
-
-def test_a_second_process_waits(
-    source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    found: list[bytes] = []
-    thread = threading.Thread(target=lambda: found.append(b"".join(get_splits(tmp_path))))
-    with (tmp_path / ".lstm_jax.lock").open("ab") as lock:
-        files.lock_file(lock)
-        thread.start()
-        while "Waiting for another process" not in capsys.readouterr().err:
-            assert thread.is_alive(), "it does not wait"
-            time.sleep(0.01)
-        assert not (tmp_path / "enwik8.zip").exists()
-    thread.join()
-    assert found == [CONTENT]
 
 
 def test_a_run_finds_its_text_again(source: Path, tmp_path: Path) -> None:

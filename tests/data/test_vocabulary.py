@@ -17,7 +17,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.messages import make_printable
 from lstm_jax.run.resume import extend_vocabulary
-from lstm_jax.vocabulary import FILE_END, KINDS, MAX_TOKEN_LENGTH, Vocabulary, split_text
+from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, split_text
 
 # Text from all planes of Unicode, and strings that are often split or decoded wrongly.
 TEXTS = st.lists(
@@ -180,14 +180,6 @@ def test_rare_tokens_become_unk() -> None:
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 
-def test_tokens_have_a_maximum_length() -> None:
-    longest = "a" + "\u0301" * (MAX_TOKEN_LENGTH - 1)
-    text = f"{longest},{longest}\u0301"
-    vocabulary = Vocabulary.from_text(text, "words")
-    assert vocabulary.tokens == ("", "[UNK]", ",", longest)
-    assert vocabulary.decode(vocabulary.encode(text)) == f"{longest},[UNK]"
-
-
 def test_another_vocabulary_is_appended() -> None:
     first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
     both = extend_vocabulary(first, second)
@@ -216,7 +208,6 @@ def test_control_characters_are_escaped() -> None:
         ({"units": ["", "[UNK]", "a", "a"]}, "twice"),
         ({"units": ["", "[UNK]", 5]}, "must be text"),
         ({"units": ["", "[UNK]", "a\ud800"]}, "surrogates not allowed"),
-        ({"units": ["", "[UNK]", "x" * (MAX_TOKEN_LENGTH + 1)]}, "1 to 1,024 characters"),
         ({"kind": ["words"]}, "kind"),
         ({"stop": "b"}, "not among"),
         ({"stop": None}, "does not hold"),
