@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, generation, loss, model, optimizer, train_step
-from lstm_jax.config import Config, change_fields, complete_config
+from lstm_jax.config import Config, complete_config
 from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
 from lstm_jax.ops import layer
@@ -118,7 +118,7 @@ def list_programs(
     lstm = model.make_model(config.model, vocabulary_size)
     place = functools.partial(place_all, lambda _: SingleDeviceSharding(devices[0]))
     programs = {
-        name: functools.partial(trace_step, change_fields(config, fields), vocabulary_size, mesh)
+        name: functools.partial(trace_step, complete_config(config, fields), vocabulary_size, mesh)
         for name, fields in STEPS.items()
     }
     programs["10 steps a call"] = functools.partial(trace_step, config, vocabulary_size, mesh, 10)

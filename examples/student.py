@@ -22,7 +22,7 @@ from absl import flags
 
 import lstm_jax
 from lstm_jax import generation
-from lstm_jax.config import RegularizationConfig, change_fields
+from lstm_jax.config import RegularizationConfig, complete_config
 from lstm_jax.data import files, texts
 from lstm_jax.run import command
 
@@ -64,7 +64,7 @@ def main() -> None:
         raise lstm_jax.UserError("files that are documents can't be written into one text")
     teachers = [out / f"teacher_{k}" for k in range(_TEACHERS.value)]
     for k, directory in enumerate(teachers):
-        lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory)
+        lstm_jax.train(complete_config(config, {"seed": config.seed + k}), directory)
     fields = {
         "num_epochs": _EPOCHS.value,
         "optimizer.learning_rate": 4e-3,
@@ -74,7 +74,7 @@ def main() -> None:
         "data.path": generate_splits(teachers, texts.read_splits(config.data), out),
     }
     config = dataclasses.replace(config, regularization=RegularizationConfig())  # None.
-    lstm_jax.train(change_fields(config, fields), out / "student")
+    lstm_jax.train(complete_config(config, fields), out / "student")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import batches, loss, model, optimizer, regularization
 from lstm_jax.cells.protocol import restart
-from lstm_jax.config import Config, change_fields
+from lstm_jax.config import Config, complete_config
 from lstm_jax.data import texts
 from lstm_jax.run import cell_file, command
 
@@ -46,7 +46,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
 def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> Any:
     """Return the parameters after training."""
     parts = [dict(zip(_FIELDS, map(int, part.split("x")), strict=True)) for part in _BATCHES.value]
-    configs = [change_fields(config, part) for part in parts or [{}]]
+    configs = [complete_config(config, part) for part in parts or [{}]]
     feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
     lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
     chain, key = make_optimizer(config, sum(lengths)), jax.random.key(config.seed)

@@ -32,9 +32,7 @@ def main() -> None:
         sys.exit(2)
     for name, purpose in COMMANDS.items():
         print(f"python -m lstm_jax.{name:<10}{purpose}")
-    print(
-        "\nEach explains its flags with --help. lstm-jax train, lstm-jax sample, ... do the same."
-    )
+    print("\nEach explains its flags with --help. lstm-jax sample, ... do the same.")
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
     if not isinstance(fields, dict):
         raise UserError(f"the config is a {type(fields).__name__}, not a ConfigDict")
     values = {name: field.default for name, field in FIELDS.items()}
-    for name, value in [*_flatten(fields), *changes.items()]:
+    for name, value in [*flatten(fields), *changes.items()]:
         if name.startswith(f"{OPTIONS}."):
             values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
         elif name in FIELDS:
@@ -403,11 +403,6 @@ def _list_allowed(words: tuple[str, ...]) -> str:
     return f"one of {', '.join(word or 'empty' for word in words)}"
 
 
-def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:
-    """Return the config with other values, by dotted field name; see `complete_config`."""
-    return complete_config(config, overrides)
-
-
 def find_fields(name: str) -> list[str]:
     """Return the fields that people mean by a name, of any section: by names, else by words."""
     wanted, found = name.rpartition(".")[2], list[str]()
@@ -427,16 +422,15 @@ def describe_unknown_field(name: str) -> str:
     return f"there is no field {name}{hint}"
 
 
-def flatten(config: Config) -> Iterator[tuple[str, object]]:
-    """Yield every field as (dotted name, value)."""
-    return _flatten(config.to_dict())
-
-
-def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(
+    config: Config | Mapping[str, object], prefix: str = ""
+) -> Iterator[tuple[str, object]]:
+    """Yield every field of a config, or of nested dicts, as (dotted name, value)."""
+    fields = config.to_dict() if isinstance(config, Config) else config
     for name, value in fields.items():
         full = f"{prefix}{name}"
         if isinstance(value, dict) and full not in FIELDS:
-            yield from _flatten(value, f"{full}.")
+            yield from flatten(value, f"{full}.")
         else:
             yield full, value
 

@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,12 @@ from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import ops, step
-from lstm_jax.cells import CELLS, LOADED, import_block
+from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.protocol import (
     Gates,
     get_activation,
     get_gates,
     get_layer_params,
-    has_layer_params,
     make_cell,
     name_cell_error,
     restart,
@@ -146,7 +146,7 @@ class LanguageModel(nn.Module):
     @property
     def runs_gated_layers(self) -> bool:
         """Return whether `lstm_jax.ops` runs the layers."""
-        return self.block == "none" and has_layer_params(self.cell_class)
+        return self.block == "none" and "layer_params" in vars(self.cell_class)
 
     @property
     def gating(self) -> Gating:
@@ -164,15 +164,13 @@ class LanguageModel(nn.Module):
     @nn.nowrap  # So that an unbound model can call it.
     def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
-        make = functools.partial(make_cell, dtype=self.dtype, options=self.options)
+        options: Any = {"dtype": self.dtype, "options": self.options}
+        make: Any = functools.partial(make_cell, self.cell_class, **options)
         sizes = itertools.pairwise(self.sizes)
         if self.block == "none":
-            return [make(self.cell_class, inputs, hidden) for inputs, hidden in sizes]
-        block = import_block()
-        return [
-            block(inputs, hidden, make(self.cell_class, hidden, hidden), self.dtype)
-            for inputs, hidden in sizes
-        ]
+            return [make(inputs, hidden) for inputs, hidden in sizes]
+        block = importlib.import_module("lstm_jax.cells.block").Block
+        return [block(inputs, hidden, make(hidden, hidden), self.dtype) for inputs, hidden in sizes]
 
     @property
     def layers(self) -> list[nn.Module]:

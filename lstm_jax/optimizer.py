@@ -1,6 +1,5 @@
 """Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,57 +8,36 @@ from optax import contrib
 
 from lstm_jax.config import OptimizerConfig, OptimizerName, Schedule
 
-_Chain = list[optax.GradientTransformation]
 # Parameters whose rows are vectors of their own: weights of gates, taps of a convolution.
 _VECTORS = "/peepholes", "/convolution"
 
 
 def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Make one of `OPTIMIZERS`, after clipping by the global norm.
+    """Make Adam (Kingma & Ba 2015), Muon or SGD, after clipping by the global norm.
 
     Weight decay applies to kernels and embeddings, see `_is_matrix`. It is decoupled from the
     gradient and multiplied by the learning rate (Loshchilov & Hutter 2019), except in SGD, where it
     is added to the gradient.
+
+    Muon (Jordan et al. 2024), with Nesterov's momentum, is for the matrices of recurrent layers,
+    with Adam for the rest. Its updates are scaled to the root mean square of Adam's (Liu et al.
+    2025, "Muon is Scalable for LLM Training"), so that both use one learning rate and weight decay.
     """
+    decay: dict[str, Any] = {"weight_decay": optimizer.weight_decay}
+    learning_rate, momentum = make_schedule(optimizer, total_steps), optimizer.momentum
+    settings = learning_rate, optimizer.b1, optimizer.b2, optimizer.epsilon
+    adam = optax.adamw(*settings, **decay, mask=_is_matrix)
+    muon = contrib.muon(learning_rate, beta=momentum, consistent_rms=0.2, **decay)
+    sgd = optax.sgd(learning_rate, momentum)
+    made: dict[OptimizerName, list[optax.GradientTransformation]] = {
+        "adam": [adam],
+        "muon": [optax.partition({"muon": muon, "adam": adam}, _label_params)],
+        "sgd": [optax.add_decayed_weights(**decay, mask=_is_matrix), sgd],
+    }
     norm = optimizer.max_gradient_norm
     # The state has the same structure either way, so that a resumed run may change the norm.
     clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    learning_rate = make_schedule(optimizer, total_steps)
-    return optax.chain(clip, *OPTIMIZERS[optimizer.name](optimizer, learning_rate))
-
-
-def _make_adam(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make Adam (Kingma & Ba 2015) with decoupled weight decay."""
-    b1, b2, epsilon = optimizer.b1, optimizer.b2, optimizer.epsilon
-    decay = optimizer.weight_decay
-    return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
-
-
-def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make Muon (Jordan et al. 2024) for the matrices of recurrent layers, and Adam for the rest.
-
-    The momentum is Nesterov's. Updates are scaled to the root mean square of Adam's (Liu et al.
-    2025, "Muon is Scalable for LLM Training"), so that both use the same learning rate and weight
-    decay.
-    """
-    beta, decay = optimizer.momentum, optimizer.weight_decay
-    muon = contrib.muon(learning_rate, beta=beta, weight_decay=decay, consistent_rms=0.2)
-    adam = _make_adam(optimizer, learning_rate)[0]
-    return [optax.partition({"muon": muon, "adam": adam}, _label_params)]
-
-
-def _make_sgd(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make SGD with momentum."""
-    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
-    return [decay, optax.sgd(learning_rate, optimizer.momentum)]
-
-
-# The transformations after clipping.
-OPTIMIZERS: dict[OptimizerName, Callable[[OptimizerConfig, optax.Schedule], _Chain]] = {
-    "adam": _make_adam,
-    "muon": _make_muon,
-    "sgd": _make_sgd,
-}
+    return optax.chain(clip, *made[optimizer.name])
 
 
 def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:

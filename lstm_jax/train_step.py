@@ -89,30 +89,9 @@ def make_train_step(
 ) -> TrainStep:
     """Make the training step and jit it for the batches of a `Feed`; the state is donated.
 
-    A batch whose arrays have an additional leading axis holds several consecutive steps.
-    """
-    train_step = make_step(model, optimizer, config, mesh)
-
-    def take_steps(state: TrainState, batch: Batch) -> TrainState:
-        if batch.starts.ndim:
-            return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[
-                0
-            ]
-        return train_step(state, batch)
-
-    return jax.jit(take_steps, donate_argnums=0)
-
-
-def make_step(
-    model: model_lib.LanguageModel,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-) -> TrainStep:
-    """Make the training step, a pure function of a state and a `Batch`.
-
     Every device of the mesh computes the gradient for its part of the batch, one microbatch after
-    the other. The mean over the devices is the gradient for the whole batch.
+    the other. The mean over the devices is the gradient for the whole batch. A batch whose arrays
+    have an additional leading axis holds several consecutive steps.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
@@ -138,7 +117,12 @@ def make_step(
             loss_steps=state.loss_steps + 1,
         )
 
-    return train_step
+    def take_steps(state: TrainState, batch: Batch) -> TrainState:
+        if not batch.starts.ndim:
+            return train_step(state, batch)
+        return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[0]
+
+    return jax.jit(take_steps, donate_argnums=0)
 
 
 def _start_texts(

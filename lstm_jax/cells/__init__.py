@@ -44,14 +44,6 @@ class _Cells(Mapping[str, "type[nn.Module]"]):
 
 
 CELLS = _Cells()
-
-
-def import_block() -> "type[nn.Module]":
-    """Return the class of the block around a cell, `cells.block.Block`."""
-    block: type[nn.Module] = importlib.import_module(f"{__name__}.block").Block
-    return block
-
-
 # Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, in the order in
 # which they were loaded; see `run.cell_file`.
 LOADED: dict[str, "tuple[type[nn.Module], str]"] = {}

@@ -4,6 +4,7 @@ import flax.linen as nn
 
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates, Inputs
+from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import LSTMCarry
 
@@ -21,6 +22,8 @@ class MogrifierLSTMCell(LSTMCell):
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and a kernel for each round."""
+        if not 0 <= self.rounds <= 100:  # A model from elsewhere must not take hours to open.
+            raise UserError(f"config.model.options.rounds is {self.rounds}: it must be 0 to 100")
         super().setup()
         glorot = nn.initializers.glorot_uniform()
         shapes = [(self.hidden_size, self.input_size), (self.input_size, self.hidden_size)]

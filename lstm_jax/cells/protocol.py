@@ -98,14 +98,9 @@ def run_cell(
     return _scan(cell, carry, (inputs, starts))
 
 
-def has_layer_params(kind: type[nn.Module]) -> bool:
-    """Return whether `lstm_jax.ops` computes the equations of a cell."""
-    return "layer_params" in vars(kind)  # Not inherited: a subclass may have other equations.
-
-
 def get_layer_params(cell: Any) -> Any:
     """Return the parameters of a cell that `lstm_jax.ops` can run; None for another one."""
-    if not has_layer_params(type(cell)):
+    if "layer_params" not in vars(type(cell)):  # A subclass may have other equations.
         return None
     return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
 

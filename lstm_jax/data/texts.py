@@ -218,10 +218,9 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
     """
     with name_failure(f"can't read {path} ({flag})"):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    if any_bytes:
-        return content.decode("utf-8", "surrogateescape")
     try:
-        return content.removeprefix(_BOM).decode("utf-8")
+        decoded = content.decode("utf-8", "surrogateescape" if any_bytes else "strict")
+        return decoded if any_bytes else decoded.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise _describe(error, f"{path} ({flag})") from None
 

@@ -54,7 +54,7 @@ def resolve_run(
     """
     teachers = ",".join(map(_make_absolute, config.distill.teachers.split(",")))
     absolute = {"init_from": _make_absolute(config.init_from), "distill.teachers": teachers}
-    config = config_lib.change_fields(config, absolute)
+    config = config_lib.complete_config(config, absolute)
     if workdir.is_folder(directory):
         raise UserError(
             f"{directory} holds a model without its run: start a new run from the parameters, with "
@@ -66,7 +66,7 @@ def resolve_run(
             "init_from": config.init_from or before.init_from,
             "distill.teachers": config.distill.teachers or before.distill.teachers,
         }
-        config = config_lib.change_fields(config, kept)
+        config = config_lib.complete_config(config, kept)
         changes = _find_changes(before, config, directory)
         return config, workdir.load_vocabulary(directory), changes
     for name in (workdir.CHECKPOINTS, workdir.METRICS):

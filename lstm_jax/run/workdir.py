@@ -125,7 +125,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     config = load_config(workdir)
     if dtype:
         used = "bfloat16" if dtype == "int8" else dtype
-        config = config_lib.change_fields(config, {"model.dtype": used})
+        config = config_lib.complete_config(config, {"model.dtype": used})
     loaded = cell_file.use_loaded_cell(config.model, workdir)
     vocabulary = load_vocabulary(workdir)
     # The run may have used another kind of device.

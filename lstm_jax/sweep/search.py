@@ -24,7 +24,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from lstm_jax import training
-from lstm_jax.config import Config, change_fields
+from lstm_jax.config import Config, complete_config
 from lstm_jax.errors import (
     NotFiniteError,
     UnavailableError,
@@ -144,7 +144,7 @@ def _open_storage(location: str) -> BaseStorage:
 def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
     """Return the choices of each parameter of a grid; raise `UserError` if one has none."""
     trial = optuna.create_study().ask()
-    change_fields(experiment, space(trial))
+    complete_config(experiment, space(trial))
     choices = {name: [*getattr(x, "choices", ())] for name, x in trial.distributions.items()}
     if not all(choices.values()):
         raise UserError("a grid needs choices: use suggest_categorical for every parameter")
@@ -197,7 +197,7 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
     Raise `TrialPruned` if its loss is not finite or memory runs out.
     """
     overrides = sweep.space(trial)
-    config = change_fields(sweep.experiment, overrides)
+    config = complete_config(sweep.experiment, overrides)
     trial.set_user_attr(OVERRIDES, dict(overrides))
     directory = get_directory(sweep.directory, sweep.study.trials[trial.number])
     directory.mkdir(parents=True, exist_ok=True)

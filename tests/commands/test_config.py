@@ -4,14 +4,14 @@ import importlib.util
 import json
 import runpy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax import optimizer, training
+from lstm_jax import training
 from lstm_jax.errors import UserError
 from lstm_jax.run import metrics, workdir
 
@@ -44,10 +44,6 @@ def test_an_experiment_that_no_page_runs_trains_and_resumes(
         training.train(config, tmp_path)
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
     assert {row["split"] for row in rows} == {"train", "validation", "test"}
-
-
-def test_the_optimizers_of_the_config_are_those_of_the_code() -> None:
-    assert tuple(optimizer.OPTIMIZERS) == get_args(config_lib.OptimizerName)
 
 
 def test_the_default_config_is_the_lesson() -> None:

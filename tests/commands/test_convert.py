@@ -239,7 +239,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=message):
             transfer.import_weights(*arguments)
     shutil.copytree(trained, tmp_path / "mogrifier")
-    changed = config.change_fields(workdir.load_config(trained), {"model.cell": "mogrifier"})
+    changed = config.complete_config(workdir.load_config(trained), {"model.cell": "mogrifier"})
     workdir.save_config(tmp_path / "mogrifier", changed)
     for directory, target, message in (
         ("nothing", "new.safetensors", "there is no trained model in"),

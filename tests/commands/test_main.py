@@ -77,7 +77,7 @@ def test_a_cell_that_only_the_model_names_is_not_run(
     evil.write_text(f"open({str(tmp_path / 'seen')!r}, 'w')")
     before = workdir.load_config(trained)
     cell = {"model.cell": f"{evil}:Evil", "model.cell_sha256": "0" * 64}
-    workdir.save_config(tmp_path / "run", config.change_fields(before, cell))
+    workdir.save_config(tmp_path / "run", config.complete_config(before, cell))
     done = run("main", "--init_from=run", f"--config.data.path={text_file}", cwd=tmp_path)
     assert done.returncode == 2 and f"add --config.model.cell={evil}:Evil" in done.stderr
     assert not (tmp_path / "seen").exists()

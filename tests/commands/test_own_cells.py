@@ -246,7 +246,7 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
 def test_options_are_fields_of_a_config() -> None:
     config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
     assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
-    changed = config_lib.change_fields(config, {"model.options.heads": 3})
+    changed = config_lib.complete_config(config, {"model.options.heads": 3})
     assert changed.model.options == {"heads": 3, "soft": True}
 
 

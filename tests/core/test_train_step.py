@@ -136,7 +136,7 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     mesh = parallel.make_mesh(config)
     with jax.checking_leaks():
         jax.eval_shape(
-            train_step.make_step(model, optimizer, config, mesh), state, make_batch(2, 7)
+            train_step.make_train_step(model, optimizer, config, mesh), state, make_batch(2, 7)
         )
 
 

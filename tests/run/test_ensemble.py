@@ -113,7 +113,7 @@ def test_each_member_adapts_on_its_own_loss() -> None:
 def make_run(trained: Path, directory: Path, changes: dict[str, Any]) -> Path:
     """Make a working directory like another one, with fields of its config changed."""
     loaded = workdir.load_trained(trained)
-    config = config_lib.change_fields(loaded.config, changes)
+    config = config_lib.complete_config(loaded.config, changes)
     params = models.draw_params(model_lib.make_model(config.model, len(loaded.vocabulary)))
     transfer.make_folder(directory, config, loaded.vocabulary, params)
     return directory
