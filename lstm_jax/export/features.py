@@ -6,7 +6,6 @@ by chance, so they are selected on the first half of a text and evaluated on the
 """
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,18 +43,9 @@ class Follower(NamedTuple):
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the features of the last character of each token of a text, by name: float32 [n]."""
-    tokens = vocabulary.split(text)
-    # The same text, unless the kind of tokens leaves white space out.
-    text = "".join(tokens).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    # The last byte of each token, and the character of each byte, for tokens of any kind.
-    last_bytes = np.cumsum(_count_bytes(tokens)) - 1
-    characters = np.repeat(np.arange(len(text)), _count_bytes(text))[last_bytes]
-    return {name: values[characters] for name, values in compute_text_features(text).items()}
-
-
-def _count_bytes(texts: Iterable[str]) -> np.ndarray:
-    """Return the number of bytes of each text: int64 [n]."""
-    return np.array([len(text.encode("utf-8", "surrogateescape")) for text in texts], np.int64)
+    tokens = vocabulary.split(text)  # They may leave white space out.
+    ends = np.cumsum([len(token) for token in tokens]) - 1
+    return {name: x[ends] for name, x in compute_text_features("".join(tokens)).items()}
 
 
 def compute_text_features(text: str) -> dict[str, np.ndarray]:
