@@ -127,7 +127,7 @@ def make_lstm_jax(
     mesh, key = parallel.make_mesh(complete), jax.random.key(0)
     lstm = model.make_model(complete.model, options.vocabulary_size)
     updates = optimizer.make_optimizer(complete.optimizer, 1)
-    state = init_state(lstm, updates, key, options.batch_size, mesh=mesh)
+    state = init_state(lstm, updates, key, options.batch_size).place(mesh)
     step = make_train_step(lstm, updates, complete, mesh)
     inputs, targets = _batch(options)
     return _jax_work(step, state, batches.Batch(inputs, targets, starts=np.bool_(True)))

@@ -86,9 +86,6 @@ def run_user_code(kind: str, file: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        if isinstance(error, SyntaxError):
-            line = f", line {error.lineno}" if error.lineno else ""
-            raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == file]
         raise UserError(f"{kind} {file}{(lines or [''])[-1]}: {one_line(error)}") from None

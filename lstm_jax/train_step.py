@@ -58,10 +58,9 @@ def init_state(
     key: Array,
     batch_size: int,
     trained: model_lib.Params | None = None,
-    mesh: Mesh | None = None,
     counts: Integer[np.ndarray, " vocabulary"] | None = None,
 ) -> TrainState:
-    """Return the state before the first step, on the devices of `mesh` or on the default device.
+    """Return the state before the first step, on the default device.
 
     `trained` holds parameters to start from; `model` may have more tokens than they have, whose
     parameters are then drawn. For `counts`, see `model.init_params`.
@@ -72,13 +71,10 @@ def init_state(
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
-    if mesh is not None:  # First: arrays made from the parameters are then divided like them.
-        params = parallel.place(params, mesh)
     # Separate arrays, because a step donates each of them.
     counters = jnp.int32(0), jnp.zeros(()), jnp.zeros(()), jnp.int32(0)
     carry = model.initial_carry(batch_size)
-    state = TrainState(params, optimizer.init(params), carry, key, *counters)
-    return state if mesh is None else state.place(mesh)
+    return TrainState(params, optimizer.init(params), carry, key, *counters)
 
 
 def make_train_step(

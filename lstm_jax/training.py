@@ -3,7 +3,7 @@
 `run/opening.py` opens the run, new or resumed; `train_step.py` has the step.
 """
 
-import contextlib
+import shlex
 import time
 from pathlib import Path
 from typing import Unpack
@@ -20,8 +20,8 @@ from lstm_jax.config import Config
 from lstm_jax.controls import Controls
 from lstm_jax.devices import feeding, hosts, parallel
 from lstm_jax.errors import NotFiniteError, name_setting
-from lstm_jax.run import distillation, messages, metrics, workdir
-from lstm_jax.run.interrupts import Stopped, StopRequest, handle_signals
+from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
+from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
 from lstm_jax.run.opening import OpenRun, is_out_of_patience, open_run
 from lstm_jax.run.progress import Pacer, Progress
@@ -63,7 +63,7 @@ def train(
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
         open_run(complete, directory, watch, quiet) as run,
     ):
-        messages.print_setup(run)
+        run.print(messages.describe_setup(run))
         if not run.is_finished:
             take_steps(run)
         return finish_run(run)
@@ -75,47 +75,43 @@ def take_steps(run: OpenRun) -> None:
     Raise `Stopped` after a signal, when the state is saved.
     """
     config, plan = run.config, run.plan
-    state, step = run.first_state, run.first_step
+    state, step, is_over = run.first_state, run.first_step, False
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
-    feed, stop, pacer, is_over = make_feed(run), StopRequest(), Pacer(step), False
-    bar = Progress(plan, step, run.prints)
-    with contextlib.closing(bar) as progress, handle_signals(stop.handle_signal):
-        try:
-            if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
-                save(run, state, step)
-            # A checkpoint is saved before its validation, so resuming has removed that row.
-            if run.is_validated or plan.validates_at(step):
-                is_over = validate(run, state, step, progress, stop)
-            check_signals(stop)
-            while step < plan.total_steps and not is_over:
-                steps = plan.count_steps_of_call(step)
-                batch = feed.next(steps)
-                # Any other transfer to the devices is an error.
-                with jax.transfer_guard("disallow"):
-                    state = train_step(state, batch)
-                step += steps
-                is_synchronized = pacer.wait(step, state)
-                progress.after_step(step)
-                logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
-                saves = validates or (is_synchronized and is_save_due(run))
-                if logs or saves:
-                    raise_if_not_finite(run, state, step)
-                if logs:
-                    state = log(run, state, step, progress)
-                if saves:
-                    save(run, state, step)
-                if validates:  # After the save: a run that is stopped in it resumes from here.
-                    is_over = validate(run, state, step, progress, stop)
-                if is_synchronized or validates:
-                    check_signals(stop)
-        except Stopped:
-            if step != run.checkpoints.last_step:
+    feed, pacer, progress = make_feed(run), Pacer(step), Progress(plan, run.prints)
+    with StopRequest() as stop:
+        if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
+            save(run, state, step)
+        # A checkpoint is saved before its validation, so resuming has removed that row.
+        if run.is_validated or plan.validates_at(step):
+            is_over = validate(run, state, step)
+        while step < plan.total_steps and not is_over:
+            steps = plan.count_steps_of_call(step)
+            batch = feed.next(steps)
+            with jax.transfer_guard("disallow"):  # Any other transfer to the devices is an error.
+                state = train_step(state, batch)
+            step += steps
+            progress.after_step(step)
+            is_synchronized = pacer.wait(step, state)
+            code = hosts.max_over_processes(stop.code) if is_synchronized else 0
+            logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
+            saves = validates or code or (is_synchronized and is_save_due(run))
+            if logs or saves:
                 raise_if_not_finite(run, state, step)
+            if logs:
+                state = log(run, state, step, progress)
+            if saves:
                 save(run, state, step)
-            run.checkpoints.wait()
-            plot_curves(run)
-            run.print(messages.describe_stop(run, step))
-            raise
+            if code:
+                run.checkpoints.wait()
+                plot_curves(run)
+                run.print(
+                    f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
+                    f"{run.directory}: the same command resumes."
+                )
+                raise Stopped(code)
+            if validates:  # After the save: a run that is killed in it resumes from here.
+                is_over = validate(run, state, step)
+                progress.stop_clock()
 
 
 def make_feed(run: OpenRun) -> feeding.Feed:
@@ -123,42 +119,10 @@ def make_feed(run: OpenRun) -> feeding.Feed:
     ids, config, predictions = run.ids["train"], run.config, None
     on_devices = feeding.fits_on_device(ids)
     if config.distill.teachers:
+        run.print("The teachers predict the training text")
         teachers = distillation.load_teachers(config.distill.teachers, run.vocabulary)
         predictions, on_devices = distillation.predict_text(teachers, ids), True
     return feeding.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
-
-
-def check_signals(stop: StopRequest) -> None:
-    """Raise `Stopped` if a signal arrived in any process; all call it at the same step."""
-    if code := hosts.max_over_processes(stop.code):
-        raise Stopped(code)
-
-
-def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> TrainState:
-    """Record the mean training loss since the last row; return the state with sums of zero."""
-    number = int(state.loss_steps)
-    loss, speed = float(state.loss_sum) / number, progress.measure_speed(step)
-    progress.show(step, loss, speed)
-    extra: metrics.Extra = {
-        "learning_rate": run.plan.get_learning_rate(step),
-        "gradient_norm": float(state.norm_sum) / number,
-    }
-    if speed:  # Otherwise it is unknown.
-        extra["tokens_per_second"] = round(speed * run.plan.tokens_per_step)
-    record(run, step, "train", loss, **extra)
-    return state.clear_sums()
-
-
-def record(
-    run: OpenRun, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]
-) -> None:
-    """Write a row of metrics and pass it to `watch`, in process 0 only."""
-    if run.writer is None:
-        return
-    if split != "train":
-        bits = loss_lib.compute_bits_per_character(loss, [run.sizes[split]])
-        extra["bits_per_character"] = bits
-    run.writer.write(step, run.plan.count_epochs(step), split, loss, **extra)
 
 
 def is_save_due(run: OpenRun) -> bool:
@@ -168,57 +132,79 @@ def is_save_due(run: OpenRun) -> bool:
     return bool(hosts.max_over_processes(is_old and not is_saving))
 
 
-def save(run: OpenRun, state: TrainState, step: int) -> None:
-    """Start saving a checkpoint, with the sizes of the files that the run appends to."""
-    sizes = workdir.measure_history(run.directory)
-    arrays = state.params, state.rest
-    if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
-        arrays = jax.tree.map(
-            lambda x: x.addressable_data(0) if x.is_fully_replicated else x, arrays
-        )
-    run.checkpoints.save(step, *arrays, sizes)
-
-
-def validate(
-    run: OpenRun, state: TrainState, step: int, progress: Progress, stop: StopRequest
-) -> bool:
-    """Record the validation loss and a sample; return whether `patience` ends training.
-
-    In a single process, a signal ends the validation.
-    """
-    number, ids = run.config.validation_tokens, run.ids["validation"]
-    alone = jax.process_count() == 1
-    with stop.at_once() if alone else contextlib.nullcontext():  # Others would wait for this one.
-        params, key = parallel.get_local_copy((state.params, state.key))
-        loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
-        sample = generate_sample(run, params, jax.random.fold_in(key, step))
-    run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
-    if hosts.is_first():
-        record(run, step, "validation", loss, sample=sample)
-        workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
-        run.checkpoints.record_validation(step, loss)
-        run.print(messages.describe_validation(run, step, loss, sample))
-    progress.start_clock(step)
-    if step == run.plan.total_steps:
-        return False  # `finish_run` plots.
-    if is_over := is_out_of_patience(run.config, run.directory):
-        run.print(messages.describe_early_end(run, step))
-        progress.finish(step)
-    elif step:
-        plot_curves(run, _SECONDS_BETWEEN_PLOTS)
-    return is_over
-
-
 def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
     """Raise `NotFiniteError` if a parameter, or a loss or gradient since the last row, is not."""
-    sums = {"loss": state.loss_sum, "norm": state.norm_sum}
-    if not (model_lib.is_finite(state.params) and model_lib.is_finite(sums)):
+    numbers = {"params": state.params, "loss": state.loss_sum, "norm": state.norm_sum}
+    if not jax.jit(model_lib.is_finite)(numbers):
         run.checkpoints.wait()
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
             f"last good checkpoint, that of step {run.checkpoints.last_step}, with a lower "
             f"optimizer.learning_rate or {name_setting('optimizer.max_gradient_norm', 1)}"
         )
+
+
+def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> TrainState:
+    """Record the mean training loss since the last row; return the state with sums of zero."""
+    number = int(state.loss_steps)
+    loss, speed = float(state.loss_sum) / number, progress.measure_speed(step)
+    progress.print(step, loss, speed)
+    extra: metrics.Extra = {
+        "learning_rate": run.plan.get_learning_rate(step),
+        "gradient_norm": float(state.norm_sum) / number,
+    }
+    if speed:  # Otherwise it is unknown.
+        extra["tokens_per_second"] = round(speed)
+    record(run, step, "train", loss, **extra)
+    return state.clear_sums()
+
+
+def record(
+    run: OpenRun, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]
+) -> None:
+    """Write a row of metrics and pass it to `watch`, in process 0 only."""
+    if split != "train":
+        bits = loss_lib.compute_bits_per_character(loss, [run.sizes[split]])
+        extra["bits_per_character"] = bits
+    if hosts.is_first():
+        run.writer.write(step, run.plan.count_epochs(step), split, loss, **extra)
+
+
+def save(run: OpenRun, state: TrainState, step: int) -> None:
+    """Start saving a checkpoint, with the sizes of the files that the run appends to."""
+    arrays = state.params, state.rest
+    if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
+        arrays = jax.tree.map(
+            lambda x: x.addressable_data(0) if x.is_fully_replicated else x, arrays
+        )
+    run.checkpoints.save(step, *arrays, workdir.measure_history(run.directory))
+
+
+def validate(run: OpenRun, state: TrainState, step: int) -> bool:
+    """Record the validation loss and a sample; return whether `patience` ends training."""
+    number, ids, plan = run.config.validation_tokens, run.ids["validation"], run.plan
+    params, key = parallel.get_local_copy((state.params, state.key))
+    loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
+    sample = generate_sample(run, params, jax.random.fold_in(key, step))
+    run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
+    if hosts.is_first():
+        record(run, step, "validation", loss, sample=sample)
+        workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
+        run.checkpoints.record_validation(step, loss)
+    described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
+    done, total = map(plan.count_epochs, (step, plan.total_steps))
+    run.print(f"\n=== epoch {done:.4g} of {total:.4g}: validation loss {described}\n{sample}\n")
+    if step == plan.total_steps:
+        return False  # `finish_run` plots.
+    is_over = is_out_of_patience(run.config.patience, run.directory)
+    if is_over:
+        run.print(
+            f"Training ends at step {step} of {plan.total_steps}: the validation loss has not "
+            f"improved for {run.config.patience} validations"
+        )
+    elif step:
+        plot_curves(run, _SECONDS_BETWEEN_PLOTS)
+    return is_over
 
 
 def generate_sample(run: OpenRun, params: model_lib.Params, key: jax.Array) -> str:
@@ -246,21 +232,24 @@ def finish_run(run: OpenRun) -> Run:
     """Measure the best checkpoint on the test split, and return the trained model."""
     run.checkpoints.wait()
     hosts.wait_for_all("all is saved")
-    rows = run.read_metrics()
     params, step = workdir.load_params(run.directory, run.model)
     trained = workdir.Trained(run.config, run.vocabulary, run.model, params, step)
-    measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
-    loss = measured[-1] if measured else loss_lib.compute_loss(run.model, params, run.ids["test"])
+    rows = [row for row in run.read_metrics() if (row["split"], row["step"]) == ("test", step)]
+    loss = rows[-1]["loss"] if rows else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if hosts.is_first():
-        if not measured:
+        if not rows:
             record(run, step, "test", loss)
         plot_curves(run)
         # On a device, as in `validate`: else the function that generates would be compiled again.
         key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
+        described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["test"])
+        workdir_flag = f"--workdir {shlex.quote(str(run.directory))}"
         run.print(
             f"\n{generate_sample(run, params, key)}\n\n"
-            f"Test loss at step {step}, the step with the best validation loss: "
-            f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
+            f"Test loss at step {step}, the step with the best validation loss: {described}\n"
+            f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+            f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
+            f"Generate text: python -m lstm_jax.sample {workdir_flag}"
+            f"{cell_file.make_flag(run.config.model)}"
         )
-        run.print(messages.list_files(run))
     return Run(trained, run.directory)

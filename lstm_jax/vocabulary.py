@@ -132,6 +132,15 @@ class Vocabulary:
         """Return the id of the stop token, or None."""
         return self._ids[self.stop] if self.stop else None
 
+    def extend(self, other: "Vocabulary") -> "Vocabulary":
+        """Return a vocabulary of these tokens with their ids, and then new ones of another one.
+
+        For kind "bpe", only a new stop token is added.
+        """
+        added = [other.stop] if self.kind == "bpe" else other.tokens
+        new = (token for token in added if token not in self)
+        return Vocabulary([*self.tokens, *new], self.kind, other.stop)
+
     @property
     def token_name(self) -> str:
         """Return the name of a token in the singular: that of its kind, or "token"."""

@@ -62,7 +62,7 @@ def make_diverged_run(trained: Path, directory: Path) -> None:
 def save_params(directory: Path, step: int, params: model_lib.Params) -> None:
     """Write a checkpoint that holds parameters only."""
     path = directory.resolve() / str(step)
-    with ocp.Checkpointer(checkpoints._make_handler()) as checkpointer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     checkpoints.seal_checkpoint(path)
 

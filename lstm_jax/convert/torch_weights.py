@@ -3,14 +3,13 @@
 `ops.weights` has the layouts of the recurrent layers. Files are safetensors.
 """
 
-import importlib
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from lstm_jax import model as model_lib
 from lstm_jax import ops
@@ -28,9 +27,8 @@ StateDict = dict[str, np.ndarray]
 
 def read_file(path: Path) -> StateDict:
     """Return the finite arrays of a safetensors file in float32, or raise `UserError`."""
-    library = _import_safetensors()
     try:
-        arrays = library.load_file(path)
+        arrays = safetensors.numpy.load_file(path)
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
     converted = {name: array.astype(np.float32) for name, array in arrays.items()}
@@ -43,17 +41,7 @@ def read_file(path: Path) -> StateDict:
 def to_bytes(arrays: StateDict) -> bytes:
     """Return the content of a safetensors file with these arrays."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return bytes(_import_safetensors().save(contiguous, {"format": "pt"}))
-
-
-def _import_safetensors() -> types.ModuleType:
-    """Return safetensors.numpy; raise `UserError` if the package is missing."""
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError:
-        raise UserError(
-            "PyTorch's weights need the package safetensors: pip install 'lstm-jax[convert]'"
-        ) from None
+    return safetensors.numpy.save(contiguous, {"format": "pt"})
 
 
 def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, object], Params]:

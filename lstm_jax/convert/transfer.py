@@ -122,8 +122,7 @@ def make_folder(
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as unfinished:
             made = Path(unfinished, directory.name)
             made.mkdir()
-            workdir.save_config(made, config)
-            workdir.save_vocabulary(made, vocabulary)
+            workdir.save_fields(made, config, vocabulary)
             model_file.write_params(made / workdir.MODEL, params, step, dtype)
             if card_text:
                 files.write_file(made / _CARD, card_text.encode())

@@ -47,7 +47,8 @@ def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | N
 def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
     if target is None:  # Nothing is written into the package.
-        target = Path("." if workdir.is_in_package(directory) else directory) / "page.html"
+        is_here = workdir.find_model(directory) == directory
+        target = Path(directory if is_here else ".") / "page.html"
     page = make_page(workdir.load_trained(directory), directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
         files.write_file(target, page)

@@ -31,21 +31,12 @@ def resolve_cell(model: ModelConfig) -> ModelConfig:
 
 def load_cell(name: str) -> str:
     """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
-    if not isinstance(name, str) or not names_cell_file(name):
+    if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     file, _, class_name = name.rpartition(":")
     with name_failure(f"can't read the file of the cell {name}"):
         source = Path(file).read_bytes()
     sha256 = hashlib.sha256(source).hexdigest()
-    loaded = cells.LOADED.pop(name, None)
-    if loaded is None or loaded[1] != sha256:
-        loaded = _run_file(file, class_name, source, sha256), sha256
-    cells.LOADED[name] = loaded
-    return sha256
-
-
-def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn.Module]:
-    """Run the source of a file, and return its class of this name."""
     # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
     module.__file__ = file
@@ -55,41 +46,40 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     cell = getattr(module, class_name, None)
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(f"{file} has no class {class_name} derived from flax.linen.Module")
-    return cell
+    cells.LOADED[name] = cell, sha256
+    return sha256
 
 
 def use_loaded_cell(model: ModelConfig, workdir: Path) -> ModelConfig:
-    """Return the fields of a run with the loaded cell of this name, if it is of a file.
+    """Return the fields of a run with the loaded cell of this class, if it is of a file.
 
     Warn if the file has changed since the run was trained. Raise `UserError` if no file with such a
     class was loaded.
     """
-    name = model.cell
-    if name in cells.CELLS:
+    if model.cell in cells.CELLS:
         return model
-    # The file may have moved, so the names of the classes are compared.
-    named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(model)}")]
+    class_name = model.cell.rpartition(":")[2]  # The file may have moved.
+    named = [name for name in cells.LOADED if name.endswith(f":{class_name}")]
     if not named:
         raise UserError(
-            f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
-            f"you name it: add --cell {shlex.quote(name)}, or cell= in Python"
+            f"the model in {workdir} has the cell {model.cell}, whose code runs only if you name "
+            f"it: --cell {shlex.quote(model.cell)}, cell= in Python, or config.model.cell"
         )
-    same = [cell for cell in named if cells.LOADED[cell][1] == model.cell_sha256]
-    loaded = (same or named)[-1]
-    if not same:
+    cell = model.cell if model.cell in named else named[-1]
+    loaded = dataclasses.replace(model, cell=cell, cell_sha256=cells.LOADED[cell][1])
+    warn_if_changed(loaded, model, workdir)
+    return dataclasses.replace(model, cell=cell)
+
+
+def warn_if_changed(model: ModelConfig, trained: ModelConfig, workdir: Path) -> None:
+    """Warn if the file of a cell has changed since the model in `workdir` was trained with it."""
+    if model.cell_sha256 != trained.cell_sha256:
         warn(
-            f"{loaded} has changed since the model in {workdir} was trained with it: it may "
+            f"{model.cell} has changed since the model in {workdir} was trained with it: it may "
             "compute something else"
         )
-    return dataclasses.replace(model, cell=loaded)
 
 
 def make_flag(model: ModelConfig) -> str:
     """Return the flag, after a space, that a command needs to read the run; "" if it needs none."""
-    name = model.cell
-    return f" --cell {shlex.quote(name)}" if names_cell_file(name) else ""
-
-
-def get_class_name(model: ModelConfig) -> str:
-    """Return the name of the cell's class, without its file, or the name in `cells.CELLS`."""
-    return model.cell.rpartition(":")[2]
+    return f" --cell {shlex.quote(model.cell)}" if names_cell_file(model.cell) else ""

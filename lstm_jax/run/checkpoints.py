@@ -26,31 +26,9 @@ _UNFINISHED = ".unfinished"
 SEAL = "SHA256SUMS"
 # Written after the checkpoint is sealed, so the seal does not cover it.
 VALIDATION = "validation.json"
-# Where Orbax makes directories in the background, the threads of a save signal each other under a
-# number that is the latest of the whole process. If two runs in one process save at the same time,
-# a thread may thus wait for a directory of the other run.
-# So they are made before `save` returns, and nothing is signalled.
+# If Orbax made directories in the background, threads of runs in one process that save at the same
+# time would wait for those of each other.
 _OPTIONS = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-
-
-class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Writes each array to a directory of its own, so that `sha256sum` can check it."""
-
-    def __init__(self) -> None:
-        super().__init__(use_ocdbt=False)
-
-    def finalize(self, directory: Any) -> None:
-        """Do nothing: in this format nothing has to be merged, of which Orbax would warn."""
-
-
-def _make_handler() -> ocp.CompositeCheckpointHandler:
-    """Return the handler of a save."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for name in ("params", "state"):
-        registry.add(name, ocp.args.StandardSave, _ArraysHandler())
-    return ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(async_options=_OPTIONS), handler_registry=registry
-    )
 
 
 class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", None]):
@@ -64,11 +42,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
       last_time: when it began, or the writer was made, by `time.monotonic`.
     """
 
-    # Orbax's CheckpointManager with LatestN and BestN would break three guarantees: SHA256SUMS is
-    # written before a checkpoint gets its name, the validation loss is added after the save, and a
-    # checkpoint is renamed before its files are removed, so that a reader never sees half of it.
-    # Each save adds about 30 KiB to the process: TensorStore 0.1.86 leaks the results of its
-    # `to_json` and `experimental_collect_matching_metrics`, which Orbax calls.
+    # Orbax's CheckpointManager would break three guarantees: SHA256SUMS is written before a
+    # checkpoint gets its name, the validation loss is added after the save, and a checkpoint is
+    # renamed before its files are removed, so that a reader never sees half of it.
 
     def __init__(self, directory: Path) -> None:
         """Make the directory and remove unfinished checkpoints of killed processes."""
@@ -80,7 +56,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         hosts.wait_for_all("checkpoints")
         self.last_step = max(list_steps(self._directory), default=-1)
         self.last_time = time.monotonic()
-        self._orbax = ocp.AsyncCheckpointer(_make_handler(), async_options=_OPTIONS)
+        options = ocp.CompositeOptions(async_options=_OPTIONS)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=_OPTIONS)
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
 
@@ -117,7 +95,8 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         path.rename(self._directory / str(step))
         files.sync_directory(self._directory)
         steps = list_steps(self._directory)
-        for old in set(steps) - {*steps[-2:], find_best_step(self._directory)}:
+        best = max(steps, key=functools.partial(_rank, self._directory))
+        for old in set(steps) - {*steps[-2:], best}:
             unfinished = self._directory / f"{old}{_UNFINISHED}"
             (self._directory / str(old)).rename(unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next writer tries.
@@ -239,13 +218,8 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def find_best_step(directory: Path) -> int | None:
-    """Return the step with the best validation loss, else the latest, else None."""
-    return max(list_steps(directory), key=functools.partial(_rank, directory), default=None)
-
-
 def _rank(directory: Path, step: int) -> tuple[float, int]:
-    """Return a pair of numbers that is greatest for the best checkpoint."""
+    """Return a pair of numbers that is greatest for the best checkpoint, else the latest."""
     loss = read_validation_loss(directory, step)
     return (-np.inf, step) if loss is None else (-loss, 0)
 
@@ -272,28 +246,25 @@ def _restore_first(
         step = max(steps, key=rank)
         path = directory / str(step)
         damage = find_damage(path)
-        if damage is None:
-            try:
+        try:
+            if damage is None:
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     arguments = ocp.args.Composite(**items)
                     return step, checkpointer.restore(path.resolve(), args=arguments), damaged
-            except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
-                raise
-            except Exception as error:  # Orbax re-raises any exception of its storage.
-                if path.exists():
-                    raise UserError(
-                        f"the checkpoint {path} does not hold the arrays that the config and this "
-                        f"code describe ({one_line(error)[:300]}): use the code that saved it, or "
-                        f"start a new run with its parameters (--init_from {directory.parent})"
-                    ) from None
-        elif path.exists():  # Otherwise the run has just replaced it by a newer one.
+        except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
+            raise
+        except Exception as error:  # Orbax re-raises any exception of its storage.
+            if path.exists():
+                raise UserError(
+                    f"the checkpoint {path} does not hold the arrays of this model and optimizer "
+                    f"({one_line(error)[:300]}): use the code that saved it, or start a new run "
+                    f"with its parameters (--init_from {directory.parent})"
+                ) from None
+        if damage and path.exists():  # Otherwise the run has just replaced it by a newer one.
             damaged[path] = damage
     if damaged:
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
-        raise UserError(
-            f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
-            f"use another working directory"
-        )
+        raise UserError(f"every checkpoint in {directory} is damaged ({reasons}): restore a copy")
     return None, None, damaged
 
 

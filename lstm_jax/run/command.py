@@ -39,6 +39,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _run(main: Callable[[], int | None]) -> None:
+    import jax
     from tqdm import tqdm
 
     from lstm_jax.devices import compilation_cache
@@ -54,27 +55,19 @@ def _run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except interrupts.Stopped as stopped:
         code = stopped.code
-    except Exception as error:
-        _report(error)
-    if code:  # A signal stopped training, which has saved and reported this.
-        interrupts.exit_now(code)
-
-
-def _report(error: Exception) -> NoReturn:
-    """Exit with one line for a user's mistake; re-raise any other error."""
-    if isinstance(error, UserError):
+    except UserError as error:
         _fail(str(error))
-    if isinstance(error, OSError):
+    except OSError as error:
         _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")
-    import jax
-
-    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
-    if isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error)):
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         _fail(
             f"there is not enough memory ({one_line(error)[:200]}): lower batches.batch_size or "
             "the sizes of the model, or read or generate less at a time"
         )
-    raise error
+    if code:  # A signal stopped training, which has saved and reported this.
+        interrupts.exit_now(code)
 
 
 def _fail(message: str) -> NoReturn:
@@ -88,12 +81,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         left = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        field = error.flagname.removeprefix("config.")
-        if "config" in flags.FLAGS and error.flagname.startswith(f"config.{config.OPTIONS}."):
-            _define_field(field, dict, "An option that the cell declares.")
+        name = error.flagname.removeprefix("config.")
+        if "config" in flags.FLAGS and name.startswith(f"{config.OPTIONS}."):
+            _define_field(name, dict, "An option that the cell declares.")
             flags.FLAGS.unparse_flags()
             return _parse_flags(argv)
-        _fail(_describe_unknown(error))
+        is_field = "config" in flags.FLAGS and (name != error.flagname or config.find_fields(name))
+        _fail(config.describe_unknown_field(name) if is_field else str(error))
     except (flags.Error, ValueError) as error:
         _fail(str(error))
     except SystemExit:  # absl has printed the help, and exits with code 1.
@@ -104,17 +98,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # Orbax, Grain and TFDS log a lot. If one of them fails, its exception is reported.
         flags.FLAGS.verbosity = absl_logging.FATAL
     return left
-
-
-def _describe_unknown(error: flags.UnrecognizedFlagError) -> str:
-    """Return one line about a flag that does not exist."""
-    if "config" in flags.FLAGS:
-        section, _, field = error.flagname.partition(".")
-        if section == "config" and field:
-            return config.describe_unknown_field(field)
-        if fields := [f"--config.{name}" for name in config.find_fields(error.flagname)]:
-            return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
-    return str(error)
 
 
 def define_config_flag(meaning: str) -> None:

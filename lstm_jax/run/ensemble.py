@@ -75,15 +75,12 @@ def load_ensemble(
     """
     first, *others = members = [workdir.load_trained(path, dtype) for path in workdirs]
     for path, other in zip(workdirs[1:], others, strict=True):
-        for name, ours, theirs in (
-            ("vocabularies", first.vocabulary.to_fields(), other.vocabulary.to_fields()),
-            ("texts or splits", first.config.data.sha256, other.config.data.sha256),
-        ):
-            if ours != theirs:
-                raise UserError(
-                    f"{workdirs[0]} and {path} have different {name}: the models of an ensemble "
-                    "must be trained on one text, with one vocabulary"
-                )
+        ours, theirs = ((t.vocabulary.to_fields(), t.config.data.sha256) for t in (first, other))
+        if ours != theirs:
+            raise UserError(
+                f"{workdirs[0]} and {path} have different texts, splits or vocabularies: the "
+                "models of an ensemble must be trained on one text, with one vocabulary"
+            )
     if others:
         models, params = zip(*((member.model, member.params) for member in members), strict=True)
         first = first._replace(model=Ensemble(models), params=params)

@@ -1,8 +1,8 @@
-"""Handle Ctrl-C and SIGTERM at any time of a command: print one line, exit with code 130 or 143.
+"""Handle Ctrl-C and SIGTERM: training saves and stops; any other program ends at once.
 
 Python would raise KeyboardInterrupt wherever the program is at that time. That may be in an import,
 which can't be repeated, or in a callback from which no exception propagates. So the process ends at
-once, as a killed one does: files get their names when they are complete. Training requests a stop.
+once, as a killed one does: files get their names when they are complete.
 """
 
 import contextlib
@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,33 +24,33 @@ class Stopped(KeyboardInterrupt):
         self.code = code
 
 
-class StopRequest:
-    """The first signal that `handle_signal` gets requests a stop; further ones change nothing."""
+class StopRequest(contextlib.AbstractContextManager["StopRequest", None]):
+    """Within its block, the first Ctrl-C or SIGTERM sets `code`, the exit code that it requests.
 
-    code = 0  # The exit code, after a signal.
-    _at_once = False
+    A second one is handled as before the block: a command ends at once.
+    """
 
-    def handle_signal(self, number: int, unused: object) -> None:
-        """Handle a signal: raise `Stopped` within `at_once`, otherwise at the next `check`."""
-        if not self.code:
-            self.code = 128 + number
-            if self._at_once:
-                raise Stopped(self.code)
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, Any] = {}
 
-    def check(self) -> None:
-        """Raise `Stopped` if a signal has arrived."""
-        if self.code:
-            raise Stopped(self.code)
+    def __enter__(self) -> "StopRequest":
+        # Only the main thread may set handlers. Ignored signals, as SIGINT in background jobs of a
+        # shell, stay ignored; handlers of native code, which are None, can't be restored.
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            for number, handler in handlers.items():
+                if handler not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let a signal raise `Stopped` immediately."""
-        self._at_once = True
-        try:
-            self.check()
-            yield
-        finally:
-            self._at_once = False
+    def _handle(self, number: int, unused: object) -> None:
+        self.code = 128 + number
+        self.__exit__()
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def exit_at_once() -> None:
@@ -59,26 +58,6 @@ def exit_at_once() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)
-
-
-@contextlib.contextmanager
-def handle_signals(handler: Callable[..., object]) -> Iterator[None]:
-    """Call a handler for Ctrl-C and SIGTERM within the block, in the main thread.
-
-    Those that are ignored, as SIGINT in background jobs of a shell, stay ignored.
-    """
-    # Python delivers signals to the main thread, and only that may set handlers. It can't restore
-    # a handler of native code, which is None.
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _SIGNALS if in_main}
-    changed = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in changed:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in changed.items():
-            signal.signal(number, old)
 
 
 def _leave(number: int, *unused: object) -> NoReturn:

@@ -3,31 +3,24 @@
 import contextlib
 import io
 import json
-import math
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import hparams, scalar, text
-from tqdm import tqdm
+from tensorboardX.summary import scalar, text
 
-from lstm_jax.config import Config, flatten
 from lstm_jax.data import files
-from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UserError, name_failure
-
-if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
-    from matplotlib.figure import Figure
 
 # From Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+_TEXTS = ("split", "time", "sample")  # Fields of a row that are no numbers.
 
 
 class Extra(TypedDict, total=False):
@@ -61,16 +54,13 @@ class MetricsWriter(contextlib.ExitStack[None]):
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(
-        self, path: Path, step: int, config: Config, watch: Watch = lambda row: None
-    ) -> None:
+    def __init__(self, path: Path, step: int, watch: Watch = lambda row: None) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
-        TensorBoard shows the fields of the config as hyperparameters. The seconds of training
-        continue from the last row.
+        The seconds of training continue from the last row.
         """
         super().__init__()
-        self._path, self._step, self._config, self._watch = path, step, config, watch
+        self._path, self._step, self._watch = path, step, watch
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         self._is_open = False
@@ -88,9 +78,6 @@ class MetricsWriter(contextlib.ExitStack[None]):
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
         self._add(Event(step=self._step + 1, session_log=start))
-        losses = [f"{split}/loss" for split in SPLITS]
-        for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
-            self._add(Event(summary=summary))
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -110,7 +97,6 @@ class MetricsWriter(contextlib.ExitStack[None]):
         """
         if not self._is_open:
             self._open()
-        sample = extra.pop("sample", None)
         row: Row = {
             "step": step,
             "epoch": round(epoch, 6),
@@ -120,27 +106,16 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        line = f"{json.dumps(row)}\n"
-        numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", "split", "time")}
+        numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", *_TEXTS)}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
-        if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
-            quoted = textwrap.indent(sample, "    ", lambda line: True)
+        if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
+            quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
-            row["sample"] = sample
-        # What it prints is not behind the bar. Without tqdm's lock: it may wait for a thread.
-        with tqdm.external_write_mode(sys.stderr, nolock=True):
-            self._watch(row)
-        self._lines.write(line.encode())
+        self._watch(row)
+        kept = {name: value for name, value in row.items() if name != "sample"}
+        self._lines.write(f"{json.dumps(kept)}\n".encode())
         self._lines.flush()
-
-
-def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
-    """Return the fields of a config by name, with values of other types as strings."""
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in flatten(config)
-    }
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -160,36 +135,26 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def plot_metrics(rows: Sequence[Row], path: Path) -> None:
-    """Write a figure of the losses of all splits over steps as a PNG file, atomically."""
-    picture = io.BytesIO()
-    draw_metrics(rows).savefig(picture, format="png")
-    files.write_file(path, picture.getvalue())
+    """Write a figure of the losses of all splits over steps as a PNG file, atomically.
 
-
-def draw_metrics(rows: Sequence[Row]) -> "Figure":
-    """Return a figure of the losses of all splits over steps."""
-    from matplotlib.figure import Figure
+    The first steps, which fall from ln(vocabulary size) and would flatten the rest, are left out.
+    """
+    from matplotlib.figure import Figure  # Importing it takes half a second.
 
     # Fixed margins, because a layout engine would double the time of drawing.
     figure = Figure(figsize=(8, 5), layout="none")  # type: ignore[arg-type]
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.11, top=0.97)
     axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    rows = [row for row in rows if row["step"]]
+    first = max((row["step"] for row in rows), default=0) / 30
     for split, style, size in (("train", ".-", 1), ("validation", "o-", 4), ("test", "*", 12)):
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points:
+        if points := [point for point in points if point[0] > first]:
             steps, losses = zip(*points, strict=True)
             label = f"{split}, last {losses[-1]:.3f}"
             axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
     if axes.lines:
         axes.legend()
-    # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
-    finite = [row for row in rows if math.isfinite(row["loss"])]
-    if ordered := sorted(row["loss"] for row in finite):
-        measured = [row["loss"] for row in finite if row["split"] != "train"]
-        top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
-        if top > ordered[0]:
-            margin = 0.05 * (top - ordered[0])
-            axes.set_ylim(ordered[0] - margin, top + margin)
-    return figure
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    files.write_file(path, picture.getvalue())

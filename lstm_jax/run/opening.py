@@ -2,27 +2,27 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.config import Config
+from lstm_jax.config import CHANGEABLE, Config, flatten
 from lstm_jax.data import files, texts
 from lstm_jax.devices import hosts, parallel
-from lstm_jax.errors import UnavailableError, UserError, warn
-from lstm_jax.run import distillation, metrics, resume, workdir
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.regularization import drop_parameters
+from lstm_jax.run import cell_file, distillation, metrics, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
     list_steps,
@@ -35,109 +35,66 @@ from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 _LOCK = ".lock"  # A file in the working directory.
 
 
-class Plan:
-    """The steps of a run with this config, for a text with this number of steps per epoch.
+class Plan(NamedTuple):
+    """The steps of a run."""
 
-    Raise `UserError` if there are too many.
-
-    Attributes:
-      steps_per_epoch: the number of steps per epoch.
-      total_steps: the number of steps until the end of the run, unless `patience` ends it earlier.
-      limit: the field that determines it, "num_epochs" or "max_steps".
-      tokens_per_step: the number of tokens of a step.
-    """
-
-    def __init__(self, config: Config, steps_per_epoch: int) -> None:
-        self._config, self.steps_per_epoch = config, steps_per_epoch
-        self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
-        if 0 < config.max_steps < self.total_steps:
-            self.total_steps, self.limit = config.max_steps, "max_steps"
-        if self.total_steps >= 2**31:  # Steps are counted in int32.
-            raise UserError(
-                f"the run would have {self.total_steps:,} steps, more than 2,147,483,647: lower "
-                "config.num_epochs, or set config.max_steps"
-            )
-        self.tokens_per_step = config.batches.batch_size * config.batches.window_length
-        # Jitted, because a schedule is many operations.
-        self._schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, self.total_steps))
+    steps_per_epoch: int
+    total_steps: int  # Until the end of the run, unless `patience` ends it earlier.
+    validate_every_steps: int
+    log_every_steps: int
+    steps_per_call: int
+    tokens_per_step: int
+    schedule: optax.Schedule
 
     def count_epochs(self, step: int) -> float:
         """Return the number of passes over the training text after `step` steps."""
         return step / self.steps_per_epoch
 
-    def describe_length(self, step: int) -> str:
-        """Return how long a run is after `step` steps, in the unit of its limit."""
-        if self.limit == "max_steps":
-            return f"{step} steps"
-        return f"{round(self.count_epochs(step), 4):g} epochs"
-
     def validates_at(self, step: int) -> bool:
         """Return whether the run saves and validates after `step` steps, which may be 0."""
-        every = self._config.validate_every_steps or self.steps_per_epoch
+        every = self.validate_every_steps or self.steps_per_epoch
         return not step % every or not step % self.steps_per_epoch or step == self.total_steps
 
     def count_steps_of_call(self, step: int) -> int:
         """Return the number of steps of the next call, which must not cross a log or validation."""
-        number, log_every = self._config.steps_per_call, self._config.log_every_steps
+        number = self.steps_per_call
         inside = range(step + 1, step + number)
-        return 1 if any(not n % log_every or self.validates_at(n) for n in inside) else number
+        ends = any(not n % self.log_every_steps or self.validates_at(n) for n in inside)
+        return 1 if ends else number
 
     def get_learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1, in the six digits of float32."""
-        return float(f"{float(self._schedule(step - 1)):.6g}")
+        return float(f"{float(self.schedule(step - 1)):.6g}")
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A run, new or at its latest checkpoint, whose lock is held.
-
-    Attributes:
-      config, changes: the config, and its changes since the run was last trained.
-      directory: the working directory.
-      vocabulary, ids: the vocabulary, and the ids of each split.
-      sizes: the sizes of validation and test text, without the first token.
-      mesh: the devices that it trains on.
-      model, optimizer, plan: the model, its optimizer, and the steps of the run.
-      first_state, first_step: the training state at the start, whose arrays the first step donates,
-        and its number of steps.
-      checkpoints, writer: write checkpoints, and metrics in process 0.
-      source: step and vocabulary size of the model whose parameters a new run starts from.
-      is_resumed: whether the run was trained before.
-      is_validated: whether its latest checkpoint has been validated.
-      is_finished: whether its training is finished.
-      prints: whether this process prints: the first one, unless the run is quiet.
-    """
+    """A run, new or at its latest checkpoint, whose lock is held."""
 
     config: Config
-    changes: resume.Changes
     directory: Path
     vocabulary: Vocabulary
-    ids: dict[str, Ids]
-    sizes: dict[str, TextSize]
+    ids: dict[str, Ids]  # Of each split.
+    sizes: dict[str, TextSize]  # Of validation and test text, without the first token.
     mesh: Mesh
     model: model_lib.LanguageModel
     optimizer: optax.GradientTransformation
     plan: Plan
-    first_state: TrainState
+    first_state: TrainState  # Whose arrays the first step donates.
     first_step: int
+    history: dict[str, int]  # The sizes, at this step, of the files that a run appends to.
     checkpoints: CheckpointWriter
-    writer: metrics.MetricsWriter | None
-    source: tuple[int, int] | None
+    writer: metrics.MetricsWriter  # Used by process 0 only.
+    notes: list[str]  # Lines about what it starts from.
     is_resumed: bool
-    is_validated: bool
+    is_validated: bool  # Whether the latest checkpoint has been validated.
     is_finished: bool
-    prints: bool
+    prints: bool  # Whether this process prints: the first one, unless the run is quiet.
 
     def print(self, text: str) -> None:
-        """Print to standard output, above the bar of progress, if this process prints."""
+        """Print to standard output, if this process prints."""
         if self.prints:
-            with tqdm.external_write_mode(sys.stdout):
-                print(text, flush=True)
-
-    def warn(self, text: str) -> None:
-        """Log a warning, above the bar of progress."""
-        with tqdm.external_write_mode(sys.stderr):
-            warn(text)
+            print(text, flush=True)
 
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
@@ -152,179 +109,226 @@ def open_run(
 
     `config` is complete; for the other arguments and errors, see `training.train`.
     """
-    mesh = parallel.make_mesh(config)  # Before anything is compiled.
-    config = resume.resolve_model(config)
+    config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
+    mesh = parallel.make_mesh(config)
     with contextlib.ExitStack() as stack:
         with hosts.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
-            stack.enter_context(_hold_lock(directory))
+            lock = stack.enter_context(_hold_lock(directory))
         config = dataclasses.replace(config, data=splits.resolve(config.data))
-        config, vocabulary, changes = resume.resolve_run(config, directory, splits)
-        ids, sizes = splits.encode(vocabulary)
-        checkpoint_directory = directory / workdir.CHECKPOINTS
-        is_resumed = bool(list_steps(checkpoint_directory))
-        _check_processes(config, directory)
-        if config.distill.teachers and (not is_resumed or "distill.teachers" in changes):
-            distillation.check_teachers(config, vocabulary)
-        order = batches.make_order(len(ids["train"]), config.batches, config.seed)
-        plan = Plan(config, order.steps_per_epoch)
-        model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-        optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
-        state, source = _make_first_state(config, model, optimizer, mesh, ids["train"], is_resumed)
-        state, step, history = _restore_state(config, directory, plan, state)
-        is_recorded = is_resumed and read_validation_loss(checkpoint_directory, step) is not None
-        # A fast process may just have recorded it.
-        is_validated = bool(hosts.max_over_processes(is_recorded))
-        is_at_end = step == plan.total_steps
-        is_finished = is_validated and (is_at_end or is_out_of_patience(config, directory))
-        if is_finished and not all(name.startswith("data.") for name in changes):
-            changes = {}  # A finished run keeps its config, except where its text is.
-        elif hosts.is_first():
-            kept = None if is_finished else history
-            _write_files(config, directory, vocabulary, step, changes, kept)
-        yield OpenRun(
-            config=config,
-            changes=changes,
-            directory=directory,
-            vocabulary=vocabulary,
-            ids=ids,
-            sizes=sizes,
-            mesh=mesh,
-            model=model,
-            optimizer=optimizer,
-            plan=plan,
-            first_state=state,
-            first_step=step,
-            # After the config: checkpoints without one can't be resumed.
-            checkpoints=stack.enter_context(CheckpointWriter(checkpoint_directory)),
-            writer=stack.enter_context(_open_metrics(config, directory, step, watch)),
-            source=source,
-            is_resumed=is_resumed,
-            is_validated=is_validated,
-            is_finished=is_finished,
-            prints=hosts.is_first() and not quiet,
-        )
+        start = _find_start(config, directory, splits.texts["train"])
+        hosts.check_same(f"{lock} {start.is_resumed} {config.to_dict()}")
+        ids, sizes = splits.encode(start.vocabulary)
+        run = _make_run(start, directory, ids, sizes, mesh, watch, quiet)
+        if hosts.is_first() and not run.is_finished:  # A finished run keeps its config.
+            workdir.restore_history(directory, run.history)
+            workdir.save_fields(directory, run.config, run.vocabulary)
+        stack.enter_context(run.checkpoints)
+        stack.enter_context(run.writer)
+        yield run
 
 
 @contextlib.contextmanager
-def _hold_lock(directory: Path) -> Iterator[None]:
-    """Make `directory` and hold its lock, for all processes of a run.
+def _hold_lock(directory: Path) -> Iterator[str]:
+    """Make `directory` and hold its lock, for all processes of a run; yield what is in its file.
 
     The operating system releases it with the process, however it ends. On a file system without
     locks, nothing is locked. Raise `UnavailableError` if a process of another run holds it, or the
     directory can't be written.
     """
+    path = directory / _LOCK
     if not hosts.is_first():
-        yield
+        yield path.read_text() if path.exists() else ""
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / _LOCK).open("a+")
+        file = path.open("a+")
     except OSError as error:
         raise UnavailableError(f"can't write to {directory}: {error.strerror}") from None
     with file:
         try:
             files.lock_file(file.fileno())
         except BlockingIOError:
-            file.seek(0)
             raise UnavailableError(
-                f"another process is training in {directory} ({file.read().strip()}): wait until "
-                "it ends, stop it, or use another working directory"
+                f"another process is training in {directory} ({path.read_text().strip()}): wait "
+                "until it ends, stop it, or use another working directory"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
         file.flush()
-        yield
+        yield path.read_text()
 
 
-def _check_processes(config: Config, directory: Path) -> None:
-    """Raise `UserError` in all processes if they don't train the same run."""
-    lock = directory / _LOCK
-    held = lock.read_text() if lock.exists() else ""  # It distinguishes directories.
-    steps = list_steps(directory / workdir.CHECKPOINTS)
-    hosts.check_same(f"{held!r} {steps} {config.to_dict()}")
+class _Start(NamedTuple):
+    """What a run is trained with, and starts from."""
+
+    config: Config
+    vocabulary: Vocabulary
+    params: model_lib.Params | None  # Of another model.
+    is_resumed: bool
+    notes: list[str]
 
 
-def _make_first_state(
-    config: Config,
-    model: model_lib.LanguageModel,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    ids: Ids,
-    is_resumed: bool,
-) -> tuple[TrainState, tuple[int, int] | None]:
-    """Return the state before the first step, and step and vocabulary size of `init_from`."""
-    trained = (
-        workdir.load_trained(config.init_from) if config.init_from and not is_resumed else None
+def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
+    """Return what a new run starts from, or the run in `directory`, which may have changed fields.
+
+    Raise `UserError` if files of the run are missing, a field can't change, or the model that it
+    starts from has other sizes.
+    """
+    names = (workdir.CONFIG, workdir.CHECKPOINTS, workdir.METRICS, workdir.MODEL)
+    has_config, has_checkpoints, *others = ((directory / name).exists() for name in names)
+    if any(others) and not (has_config and has_checkpoints):
+        missing = workdir.CHECKPOINTS if has_config else workdir.CONFIG
+        raise UserError(
+            f"{directory} holds no complete run: restore {missing}, or use another working "
+            "directory"
+        )
+    is_resumed, notes = bool(list_steps(directory / workdir.CHECKPOINTS)), list[str]()
+    if has_config:
+        before = workdir.load_config(directory)
+        config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
+        changes = _list_changes(before, config)
+        if fixed := [f"{f} was {a!r} and is {b!r}" for f, a, b in changes if f not in CHANGEABLE]:
+            raise UserError(
+                f"{directory} holds a run with another config ({'; '.join(fixed)}): resume with "
+                "that config, or use another working directory"
+            )
+        cell_file.warn_if_changed(config.model, before.model, directory)
+        notes = [f"{field} is now {now!r}; it was {was!r}" for field, was, now in changes]
+    if is_resumed:
+        return _Start(config, workdir.load_vocabulary(directory), None, True, notes)
+    if not config.init_from:
+        return _Start(config, text.make_vocabulary(config.data), None, False, notes)
+    source = workdir.load_trained(config.init_from)
+    for field, theirs, ours in _list_changes(source.config, config):
+        is_initial = field.startswith("model.initial_") or field in CHANGEABLE
+        if field == "data.units" or (field.startswith("model.") and not is_initial):
+            raise UserError(
+                f"config.{field} is {ours!r}, but {theirs!r} in {config.init_from}, from which "
+                "this run starts: set the same"
+            )
+    # No tokens of "bpe" are learned: those of the model can spell any word.
+    own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
+    vocabulary = source.vocabulary.extend(own)
+    new = vocabulary.tokens[len(source.vocabulary) :]
+    notes.append(
+        f"The initial weights are those of step {source.step} in {config.init_from}; "
+        f"{len(new)} new tokens: {', '.join(map(repr, new[:10]))}"
     )
+    return _Start(config, vocabulary, source.params, False, notes)
+
+
+def _list_changes(before: Config, config: Config) -> list[tuple[str, object, object]]:
+    """Return name, value before and value now of each changed field; a cell's file may move."""
+    old, new = (
+        dict(flatten(one)) | {"model.cell": one.model.cell.rpartition(":")[2]}
+        for one in (before, config)
+    )
+    return [
+        (field, old[field], value)
+        for field, value in new.items()
+        if value != old[field] and field != "model.cell_sha256"
+    ]
+
+
+def _make_run(
+    start: _Start,
+    directory: Path,
+    ids: dict[str, Ids],
+    sizes: dict[str, TextSize],
+    mesh: Mesh,
+    watch: metrics.Watch,
+    quiet: bool,
+) -> OpenRun:
+    """Make the model and the training state, which is that of the latest checkpoint if any."""
+    config = start.config
+    if config.distill.teachers and not start.is_resumed:
+        distillation.check_teachers(config, start.vocabulary)
+    plan = _make_plan(config, len(ids["train"]))
+    try:
+        model = model_lib.make_model(config.model, len(start.vocabulary), start.vocabulary.stop_id)
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
+    model_lib.check_model(model)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
     state = init_state(
         model,
         optimizer,
         jax.random.key(config.seed),
         config.batches.batch_size,
-        trained=trained.params if trained else None,
+        trained=start.params,
+        counts=None if start.is_resumed else texts.count_ids(ids["train"], len(start.vocabulary)),
+    ).place(mesh)
+    # A rate that does not apply to the parameters is an error.
+    drop = functools.partial(drop_parameters, config.regularization)
+    jax.eval_shape(drop, state.params, state.key)
+    checkpoints = directory / workdir.CHECKPOINTS
+    state, step, history = _restore_state(checkpoints, state, plan.total_steps)
+    is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None
+    is_validated = bool(hosts.max_over_processes(is_recorded))  # Process 0 may just have done so.
+    is_over = step == plan.total_steps or is_out_of_patience(config.patience, directory)
+    return OpenRun(
+        config=config,
+        directory=directory,
+        vocabulary=start.vocabulary,
+        ids=ids,
+        sizes=sizes,
         mesh=mesh,
-        counts=None if is_resumed else texts.count_ids(ids, model.vocabulary_size),
+        model=model,
+        optimizer=optimizer,
+        plan=plan,
+        first_state=state,
+        first_step=step,
+        history=history,
+        checkpoints=CheckpointWriter(checkpoints),
+        writer=metrics.MetricsWriter(directory / workdir.METRICS, step, watch),
+        notes=start.notes,
+        is_resumed=start.is_resumed,
+        is_validated=is_validated,
+        is_finished=is_validated and is_over,
+        prints=hosts.is_first() and not quiet,
     )
-    return state, (trained.step, len(trained.vocabulary)) if trained else None
+
+
+def _make_plan(config: Config, length: int) -> Plan:
+    """Return the steps of a run on a training text of `length` tokens."""
+    order = batches.make_order(length, config.batches, config.seed)
+    total_steps = config.num_epochs * order.steps_per_epoch
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    return Plan(
+        order.steps_per_epoch,
+        total_steps,
+        config.validate_every_steps,
+        config.log_every_steps,
+        config.steps_per_call,
+        config.batches.batch_size * config.batches.window_length,
+        jax.jit(optimizer_lib.make_schedule(config.optimizer, total_steps)),  # Many operations.
+    )
 
 
 def _restore_state(
-    config: Config, directory: Path, plan: Plan, state: TrainState
-) -> tuple[TrainState, int, dict[str, int] | None]:
-    """Return state, step and history of the latest checkpoint, else the given state.
-
-    Raise `UserError` if there are metrics but no checkpoint, or it is beyond the last step.
-    """
-    restored = restore_latest(directory / workdir.CHECKPOINTS, state.params, state.rest)
+    checkpoints: Path, state: TrainState, total_steps: int
+) -> tuple[TrainState, int, dict[str, int]]:
+    """Return state, step and history of the latest checkpoint, else the given state."""
+    restored = restore_latest(checkpoints, state.params, state.rest)
     if not restored:
-        if (directory / workdir.METRICS).exists():
-            raise UserError(
-                f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
-                f"{workdir.CHECKPOINTS}/, or start a new run in another working directory"
-            )
-        return state, 0, None
+        return state, 0, {}
     step, items = restored
-    if step > plan.total_steps:
+    if step > total_steps:
         raise UserError(
-            f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-            f"{plan.limit}={getattr(config, plan.limit)} is fewer: set more, or use another "
-            "working directory"
+            f"the run in {checkpoints.parent} has trained {step} steps already: raise "
+            "config.num_epochs or config.max_steps, or use another working directory"
         )
     return TrainState(params=items.params, **items.state), step, items.history
 
 
-def is_out_of_patience(config: Config, directory: Path) -> bool:
-    """Return whether `patience` has ended a run, by its validation losses; process 0 decides."""
+def is_out_of_patience(patience: int, directory: Path) -> bool:
+    """Return whether the last `patience` > 0 validations of a run did not improve on those before.
+
+    A run that was stopped or killed and has resumed has the same rows as one that was not, so both
+    end at the same step. Process 0 decides.
+    """
     rows = metrics.read_metrics(directory / workdir.METRICS) if hosts.is_first() else []
     losses = [row["loss"] for row in rows if row["split"] == "validation"]
-    is_over = 0 < config.patience < len(losses) and (
-        min(losses[-config.patience :]) >= min(losses[: -config.patience])
-    )
+    is_over = 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
     return bool(hosts.max_over_processes(is_over))
-
-
-def _write_files(
-    config: Config,
-    directory: Path,
-    vocabulary: Vocabulary,
-    step: int,
-    changes: resume.Changes,
-    history: dict[str, int] | None,
-) -> None:
-    """Write the config, its changes and the vocabulary; remove what is later than `history`."""
-    if changes:
-        workdir.append_changes(directory, step, changes)
-    workdir.save_vocabulary(directory, vocabulary)
-    workdir.save_config(directory, config)
-    if history is not None:
-        workdir.restore_history(directory, history)
-
-
-def _open_metrics(
-    config: Config, directory: Path, step: int, watch: metrics.Watch
-) -> AbstractContextManager[metrics.MetricsWriter | None]:
-    """Return the writer of metrics, in process 0 only."""
-    if not hosts.is_first():
-        return contextlib.nullcontext()
-    return metrics.MetricsWriter(directory / workdir.METRICS, step, config, watch)

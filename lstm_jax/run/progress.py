@@ -1,10 +1,9 @@
-"""Keep pace with the devices, and show the progress of training."""
+"""Keep pace with the devices, and print the progress of training."""
 
 import sys
 import time
 
 import jax
-from tqdm import tqdm
 
 from lstm_jax.devices import hosts
 from lstm_jax.run.opening import Plan
@@ -45,61 +44,42 @@ class Pacer:
 
 
 class Progress:
-    """Measures the speed of training; shows step, epoch, loss, speed and remaining time.
+    """Measures the speed of training, and prints step, epoch, loss, speed and remaining time.
 
-    On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
-    seconds. The first call of the step, which compiles it, is not measured.
+    It prints a line every ten seconds. The first call of the step, which compiles it, is not
+    measured.
     """
 
-    def __init__(self, plan: Plan, step: int, shown: bool) -> None:
-        self._plan, self._shown, self._is_compiled = plan, shown, False
-        # Steps done, and the time, from which the speed is measured.
-        self._clock = step, time.monotonic()
+    def __init__(self, plan: Plan, prints: bool) -> None:
+        self._plan, self._prints = plan, prints
+        self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
         self._last_line = time.monotonic()
-        is_bar = shown and sys.stderr.isatty()
-        total = plan.total_steps
-        self._bar = tqdm(
-            total=total, initial=step, unit="step", dynamic_ncols=True, disable=not is_bar
-        )
 
     def after_step(self, step: int) -> None:
-        """Start the clock again after the first call."""
-        if not self._is_compiled:
-            self._is_compiled = True
-            self.start_clock(step)
+        """Start the clock after the first call, or after `stop_clock`."""
+        self._clock = self._clock or (step, time.monotonic())
 
-    def start_clock(self, step: int) -> None:
-        """Measure the speed from here on, with `step` steps done."""
-        self._clock = step, time.monotonic()
-        self._bar.update(step - self._bar.n)
+    def stop_clock(self) -> None:
+        """Measure the speed from the next step on."""
+        self._clock = None
 
     def measure_speed(self, step: int) -> float:
-        """Return the steps per second since the last call or `start_clock`; 0 without a step."""
-        before, self._clock = self._clock, (step, time.monotonic())
-        steps, seconds = step - before[0], self._clock[1] - before[1]
-        return steps / seconds if steps else 0.0
-
-    def show(self, step: int, loss: float, speed: float) -> None:
-        """Show the training loss and the speed, in steps per second, or 0 if it is unknown."""
-        plan = self._plan
-        measured = [f"epoch {plan.count_epochs(step):.2f}", f"loss {loss:.3f}"]
-        if speed:
-            measured.append(f"{speed * plan.tokens_per_step:,.0f} tokens/s")
-        self._bar.set_postfix_str(", ".join(measured), refresh=False)
-        self._bar.update(step - self._bar.n)
+        """Return the tokens per second since the last call or the start; 0 if it is unknown."""
         now = time.monotonic()
-        if self._shown and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            if speed:
-                minutes, seconds = divmod(round((plan.total_steps - step) / speed), 60)
-                measured.append(f"{minutes}:{seconds:02} left")
-            print(", ".join([f"step {step}/{plan.total_steps}", *measured]), flush=True)
+        (start, since), self._clock = self._clock or (step, now), (step, now)
+        return (step - start) * self._plan.tokens_per_step / (now - since) if step > start else 0.0
 
-    def finish(self, step: int) -> None:
-        """Show that the run ends at `step`, before all steps are done."""
-        self._bar.total = step
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Close the bar and leave it on the screen."""
-        self._bar.close()
+    def print(self, step: int, loss: float, speed: float) -> None:
+        """Print a line if it is time to; `speed` is in tokens per second, or 0."""
+        now, plan = time.monotonic(), self._plan
+        if not self._prints or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        line = (
+            f"step {step}/{plan.total_steps}, epoch {plan.count_epochs(step):.2f}, loss {loss:.3f}"
+        )
+        if speed:
+            left = (plan.total_steps - step) * plan.tokens_per_step / speed
+            minutes, seconds = divmod(round(left), 60)
+            line += f", {speed:,.0f} tokens/s, {minutes}:{seconds:02} left"
+        print(line, flush=True)

@@ -7,9 +7,7 @@ a folder in the package.
 
 import contextlib
 import dataclasses
-import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,6 @@ MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
-CHANGES = "changes.jsonl"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
 # first removes what was appended later. TensorBoard hides what was.
 HISTORY = (METRICS, SAMPLES)
@@ -44,20 +41,11 @@ def expand_path(directory: Path | str) -> Path:
     return Path(os.path.expanduser(directory))
 
 
-def is_in_package(name: Path | str) -> bool:
-    """Return whether this is the name of a model in the package, and no path here."""
-    path = expand_path(name)
-    return path.name == str(path) and not path.exists() and (_PRETRAINED / path).is_dir()
-
-
 def find_model(name: Path | str) -> Path:
     """Return the directory of a trained model: a path, or that of a name in the package."""
-    return _PRETRAINED / name if is_in_package(name) else expand_path(name)
-
-
-def is_folder(directory: Path) -> bool:
-    """Return whether the model in a directory is in one file, without the checkpoints of a run."""
-    return (directory / MODEL).exists() and not (directory / CHECKPOINTS).exists()
+    path = expand_path(name)
+    is_packaged = path.name == str(path) and not path.exists() and (_PRETRAINED / path).is_dir()
+    return _PRETRAINED / path if is_packaged else path
 
 
 def load_config(workdir: Path) -> Config:
@@ -67,30 +55,26 @@ def load_config(workdir: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
-            "training run, or tiny-shakespeare, or train one with python -m lstm_jax.main --config "
-            f"experiments/quick.py --workdir {shlex.quote(str(workdir))}"
+            "training run, or tiny-shakespeare, or train one with python -m lstm_jax.main"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None
+        raise UserError(f"{workdir / CONFIG} is damaged: {error}") from None
     return config_lib.complete_config(fields)
 
 
 def load_vocabulary(workdir: Path) -> Vocabulary:
     """Return the vocabulary of the run in `workdir`; raise `UserError` if it has none."""
     try:
-        return Vocabulary.from_fields(files.read_json(workdir / VOCABULARY))
+        fields = files.read_json(workdir / VOCABULARY)
+        return Vocabulary.from_fields(fields)
     except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {_reason(error)}") from None
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {error}") from None
 
 
 def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
     """Return the best parameters of `model` in a run, and their step; of a folder, its file's."""
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
-    if is_folder(workdir):
+    if (workdir / MODEL).exists():
         return model_file.read_params(workdir / MODEL, abstract)
     # A folder does not need Orbax, whose import takes half a second.
     from lstm_jax.run import checkpoints
@@ -122,14 +106,14 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
         loaded (`cell_file.load_cell`), or int8 is not possible.
     """
     workdir = find_model(workdir)
-    config = load_config(workdir)
-    if dtype:
-        used = "bfloat16" if dtype == "int8" else dtype
-        config = config_lib.complete_config(config, {"model.dtype": used})
-    loaded = cell_file.use_loaded_cell(config.model, workdir)
-    vocabulary = load_vocabulary(workdir)
+    config, vocabulary = load_config(workdir), load_vocabulary(workdir)
+    fields = cell_file.use_loaded_cell(config.model, workdir)
     # The run may have used another kind of device.
-    config = dataclasses.replace(config, model=dataclasses.replace(loaded, recurrence="auto"))
+    fields = dataclasses.replace(fields, recurrence="auto")
+    if dtype:
+        used: Any = "bfloat16" if dtype == "int8" else dtype
+        fields = dataclasses.replace(fields, dtype=used)
+    config = dataclasses.replace(config, model=fields)
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     if dtype == "int8":
         if not model.supports_int8:
@@ -144,20 +128,10 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     return Trained(config, vocabulary, model, params, step)
 
 
-def save_config(workdir: Path, config: Config) -> None:
-    """Write the file that `load_config` reads."""
-    files.write_json(workdir / CONFIG, config.to_dict())
-
-
-def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
-    """Write the file that `load_vocabulary` reads."""
+def save_fields(workdir: Path, config: Config, vocabulary: Vocabulary) -> None:
+    """Write the files that `load_config` and `load_vocabulary` read."""
     files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
-
-
-def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
-    """Record changes of config fields after `step`: by field, the values before and after."""
-    with (workdir / CHANGES).open("ab") as file:
-        file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
+    files.write_json(workdir / CONFIG, config.to_dict())
 
 
 def append_sample(workdir: Path, step: int, temperature: float, text: str) -> None:

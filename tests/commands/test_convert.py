@@ -4,7 +4,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -240,7 +239,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
             transfer.import_weights(*arguments)
     shutil.copytree(trained, tmp_path / "mogrifier")
     changed = config.complete_config(workdir.load_config(trained), {"model.cell": "mogrifier"})
-    workdir.save_config(tmp_path / "mogrifier", changed)
+    workdir.save_fields(tmp_path / "mogrifier", changed, workdir.load_vocabulary(trained))
     for directory, target, message in (
         ("nothing", "new.safetensors", "there is no trained model in"),
         ("mogrifier", "new.safetensors", "can't be converted: PyTorch has only"),
@@ -253,13 +252,6 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
         transfer.export_folder(trained, tmp_path / "list.json", "float32")
     names = {"run", "mogrifier", "broken.safetensors", "words.json", "list.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def test_an_error_names_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.delitem(sys.modules, "safetensors.numpy", raising=False)
-    with pytest.raises(UserError, match=r"safetensors: pip install 'lstm-jax\[convert\]'$"):
-        torch_weights.to_bytes(make_arrays())
 
 
 def test_corrupted_weights_are_read_or_raise_a_one_line_error(tmp_path: Path) -> None:

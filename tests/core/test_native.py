@@ -494,7 +494,7 @@ for settings.mesh.data, used, settings.model.dtype in (
     mesh = parallel.make_mesh(settings)
     assert choice.runs_in_c("windows", settings.model.dtype, 32) == bool(used)
     lstm = model.make_model(settings.model, 30)
-    state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
+    state = train_step.init_state(lstm, adam, jax.random.key(0), 12).place(mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
     for k in range(40):
         state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k == 0)))

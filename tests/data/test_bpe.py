@@ -25,7 +25,6 @@ from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.run import workdir
-from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 from test_vocabulary import TEXTS
 
@@ -97,8 +96,8 @@ def test_ctrl_c_ends_the_learning_of_tokens() -> None:
 def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
     other = Vocabulary.from_text(f"日本語 日本語{FILE_END}", "bpe", stop=FILE_END)
     assert "日本語" in other and "日本語" not in vocabulary
-    assert extend_vocabulary(vocabulary, other).tokens == (*vocabulary.tokens, FILE_END)
-    assert extend_vocabulary(vocabulary, vocabulary).tokens == vocabulary.tokens
+    assert vocabulary.extend(other).tokens == (*vocabulary.tokens, FILE_END)
+    assert vocabulary.extend(vocabulary).tokens == vocabulary.tokens
 
 
 def test_a_missing_package_is_one_line(

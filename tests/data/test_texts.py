@@ -22,7 +22,6 @@ from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, KINDS, TextSize, Vocabulary, split_text
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -237,7 +236,7 @@ def assert_same(data: ConfigDict) -> None:
     known = Vocabulary.from_text(
         "日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + train.stop, data.units
     )
-    for encoder in (vocabulary, extend_vocabulary(known, vocabulary)):
+    for encoder in (vocabulary, known.extend(vocabulary)):
         for name, text in splits.texts.items():
             ids = text.encode(encoder)
             assert isinstance(ids, np.memmap) and ids.dtype in (np.uint8, np.uint16)

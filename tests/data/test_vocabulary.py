@@ -16,7 +16,6 @@ from lstm_jax.data.texts import find_stop_text
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.messages import make_printable
-from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, split_text
 
 # Text from all planes of Unicode, and strings that are often split or decoded wrongly.
@@ -182,12 +181,8 @@ def test_rare_tokens_become_unk() -> None:
 
 def test_another_vocabulary_is_appended() -> None:
     first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
-    both = extend_vocabulary(first, second)
+    both = first.extend(second)
     assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
-    with pytest.raises(UserError, match="was trained on characters: set data.units=characters"):
-        extend_vocabulary(first, Vocabulary.from_text("abc", "words"))
-    with pytest.raises(UserError, match="end with '.n.n', and those of this text with '': set"):
-        extend_vocabulary(second, first)
 
 
 def test_unprintable_text_is_replaced() -> None:

@@ -137,12 +137,12 @@ def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for step in (1, 2):
-        flip_bit(directory / str(step) / "params" / "w" / ".zarray")
+        flip_bit(directory / str(step) / "params" / "_METADATA")
     before = snapshot(directory)
-    match = "step 2: params/w/.zarray has changed; step 1: params/w/.zarray"
+    match = "step 2: params/_METADATA has changed; step 1: params/_METADATA"
     with pytest.raises(UserError, match=match):
         checkpoints.restore_latest(directory, PARAMS, STATE)
-    match = "step 1: params/w/.zarray has changed; step 2"
+    match = "step 1: params/_METADATA has changed; step 2"
     with pytest.raises(UserError, match=match):
         checkpoints.restore_best_params(directory, PARAMS)
     assert snapshot(directory) == before
@@ -153,9 +153,9 @@ def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
 
 def test_a_checkpoint_of_another_model_raises_an_error(saved: Path) -> None:
     for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
-        with pytest.raises(UserError, match="does not hold the arrays that the config"):
+        with pytest.raises(UserError, match="does not hold the arrays of this model"):
             checkpoints.restore_best_params(saved, other)
-        with pytest.raises(UserError, match="does not hold the arrays that the config"):
+        with pytest.raises(UserError, match="does not hold the arrays of this model"):
             checkpoints.restore_latest(saved, other, STATE)
 
 

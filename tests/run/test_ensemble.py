@@ -147,10 +147,11 @@ def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> None:
-    for changes, message in (({"data.sha256": "0" * 64}, "texts or splits"), ({}, "vocabularies")):
-        run = make_run(trained, tmp_path / message, changes)
+    for changes in ({"data.sha256": "0" * 64}, {}):
+        run = make_run(trained, tmp_path / str(len(changes)), changes)
         if not changes:
             *tokens, last = workdir.load_vocabulary(run).tokens
-            workdir.save_vocabulary(run, Vocabulary([*tokens, last + "\u0301"], "words"))
-        with pytest.raises(UserError, match=f"{trained} and {run} have different {message}"):
+            other = Vocabulary([*tokens, last + "\u0301"], "words")
+            workdir.save_fields(run, workdir.load_config(run), other)
+        with pytest.raises(UserError, match=f"{trained} and {run} have different texts"):
             ensemble.load_ensemble([trained, run])

@@ -85,7 +85,7 @@ def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Pat
 def test_a_run_starts_from_a_folder_but_not_in_it(
     folder: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="holds a model without its run: .*--init_from "):
+    with pytest.raises(UserError, match="holds no complete run: restore checkpoints"):
         training.train(tiny_config, folder)
     tiny_config.init_from, tiny_config.max_steps = str(folder), 1
     training.train(tiny_config, tmp_path / "run", quiet=True)
@@ -111,7 +111,7 @@ def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
     config = config_lib.complete_config(
         workdir.load_config(folder), {"data.path": strange, "data.sha256": strange}
     )
-    workdir.save_config(copy, config)
+    workdir.save_fields(copy, config, workdir.load_vocabulary(folder))
     transfer.export_folder(copy, copy.with_suffix(".card"), "float32")
     lines = (copy.with_suffix(".card") / "README.md").read_text().splitlines()
     assert all(line.startswith("    ") for line in lines if "<script>" in line)
@@ -177,12 +177,12 @@ def write_infinity(folder: Path) -> None:
 
 DAMAGED, OTHER = "is damaged, or not a model", "does not hold the model that the config describes"
 CASES: dict[str, tuple[Change, str]] = {
-    "a file of a cell": (name_cell_file, "This file is code, which runs only if you name it"),
+    "a file of a cell": (name_cell_file, "whose code runs only if you name it"),
     "a config of lists": (lambda f: (f / workdir.CONFIG).write_text("[" * 10**5), "too deeply"),
     "a longer file": (lambda f: (f / workdir.MODEL).open("ab").write(b"0"), DAMAGED),
     "an empty file": (lambda f: (f / workdir.MODEL).write_bytes(b""), DAMAGED),
     "a header of lists": (change_header(b"[" * 10**5), DAMAGED),
-    "no metadata": (change_header(b'{"__metadata__": 1}'), OTHER),
+    "no metadata": (change_header(b'{"__metadata__": 1}'), DAMAGED),
     "a header of 2**63 bytes": (change_header(b"{}", 2**63), DAMAGED),
     "a terabyte": (change_config(model__hidden_size=2**18), OTHER),
     "no number": (write_infinity, "are not finite"),

@@ -1,7 +1,6 @@
 """Test training processes that are killed, stopped, concurrent, or on a full disk."""
 
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -48,28 +47,6 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_result(
     result = commands.run("main", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     runs.assert_same(whole, tmp_path / "run")
-
-
-def test_sigterm_stops_within_seconds_in_a_long_validation(text_file: Path, tmp_path: Path) -> None:
-    # The validation takes about a minute.
-    long = tmp_path / "long.txt"
-    long.write_text(text_file.read_text(encoding="utf-8") * 50, encoding="utf-8")
-    directory = tmp_path / "run"
-    sizes = ("--config.batches.batch_size=64", "--config.model.hidden_size=256")
-    process = start(
-        runs.make_arguments(long, directory, "--config.data.fractions=0.01,0.98,0.01", *sizes)
-    )
-    saved_in = directory / workdir.CHECKPOINTS
-    commands.wait_until(lambda: checkpoints.list_steps(saved_in) == [0], process, 100)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # Schedulers may send it more than once.
-    sent = time.monotonic()
-    output, errors = process.communicate(timeout=60)
-    assert time.monotonic() - sent < 10
-    assert process.returncode == 128 + signal.SIGTERM and errors == ""
-    assert "Stopped at step 0 of" in output
-    assert metrics.read_metrics(directory / workdir.METRICS) == [], "it was in the first validation"
 
 
 def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(

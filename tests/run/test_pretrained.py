@@ -49,11 +49,11 @@ def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[
 
 
 @pytest.mark.process
-def test_it_needs_no_optional_package_and_no_checkpoints() -> None:
+def test_it_needs_no_checkpoints() -> None:
     code = (
         f"import sys, lstm_jax; print(lstm_jax.load({NAME!r}).generate('A', length=5)[:1])\n"
         "packages = {name.partition('.')[0] for name in sys.modules}\n"
-        "print(packages & {'orbax', 'safetensors', 'tensorflow_datasets'})"
+        "print(packages & {'orbax', 'tensorflow_datasets'})"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "A\nset()\n"
 
