@@ -77,7 +77,7 @@ def main() -> None:
         prune=not seeds and _PRUNER.value == "hyperband",
     )
     given = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
-    fields = shlex.join(flag.serialize() for flag in given if flag.value is not None)
+    fields = shlex.join(f"--{flag.name}={flag.value}" for flag in given if flag.value is not None)
     try:
         search.run_worker(sweep)
     finally:
