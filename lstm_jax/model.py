@@ -370,7 +370,9 @@ def check_model(model: LanguageModel) -> None:
 
     def run(key: Array) -> Any:
         ids, carry = jnp.zeros((1, 2), jnp.int32), model.initial_carry(1)
-        return model.apply({"params": model.init(key, ids, carry)["params"]}, ids, carry)
+        params = model.init(key, ids, carry)["params"]
+        step_result = model.apply_step(params, ids[:, 0], carry)
+        return step_result, model.apply({"params": params}, ids, carry)
 
     if not isinstance(model.cell, str):
         with name_cell_error(model.cell_class):

@@ -19,10 +19,7 @@ from lstm_jax.devices import parallel
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes; checkpoints hold all of it.
-
-    So a new field makes earlier checkpoints unreadable.
-    """
+    """All that a step reads and writes; a new field makes earlier checkpoints unreadable."""
 
     params: model_lib.Params
     opt_state: optax.OptState

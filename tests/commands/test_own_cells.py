@@ -167,6 +167,7 @@ class Mine(nn.Module):
     def __call__(self, carry, inputs):
         return carry, nn.Dense(self.hidden_size)(inputs) + carry
 """
+GATES = "    def gates(self, carry, inputs):\n        return {'a': carry + inputs}\n"
 RETURNED = "carry, nn.Dense(self.hidden_size)(inputs) + carry"
 
 
@@ -181,6 +182,7 @@ RETURNED = "carry, nn.Dense(self.hidden_size)(inputs) + carry"
             "first_carry",
             r"the cell Mine \(.*own.py\): AttributeError: .*initial_carry",
         ),
+        ("    @nn.comp", GATES + "    @nn.comp", r"the cell Mine \(.*own.py\): TypeError: add got"),
         (RETURNED, "carry, inputs", r"the cell Mine \(.*own.py\): "),
         (RETURNED, "(carry, carry), carry", r"the cell Mine \(.*own.py\): TypeError: scan"),
     ],
