@@ -50,7 +50,7 @@ OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 REASON = "reason"  # Why it can't be trained.
 
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)  # Heartbeats are experimental.
 
 # Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
 # dead workers, if their storage has heartbeats.
@@ -203,7 +203,9 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with (
-            (directory / "output.txt").open("a", errors="backslashreplace") as file,
+            (directory / "output.txt").open(
+                "a", encoding="utf-8", errors="backslashreplace"
+            ) as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
