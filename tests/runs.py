@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lstm_jax import model as model_lib
@@ -57,14 +56,6 @@ def make_diverged_run(trained: Path, directory: Path) -> None:
     loaded = workdir.load_trained(trained)
     params = jax.tree.map(lambda array: array * np.nan, loaded.params)
     transfer.make_folder(directory, loaded.config, loaded.vocabulary, params)
-
-
-def save_params(directory: Path, step: int, params: model_lib.Params) -> None:
-    """Write a checkpoint that holds parameters only."""
-    path = directory.resolve() / str(step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-    checkpoints.seal_checkpoint(path)
 
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:
