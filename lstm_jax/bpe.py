@@ -11,7 +11,6 @@ from typing import Any
 
 import regex
 
-from lstm_jax.background import call_in_thread
 from lstm_jax.errors import UserError
 
 # The words, whose ends no token crosses, much as in GPT-2 (Radford et al. 2019): letters with their
@@ -52,7 +51,7 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
         initial_alphabet=_ALPHABET,
         show_progress=False,
     )
-    call_in_thread(tokenizer.train_from_iterator, repeat_words(), trainer)
+    tokenizer.train_from_iterator(repeat_words(), trainer)
     ids = tokenizer.get_vocab()
     return list(map(_read, sorted(ids.keys() - set(_ALPHABET), key=ids.__getitem__)))
 

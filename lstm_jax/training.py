@@ -127,9 +127,9 @@ def make_feed(run: OpenRun) -> feeding.Feed:
 
 def is_save_due(run: OpenRun) -> bool:
     """Return whether the last save is old; each process has its own clock, so they agree on it."""
-    is_saving = run.checkpoints.check()
-    is_old = time.monotonic() - run.checkpoints.last_time >= run.config.checkpoint_every_seconds
-    return bool(hosts.max_over_processes(is_old and not is_saving))
+    age = time.monotonic() - run.checkpoints.last_time
+    is_due = age >= run.config.checkpoint_every_seconds and not run.checkpoints.is_saving
+    return bool(hosts.max_over_processes(is_due))
 
 
 def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:

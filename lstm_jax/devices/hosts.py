@@ -5,7 +5,6 @@ take part in saving checkpoints.
 """
 
 import contextlib
-import functools
 import os
 import sys
 import traceback
@@ -18,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lstm_jax.background import call_in_thread
 from lstm_jax.errors import UserError, make_visible, one_line
 
 
@@ -38,13 +36,14 @@ def join_processes(
     # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    initialize = functools.partial(
-        jax.distributed.initialize,
-        heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
-        shutdown_timeout_seconds=60,
-    )
-    try:  # In a thread, so that Ctrl-C ends the wait for the others.
-        call_in_thread(initialize, coordinator_address, num_processes, process_id)
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
+            shutdown_timeout_seconds=60,
+        )
     except Exception as error:  # Detecting a cluster may raise anything.
         raise UserError(f"can't join the other processes: {one_line(error)}") from None
     try:

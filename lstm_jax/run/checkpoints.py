@@ -106,11 +106,10 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         self.wait()
         files.write_json(self._directory / str(step) / VALIDATION, {"loss": loss})
 
-    def check(self) -> bool:
-        """Return whether a save is in progress; raise `UnavailableError` if one has failed."""
-        if self._saving and self._saving.done():
-            self.wait()
-        return self._saving is not None
+    @property
+    def is_saving(self) -> bool:
+        """Return whether a save is in progress."""
+        return self._saving is not None and not self._saving.done()
 
     def wait(self) -> None:
         """Wait until the last save is finished; raise `UnavailableError` if it has failed."""
@@ -122,10 +121,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
                 raise self._describe(error) from None
 
     def _describe(self, error: Exception) -> UnavailableError:
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         return UnavailableError(
-            f"can't write a checkpoint in {self._directory} ({reason}): free space or make it "
-            "writable, then resume with the same command"
+            f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
+            "make it writable, then resume with the same command"
         )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -314,7 +314,6 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
         ({"seed": 2**32}, "seed is 4294967296: it needs 0 <= seed < "),
         ({"seed": -1}, "seed is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"temprature": 1}, "there is no 'temprature': the options are length, seed, stop_token"),
     ],
 )
 def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> None:

@@ -142,13 +142,13 @@ def test_a_row_has_the_means_since_the_last_one(
 
 def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock) -> None:
     config = config_lib.complete_config({"checkpoint_every_seconds": 60.0})
-    checkpoints: Any = SimpleNamespace(check=lambda: False, last_time=clock.now)
+    checkpoints: Any = SimpleNamespace(is_saving=False, last_time=clock.now)
     run: Any = SimpleNamespace(config=config, checkpoints=checkpoints)
     clock.now += 59
     assert not training.is_save_due(run)
     clock.now += 1
     assert training.is_save_due(run)
-    checkpoints.check = lambda: True
+    checkpoints.is_saving = True
     assert not training.is_save_due(run)
 
 
