@@ -120,7 +120,7 @@ def make_feed(run: OpenRun) -> feeding.Feed:
     on_devices = feeding.fits_on_device(ids)
     if config.distill.teachers:
         run.print("The teachers predict the training text")
-        teachers = distillation.load_teachers(config.distill.teachers, run.vocabulary)
+        teachers = distillation.load_teachers(config, run.vocabulary)
         predictions, on_devices = distillation.predict_text(teachers, ids), True
     return feeding.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
 

@@ -14,31 +14,24 @@ from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 
-def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
-    """Load the models in the directories `teachers`, which are separated by commas, as one.
+def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
+    """Load the teachers of a run as one model, and warn if their text is another one.
 
     Raise `UserError` if one can't be loaded, or their text differs, or their vocabulary is another.
     """
+    teachers = config.distill.teachers
     trained, _ = ensemble.load_ensemble(teachers.split(","))
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
             f"{teachers}, in config.distill.teachers, has another vocabulary than this run: train "
             "both on one text, with the same data.units"
         )
-    return trained
-
-
-def check_teachers(config: Config, vocabulary: Vocabulary) -> None:
-    """Load the teachers of a run, and warn if their text is another one.
-
-    Raise `UserError` if they can't be loaded.
-    """
-    teachers = config.distill.teachers
-    if load_teachers(teachers, vocabulary).config.data.sha256 != config.data.sha256:
+    if trained.config.data.sha256 != config.data.sha256:
         warn(
             f"{teachers}, in config.distill.teachers, was trained on another text or other splits: "
             "if it has read validation or test text of this run, these losses are too low"
         )
+    return trained
 
 
 def predict_text(teachers: workdir.Trained, ids: Ids) -> np.ndarray:

@@ -22,7 +22,7 @@ from lstm_jax.data import files, texts
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.regularization import drop_parameters
-from lstm_jax.run import cell_file, distillation, metrics, workdir
+from lstm_jax.run import cell_file, metrics, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
     list_steps,
@@ -242,8 +242,6 @@ def _make_run(
 ) -> OpenRun:
     """Make the model and the training state, which is that of the latest checkpoint if any."""
     config = start.config
-    if config.distill.teachers and not start.is_resumed:
-        distillation.check_teachers(config, start.vocabulary)
     plan = _make_plan(config, len(ids["train"]))
     try:
         model = model_lib.make_model(config.model, len(start.vocabulary), start.vocabulary.stop_id)
