@@ -22,7 +22,8 @@ DTYPES = ("float32", "bfloat16")  # Of the arrays in a file.
 
 def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
     """Write parameters of a training step, rounded to one of `DTYPES`; raise `OSError`."""
-    arrays = {name: np.asarray(array, dtype) for name, array in _name_leaves(params).items()}
+    leaves = _name_leaves(params).items()
+    arrays = {name: np.asarray(array, dtype, order="C") for name, array in leaves}
     metadata = {"step": str(step), "sha256": _checksum(str(step), arrays.values())}
     files.write_file(path, safetensors.numpy.save(arrays, metadata))
 

@@ -107,7 +107,7 @@ def test_the_blocks_of_the_page_run(
 ) -> None:
     page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 5
     shutil.copytree(trained, tmp_path / "runs" / "quick")
     shutil.copy(text_file, tmp_path / "my.txt")
     monkeypatch.chdir(tmp_path)
