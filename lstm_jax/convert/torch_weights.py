@@ -31,11 +31,10 @@ def read_file(path: Path) -> StateDict:
         arrays = safetensors.numpy.load_file(path)
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
-    converted = {name: array.astype(np.float32) for name, array in arrays.items()}
-    for name, array in converted.items():
+    for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} has numbers that are not finite")
-    return converted
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def to_bytes(arrays: StateDict) -> bytes:
@@ -63,23 +62,18 @@ def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, objec
         if other in arrays:
             arrays.setdefault(name, arrays[other])
 
-    hint = (
-        "a model is an Embedding, an LSTM or GRU in one direction, and a Linear, whose names are "
-        f"{', '.join(modules)} (--modules)"
-    )
-    for name in (tables[0], f"{recurrent}.weight_hh_l0"):
-        if name not in arrays or arrays[name].ndim != 2:
-            raise UserError(f"it has no matrix {name}: {hint}")
-    vocabulary, features = arrays[tables[0]].shape
-    size, hidden = arrays[f"{recurrent}.weight_hh_l0"].shape
+    hint = f"({', '.join(modules)} by --modules)"
+    table, kernel = (arrays.get(name) for name in (tables[0], f"{recurrent}.weight_hh_l0"))
+    if table is None or kernel is None or table.ndim != 2 or kernel.ndim != 2:
+        raise UserError(f"it has no matrices {tables[0]} and {recurrent}.weight_hh_l0 {hint}")
     fields: dict[str, Any] = {
-        "cell": "gru" if size == 3 * hidden else "lstm",
-        "embedding_size": features,
-        "hidden_size": hidden,
+        "cell": "gru" if len(kernel) == 3 * kernel.shape[1] else "lstm",
+        "embedding_size": table.shape[1],
+        "hidden_size": kernel.shape[1],
         "num_layers": sum(name.startswith(f"{recurrent}.weight_hh_l") for name in arrays),
-        "tie_embeddings": np.array_equal(arrays[tables[0]], arrays[tables[1]]),
+        "tie_embeddings": np.array_equal(table, arrays[tables[1]]),
     }
-    model = LanguageModel(vocabulary, **fields)
+    model = LanguageModel(len(table), **fields)
     shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     expected = from_model(model, zeros, modules)
@@ -88,9 +82,12 @@ def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, objec
     for name in sorted(expected.keys() | arrays.keys()):
         found, needed = (_describe(x, name) for x in (arrays, expected))
         if found != needed:
-            raise UserError(f"{name} is {found}, and must be {needed}: {hint}")
+            raise UserError(
+                f"{name} is {found}, and must be {needed}: a model is an Embedding, an LSTM or GRU "
+                f"in one direction, and a Linear {hint}"
+            )
 
-    params: Params = {"embedding": {"embedding": arrays[tables[0]]}}
+    params: Params = {"embedding": {"embedding": table}}
     for i in range(model.num_layers):
         layer = weights.from_torch(arrays, f"l{i}", f"{recurrent}.")
         params[f"{model.cell}_{i}"] = jax.tree.map(np.asarray, layer._asdict())

@@ -8,14 +8,24 @@ from pathlib import Path
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.convert import card, torch_weights
+from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, name_failure, print_line
-from lstm_jax.run import messages, metrics, model_file, workdir
+from lstm_jax.errors import UserError, make_visible, name_failure, print_line
+from lstm_jax.run import messages, model_file, workdir
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
-_CARD = "README.md"
 MODULES = ("embedding", "lstm", "linear")
+_CARD = """---
+library_name: lstm-jax
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model of lstm-jax, with its parameters at step {step} in {dtype}.
+
+    python -m lstm_jax.sample --workdir {name} --prompt "A"
+"""
 
 
 def import_weights(
@@ -95,13 +105,17 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
             f"{directory} can't be a folder: its cell, {config.model.cell}, is in a file of yours"
         )
     trained = workdir.load_trained(source)
-    rows = metrics.read_metrics(source / workdir.METRICS)
-    content = card.make_card(target.resolve().name, trained, dtype, rows)
+    name = make_visible(target.resolve().name)
     make_folder(
-        target.absolute(), config, trained.vocabulary, trained.params, trained.step, dtype, content
+        target.absolute(),
+        config,
+        trained.vocabulary,
+        trained.params,
+        trained.step,
+        dtype,
+        _CARD.format(name=name, step=trained.step, dtype=dtype),
     )
     print_line(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
-    print_line(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
 
 def make_folder(
@@ -125,5 +139,5 @@ def make_folder(
             workdir.save_fields(made, config, vocabulary)
             model_file.write_params(made / workdir.MODEL, params, step, dtype)
             if card_text:
-                files.write_file(made / _CARD, card_text.encode())
+                files.write_file(made / "README.md", card_text.encode())
             made.rename(directory)

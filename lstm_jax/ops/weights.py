@@ -1,7 +1,6 @@
-"""Read and write the parameters of layers as PyTorch, Flax and Keras store them.
+"""Read and write the parameters of layers as PyTorch and Flax store them.
 
-PyTorch's kernels are transposed, Flax has one kernel for each gate, and Keras's GRU has its update
-gate first. The equations are the same.
+PyTorch's kernels are transposed, and Flax has one kernel for each gate. The equations are the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,32 +112,3 @@ def to_flax(params: Params) -> dict[str, dict[str, np.ndarray]]:
     if isinstance(params, GRUParams):
         cell["hn"]["bias"] = np.asarray(params.recurrent_bias)
     return cell
-
-
-def from_keras(weights: Sequence[ArrayLike]) -> Params:
-    """Return parameters from `get_weights()` of Keras's LSTM, GRU (reset_after) or SimpleRNN.
-
-    Raises:
-      ValueError: if the kernels are those of another layer, or a GRU has `reset_after=False`.
-    """
-    kernel, recurrent_kernel, bias = map(np.asarray, weights)
-    hidden, width = recurrent_kernel.shape
-    if width != 3 * hidden:
-        return _make(kernel, recurrent_kernel, bias, np.zeros_like(bias))
-    if bias.ndim != 2:
-        raise ValueError("the GRU has reset_after=False, whose equations are others")
-    return _make(*(_swap_gates(x) for x in (kernel, recurrent_kernel, bias[0], bias[1])))
-
-
-def to_keras(params: Params) -> list[np.ndarray]:
-    """Return the argument of `set_weights` of Keras's LSTM, GRU or SimpleRNN."""
-    kernels = np.asarray(params.input_kernel), np.asarray(params.recurrent_kernel)
-    if not isinstance(params, GRUParams):
-        return [*kernels, np.asarray(params.bias)]
-    return [*map(_swap_gates, kernels), np.stack([*map(_swap_gates, _split_biases(params))])]
-
-
-def _swap_gates(x: np.ndarray) -> np.ndarray:
-    """Exchange the gates r, z (here) and z, r (in Keras) of a GRU, in the last axis."""
-    first, second, candidate = np.split(x, 3, axis=-1)
-    return np.concatenate([second, first, candidate], axis=-1)

@@ -112,8 +112,6 @@ def test_a_run_survives_export_and_import(
     ours, theirs = compute_logits(before, text), compute_logits(after, text)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert generate_greedily(after, "ROMEO:", 80) == generate_greedily(before, "ROMEO:", 80)
-    transfer.export_folder(directory, tmp_path / "folder", "float32")
-    assert "added here:\n\n    unknown\n" in (tmp_path / "folder" / "README.md").read_text()
     tiny_config.init_from, tiny_config.max_steps = str(directory), 1
     training.train(config.complete_config(tiny_config), tmp_path / "run")
 
@@ -157,8 +155,11 @@ def test_documents_keep_their_stop_token(separator: str, stop: str, tmp_path: Pa
             {"lstm.weight_ih_l0_reverse": (20, 6)},
             "reverse is of shape [20, 6], and must be missing",
         ),
-        ({"lstm.weight_hh_l0": None}, "it has no matrix lstm.weight_hh_l0"),
-        ({"embedding.weight": None, "linear.weight": None}, "it has no matrix embedding.weight"),
+        ({"lstm.weight_hh_l0": None}, "it has no matrices embedding.weight and lstm.weight_hh_l0"),
+        (
+            {"embedding.weight": None, "linear.weight": None},
+            "it has no matrices embedding.weight and",
+        ),
         ({"lstm.weight_ih_l0": None}, "lstm.weight_ih_l0 is missing, and must be of shape [20, 6]"),
         ({"lstm.weight_ih_l0": (20, 5)}, "is of shape [20, 5], and must be of shape [20, 6]"),
         ({"embedding.weight": (29, 6)}, "linear.bias is of shape [30], and must be of shape [29]"),

@@ -84,7 +84,7 @@ def test_options_of_the_functions_reach_them() -> None:
 @every_kind
 def test_weights_are_read_back_unchanged(name: str) -> None:
     params = make_params(name)
-    for library in ("torch", "flax", "keras"):
+    for library in ("torch", "flax"):
         written = getattr(weights, f"to_{library}")(params)
         assert_close(getattr(weights, f"from_{library}")(written), params, 0)
 
@@ -92,8 +92,6 @@ def test_weights_are_read_back_unchanged(name: str) -> None:
 def test_weights_of_another_layer_are_an_error() -> None:
     with pytest.raises(ValueError, match="4 hidden units has 8 columns"):
         weights.from_torch({"weight_ih_l0": np.zeros((8, 3)), "weight_hh_l0": np.zeros((8, 4))})
-    with pytest.raises(ValueError, match="reset_after=False"):
-        weights.from_keras([np.zeros((3, 12)), np.zeros((4, 12)), np.zeros(12)])
 
 
 @pytest.mark.slow
@@ -110,38 +108,3 @@ def test_a_layer_of_pytorch_computes_the_same(name: str) -> None:
     sides = [weights.from_torch(drawn, side) for side in ("l0", "l0_reverse")]
     outputs = [ops.run(side, inputs, reverse=i == 1)[1] for i, side in enumerate(sides)]
     assert_close(np.concatenate(outputs, axis=-1), expected)
-
-
-def run_keras_numpy(arrays: list[np.ndarray], inputs: np.ndarray) -> np.ndarray:
-    """Run a layer by the equations and the order of gates in Keras's source."""
-    kernel, recurrent_kernel, bias = arrays
-    h, c, outputs = np.zeros((BATCH, HIDDEN)), np.zeros((BATCH, HIDDEN)), []
-    gates = recurrent_kernel.shape[1] // HIDDEN
-    biases = bias if bias.ndim == 2 else (bias, np.zeros_like(bias))
-
-    def sigmoid(x: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-x))
-
-    for x in np.asarray(inputs).swapaxes(0, 1):
-        a = np.split(x @ kernel + biases[0], gates, axis=-1)
-        b = np.split(h @ recurrent_kernel + biases[1], gates, axis=-1)
-        if gates == 1:
-            h = np.tanh(a[0] + b[0])
-        elif gates == 3:
-            z, r = sigmoid(a[0] + b[0]), sigmoid(a[1] + b[1])
-            h = z * h + (1 - z) * np.tanh(a[2] + r * b[2])
-        else:
-            c = sigmoid(a[1] + b[1]) * c + sigmoid(a[0] + b[0]) * np.tanh(a[2] + b[2])
-            h = sigmoid(a[3] + b[3]) * np.tanh(c)
-        outputs.append(h)
-    return np.stack(outputs, axis=1)
-
-
-@every_kind
-def test_a_layer_of_keras_computes_the_same(name: str) -> None:
-    params, inputs = make_params(name), make_inputs(name)
-    arrays = weights.to_keras(params)
-    draws = np.random.default_rng(3)
-    arrays = [array + draws.normal(size=array.shape).astype(np.float32) for array in arrays]
-    outputs = ops.run(weights.from_keras(arrays), inputs)[1]
-    assert_close(outputs, run_keras_numpy(arrays, np.asarray(inputs)))

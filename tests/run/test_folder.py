@@ -46,9 +46,7 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
     assert {path.name for path in folder.iterdir()} == names
-    card = (folder / "README.md").read_text()
-    assert "# tiny\n" in card and ", test " in card
-    assert "added here:\n\n    text.txt, SHA-256 and bytes: " in card
+    assert "# tiny\n" in (folder / "README.md").read_text()
     small = tmp_path / "small"
     transfer.export_folder(folder, small, "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
@@ -112,10 +110,6 @@ def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
         workdir.load_config(folder), {"data.path": strange, "data.sha256": strange}
     )
     workdir.save_fields(copy, config, workdir.load_vocabulary(folder))
-    transfer.export_folder(copy, copy.with_suffix(".card"), "float32")
-    lines = (copy.with_suffix(".card") / "README.md").read_text().splitlines()
-    assert all(line.startswith("    ") for line in lines if "<script>" in line)
-    assert lines.count("# Title") == 0 and all(map(str.isprintable, lines))
     transfer.export_weights(copy, tmp_path / "\x1b[31m.safetensors")
     page.write_page(copy, "To be, or not")
     assert "\x1b" not in capsys.readouterr().out
