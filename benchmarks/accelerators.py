@@ -60,7 +60,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "step": {},
     "step float32": {"model.dtype": "float32"},
     "step scan": {"model.recurrence": "scan"},
-    "step pallas": {"model.recurrence": "pallas"},
     "step minlstm": {"model.cell": "minlstm"},
     "step gru": {"model.cell": "gru"},
     "step residual block": {"model.block": "residual"},
@@ -221,13 +220,8 @@ def count_flops(jaxpr: Any) -> float:
             total += 2 * depth * equation.outvars[0].aval.size
         elif primitive == "scan":
             times = params["length"]
-        elif primitive == "pallas_call":
-            times = math.prod(params["grid_mapping"].grid)
         elif primitive == "shard_map":
             times = params["mesh"].size
-        elif primitive.startswith("lstm_jax_"):  # A layer of `ops`.
-            run = functools.partial(equation.primitive.impl, **params)
-            total += count_flops(jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr)
         for value in jax.tree.leaves(list(params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

@@ -31,7 +31,6 @@ def main() -> None:
     options = side_by_side.parse_options(__doc__, num_samples=1, length=1000)
     contestants: dict[str, Make] = {
         "lstm-jax": _lstm_jax,
-        "lstm-jax int8": functools.partial(_lstm_jax, int8=True),
         "Flax LSTMCell": functools.partial(_peer, peers.MODELS["Flax LSTMCell"]),
         "PyTorch LSTMCell": _torch,
     }
@@ -47,17 +46,14 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
     return mask
 
 
-def _lstm_jax(options: argparse.Namespace, int8: bool = False) -> Work:
+def _lstm_jax(options: argparse.Namespace) -> Work:
     lstm = model.LanguageModel(
         options.vocabulary_size,
         options.embedding_size,
         options.hidden_size,
         options.num_layers,
-        dtype="bfloat16" if int8 else options.dtype,
-        int8_steps=int8,
+        dtype=options.dtype,
     )
-    if int8 and not lstm.supports_int8:
-        raise ValueError("it needs the library in C with VNNI, and a multiple of 16 hidden units")
     key = jax.random.key(0)
     params = model.init_params(lstm, key)
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)

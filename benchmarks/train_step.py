@@ -44,7 +44,6 @@ def main() -> None:
             fused, rate=0.1, skipped="input_dropout"
         ),
         "lstm-jax scan": functools.partial(make_lstm_jax, recurrence="scan"),
-        "lstm-jax cudnn": functools.partial(make_lstm_jax, recurrence="cudnn"),
         **{name: functools.partial(make_peer, peers.MODELS[name]) for name in peers.MODELS},
         "PyTorch": make_torch,
         "PyTorch compiled": functools.partial(make_torch, compiled=True),

@@ -138,7 +138,7 @@ class ModelConfig:
     initial_embedding: float = field(0.05, "Initial embeddings lie within ± this.", "0 < x <= 1000")
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text.")
-    recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas"] = field("auto",
+    recurrence: Literal["auto", "scan", "xla", "c"] = field("auto",
         "Implementation of the recurrence (docs/models.md).", resume=True)
     dtype: Dtype = field("float32", "Dtype of matmuls. auto: the faster one (docs/models.md).",
         resume=True)

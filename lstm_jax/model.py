@@ -104,7 +104,6 @@ class LanguageModel(nn.Module):
     # fastest; or another implementation of `ops.lstm`.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    int8_steps: bool = False  # Whether `apply_step` multiplies in int8; see `supports_int8`.
     cell: str | type[nn.Module] = "lstm"  # A key of `cells.CELLS`, or a class.
     options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
@@ -152,14 +151,6 @@ class LanguageModel(nn.Module):
     def gating(self) -> Gating:
         """Return the recurrence of gated layers."""
         return GATINGS[vars(self.cell_class)["layer_params"]]
-
-    @property
-    def supports_int8(self) -> bool:
-        """Return whether `apply_step` can multiply in 8 bits here."""
-        sizes = self.sizes[1:]
-        return self.runs_gated_layers and all(
-            choice.runs_in_c("steps", "int8", size, gating=self.gating.name) for size in sizes
-        )
 
     @nn.nowrap  # So that an unbound model can call it.
     def make_cells(self) -> list[nn.Module]:
@@ -216,7 +207,7 @@ class LanguageModel(nn.Module):
         """Return whether the embedding is folded into the first layer: see `fold_embedding`."""
         # The one-hot input needs two matmuls of this size, the embedded row three.
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
-        return is_small and self.runs_gated_layers and self.recurrence not in ("scan", "cudnn")
+        return is_small and self.runs_gated_layers and self.recurrence != "scan"
 
     def fold_embedding(self, cell: nn.Module, ids: Ids) -> tuple[Any, Logits]:
         """Return a function that runs a gated layer over embedded ids, and its one-hot inputs.
@@ -291,9 +282,8 @@ class LanguageModel(nn.Module):
         bound = self.bind({"params": params})
         head = bound.head_kernel(), bound.dense.bias
         layers = [get_layer_params(cell) for cell in bound.layers]
-        options = self.dtype, self.skip_connections
         table = bound.embedding.embedding
-        return step.prepare_step(self.gating, table, layers, *head, *options, self.int8_steps)
+        return step.prepare_step(self.gating, table, layers, *head, self.dtype)
 
     @nn.nowrap
     def apply_step(
@@ -346,7 +336,7 @@ def make_model(
     made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
     check_recurrence(made)
     if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
-        is_gated = made.runs_gated_layers and made.recurrence not in ("scan", "cudnn")
+        is_gated = made.runs_gated_layers and made.recurrence != "scan"
         made = made.clone(dtype=choice.choose_dtype(is_gated))
     return made
 
@@ -360,9 +350,8 @@ def check_recurrence(model: LanguageModel) -> None:
             f"{name!r} supports only the cells lstm, peephole, gru and rnn, without a block; "
             "'auto' supports any cell"
         )
-    options: Any = {"dtype": model.dtype, "has_reset": model.stop_id is not None}
     for size in model.sizes[1:]:
-        choice.choose(name, model.gating, size=size, **options)
+        choice.choose(name, model.gating, size=size, dtype=model.dtype)
 
 
 def check_model(model: LanguageModel) -> None:

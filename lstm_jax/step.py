@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from lstm_jax.matmul import matmul, round_factor
+from lstm_jax.matmul import matmul, multiply_columns, round_factor
 from lstm_jax.ops import choice, in_c
-from lstm_jax.ops.fused import multiply_columns
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.in_c import Int8Kernel
 
 
 class StepArrays(NamedTuple):
@@ -19,7 +17,7 @@ class StepArrays(NamedTuple):
 
     tokens: Float[Array, "vocabulary sums"]  # Each token's term in the first layer's sums.
     # [sums * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
-    kernels: list[Array | Int8Kernel]
+    kernels: list[Array]
     biases: list[Float[Array, "1 sums"]]  # Of each layer but the first.
     peepholes: list[Float[Array, "3 hidden"] | None]  # Of each layer.
     head: Float[Array, "vocabulary features"]  # The dense layer's kernel.
@@ -33,31 +31,18 @@ def prepare_step(
     head: Float[Array, "hidden vocabulary"],
     head_bias: Float[Array, " vocabulary"],
     dtype: str,
-    skip_connections: bool,
-    int8: bool,
 ) -> StepArrays:
     """Precompute what is the same at every step.
 
     `table` is the embedding, `layers` are the parameters of each layer, for `ops.run`, and `head`
-    is the dense layer's kernel. `dtype` is that of the factors of matmuls; with `int8`, which
-    `LanguageModel.supports_int8` must allow, they have 8 bits.
+    is the dense layer's kernel. `dtype` is that of the factors of matmuls.
     """
-    parts = [in_c.spread_kernels(gating, layer) for layer in layers]
+    parts = [gating.spread_kernels(layer) for layer in layers]
     biases = [gating.join_biases(layer) for layer in layers]
     (first, recurrent), *others = parts
     kernels = [recurrent, *map(jnp.concatenate, others)]
     terms = [matmul(table, first, dtype, biases[0]), *(bias[None] for bias in biases[1:])]
-    if int8:
-        # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
-        bounds = [max(i, 1) if skip_connections else 1 for i in range(len(kernels))]
-        pairs = zip(kernels, bounds, strict=True)
-        quantized = [in_c.quantize_gates(gating, kernel, bound) for kernel, bound in pairs]
-        packed, offsets = map(list, zip(*quantized, strict=True))
-        terms = [term + offset[None] for term, offset in zip(terms, offsets, strict=True)]
-        # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
-        head_bias += 0 * sum(term.sum() for term in terms)
-    else:
-        packed = [_prepare_kernel(gating, kernel, dtype) for kernel in kernels]
+    packed = [_prepare_kernel(gating, kernel, dtype) for kernel in kernels]
     rounded = round_factor(head.T, dtype)
     peepholes = [getattr(layer, "peepholes", None) for layer in layers]
     return StepArrays(terms[0], packed, terms[1:], peepholes, rounded, head_bias)
@@ -86,7 +71,7 @@ def apply_step(
     layers = zip(arrays.kernels, arrays.peepholes, carry, added, strict=True)
     for kernel, peepholes, before, term in layers:
         inputs = [*below, before.hidden]
-        if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
+        if kernel.ndim == 5:
             states.append(in_c.run_step(gating, kernel, inputs, before, term, peepholes))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)

@@ -51,7 +51,7 @@ def use_cores(config: Config, least: int = 1) -> None:
 def _count_useful_cores(config: Config) -> int:
     """Return the number of CPU devices that train fastest, once there are devices."""
     model = config.model
-    in_scan = model.recurrence in ("scan", "cudnn") or model.block != "none"
+    in_scan = model.recurrence == "scan" or model.block != "none"
     is_fused = model.cell in ("lstm", "peephole", "gru", "rnn") and not in_scan
     dtype = choice.choose_dtype(is_fused) if model.dtype == "auto" else model.dtype
     is_large = model.hidden_size > _LARGEST_HIDDEN_IN_C

@@ -13,7 +13,7 @@ from lstm_jax.ops.gates import (
     PeepholeLSTMParams,
     RNNParams,
 )
-from lstm_jax.ops.layer import gru, lstm, peephole_lstm, rnn, run, step
+from lstm_jax.ops.layer import Options, gru, lstm, peephole_lstm, rnn, run, step
 from lstm_jax.ops.linear import linear_scan
 from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, mlstm
 
@@ -24,6 +24,7 @@ __all__ = [
     "LSTMParams",
     "MLSTMCarry",
     "MLSTMParams",
+    "Options",
     "PeepholeLSTMParams",
     "RNNParams",
     "gru",

@@ -9,7 +9,7 @@ from lstm_jax.ops import choice, native
 from lstm_jax.ops.processor import count_cores, find_vendor, read_cpu_features
 from lstm_jax.version import __version__
 
-_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     )
     for row in choice.list_rows():
         sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"
-        gatings = "" if row.gatings == "lstm" else f"{row.gatings}: "
-        print(f"{gatings}{row.work} in {row.dtype}{sizes}: the library ({row.measured})")
-    print("everything else: XLA")
+        layers = "of large vocabularies" if row.work == "losses" else f"of {row.gatings}"
+        print(f"the library runs {row.work} {layers} in {row.dtype}{sizes}")
+    print("XLA runs everything else")
 
 
 def describe_library() -> str:

@@ -33,7 +33,7 @@ def convert_params(gating: Gating, params: Any, features: int) -> Any:
             f"params is a {type(params).__name__}: ops.{gating.name} takes {gating.params.__name__}"
         )
     size = len(convert_floats("params.recurrent_kernel", params.recurrent_kernel, "hidden", "n"))
-    width = len(gating.read_inputs) * size
+    width = gating.num_gates * size
     rows = len(convert_floats("params.input_kernel", params.input_kernel, "features", width))
     if features != rows:
         raise ValueError(f"inputs have {features} features, but the input kernel has {rows} rows")
@@ -93,5 +93,19 @@ def convert_lengths(
 
 def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:
     """Return the dtype that factors of matmuls are rounded to, and that of all other arrays."""
+    if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
+        raise ValueError(f"dtype is {jnp.dtype(dtype).name}: matmuls are in bfloat16 or float32")
     low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
     return low, jnp.promote_types(jnp.result_type(inputs, *jax.tree.leaves(others)), "float32")
+
+
+def align(arrays: Any) -> Any:
+    """Let all arrays vary over the same axes of a mesh, in a `shard_map` that checks them."""
+    leaves, structure = jax.tree.flatten(arrays)
+    axes = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    union = frozenset().union(*axes)
+    aligned = [
+        jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
+        for x, own in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, aligned)

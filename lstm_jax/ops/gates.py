@@ -115,8 +115,7 @@ class Gating(NamedTuple):
     name: str
     params: type[Any]  # A NamedTuple; what it has after `bias` belongs to sums or to `activate`.
     carry: type[Any]
-    read_inputs: tuple[int, ...]  # The sums that read x W, in the order of W's columns.
-    read_hidden: tuple[int, ...]  # The sums that read h U, in the order of U's columns.
+    num_gates: int  # The columns of W and of U for each hidden unit.
     # (sums, carry, peepholes or None) -> (gates, next carry). All sums have a bias.
     activate: Callable[[Arrays, Any, Any], tuple[Arrays, Any]]
     # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
@@ -129,8 +128,11 @@ class Gating(NamedTuple):
 
     @property
     def num_sums(self) -> int:
-        """Return the number of sums of a hidden unit."""
-        return len({*self.read_inputs, *self.read_hidden})
+        """Return the number of sums of a hidden unit; a GRU's candidate has two.
+
+        The first of them, h U + un, is multiplied by the reset gate, and the second is x W + b.
+        """
+        return self.num_gates + (self.params is GRUParams)
 
     @property
     def has_cell(self) -> bool:
@@ -144,15 +146,37 @@ class Gating(NamedTuple):
 
     def join_biases(self, params: Any) -> Array:
         """Return the biases of all sums, [num_sums * hidden]."""
-        if isinstance(params, GRUParams):
-            return jnp.concatenate([params.bias, params.recurrent_bias])
-        return params.bias
+        if not isinstance(params, GRUParams):
+            return params.bias
+        own, un = jnp.split(params.bias, [2 * len(params.recurrent_bias)]), params.recurrent_bias
+        return jnp.concatenate([own[0], un, own[1]])
 
     def split_biases(self, bias: Array) -> Arrays:
         """Return the parameters of `join_biases`, from an array like its result."""
+        by_inputs, _ = self.split_columns(bias[None])
         if self.params is GRUParams:
-            return bias[: 3 * len(bias) // 4], bias[3 * len(bias) // 4 :]
+            return by_inputs[0], bias[len(bias) // 2 : 3 * len(bias) // 4]
         return (bias,)
+
+    def split_columns(
+        self, x: Float[Array, "n sums"]
+    ) -> tuple[Float[Array, "n columns"], Float[Array, "n columns"]]:
+        """Return the columns of the sums that read the inputs, and of those that read h."""
+        if self.params is not GRUParams:
+            return x, x
+        r, z, q, n = jnp.split(x, 4, axis=1)
+        return jnp.concatenate([r, z, n], axis=1), jnp.concatenate([r, z, q], axis=1)
+
+    def spread_kernels(
+        self, params: Any
+    ) -> tuple[Float[Array, "features sums"], Float[Array, "hidden sums"]]:
+        """Return both kernels with columns for all sums, zero in those of a GRU's candidate."""
+        w, u = params.input_kernel, params.recurrent_kernel
+        if self.params is not GRUParams:
+            return w, u
+        gates, candidate = jnp.split(w, [2 * len(u)], axis=1)
+        w = jnp.concatenate([gates, jnp.zeros_like(candidate), candidate], axis=1)
+        return w, jnp.pad(u, ((0, 0), (0, len(u))))
 
 
 def sigmoid(x: Array) -> Array:
@@ -202,17 +226,17 @@ def _derive_peephole(
 
 
 def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
-    r, z, n, q = sums  # x W of n, and h U + un, which the reset gate multiplies.
+    r, z, q, n = sums
     r, z = sigmoid(r), sigmoid(z)
     n = jnp.tanh(n + r * q)
-    return (r, z, n, q), HiddenCarry((1 - z) * n + z * carry.hidden)
+    return (r, z, q, n), HiddenCarry((1 - z) * n + z * carry.hidden)
 
 
 def _derive_gru(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None) -> Arrays:
-    """Return the derivatives of h' by the sums of r, z, n and q, and by h."""
-    r, z, n, q = gates
+    """Return the derivatives of h' by the sums of r, z, q and n, and by h."""
+    r, z, q, n = gates
     by_n = (1 - z) * (1 - n**2)
-    return by_n * q * r * (1 - r), (before.hidden - n) * z * (1 - z), by_n, by_n * r, z
+    return by_n * q * r * (1 - r), (before.hidden - n) * z * (1 - z), by_n * r, by_n, z
 
 
 def _pull_back_gru(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
@@ -237,8 +261,7 @@ LSTM = Gating(
     name="lstm",
     params=LSTMParams,
     carry=LSTMCarry,
-    read_inputs=(0, 1, 2, 3),
-    read_hidden=(0, 1, 2, 3),
+    num_gates=4,
     activate=_activate_lstm,
     derive=_derive_lstm,
     pull_back=_pull_back_lstm,
@@ -254,8 +277,7 @@ GRU = Gating(
     name="gru",
     params=GRUParams,
     carry=HiddenCarry,
-    read_inputs=(0, 1, 2),
-    read_hidden=(0, 1, 3),
+    num_gates=3,
     activate=_activate_gru,
     derive=_derive_gru,
     pull_back=_pull_back_gru,
@@ -266,8 +288,7 @@ RNN = Gating(
     name="rnn",
     params=RNNParams,
     carry=HiddenCarry,
-    read_inputs=(0,),
-    read_hidden=(0,),
+    num_gates=1,
     activate=_activate_rnn,
     derive=_derive_rnn,
     pull_back=_pull_back_rnn,

@@ -8,7 +8,7 @@ of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros ins
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,14 @@ from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native
+from lstm_jax.ops.arguments import align
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.scan import Layer, Marks, differentiate_peepholes, select_sums
+from lstm_jax.ops.scan import Layer, Marks, make_gradients
 
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
-NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
+NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
 
 # Gates, cell states, the rounded factors of the kernel, and outputs, [time, batch, n] each.
 Saved = tuple[Array, Array, Array, Array]
@@ -40,7 +41,7 @@ def forward(
     gating, params, inputs, carry, marks, dtype = layer
     time, batch, _ = inputs.shape
     hidden = len(params.recurrent_kernel)
-    input_kernel, recurrent_kernel = spread_kernels(gating, params)
+    input_kernel, recurrent_kernel = gating.spread_kernels(params)
     parts = recurrent_kernel, input_kernel, gating.join_biases(params)[None]
     kernel = jnp.concatenate([part.astype(dtype) for part in parts])
     kernel = jnp.pad(kernel, ((0, -len(kernel) % NUMBERS_IN_WORD[dtype]), (0, 0)))
@@ -78,7 +79,7 @@ def backward(
     width = gating.num_sums * hidden
     # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
     numbers = NUMBERS_IN_WORD[dtype]
-    kernel = spread_kernels(gating, params)[1].astype(dtype)
+    kernel = gating.spread_kernels(params)[1].astype(dtype)
     rows_of_tiles = jnp.pad(kernel, ((0, -hidden % _TILE), (0, 0)))
     packed = rows_of_tiles.reshape(-1, _TILE, width // numbers, numbers).transpose(0, 2, 1, 3)
     d_cell = _get_cell(d_last)
@@ -116,36 +117,14 @@ def differentiate_params(
     bias = hidden + inputs.shape[2]
     flat = d_sums.reshape(time * batch, -1)
     d_kernel = _matmul(rows.reshape(time * batch, -1).T, flat)
-    d_params = [
-        select_sums(d_kernel[hidden:bias], gating.read_inputs, hidden),
-        select_sums(d_kernel[:hidden], gating.read_hidden, hidden),
-        *gating.split_biases(d_kernel[bias]),
-    ]
-    if gating.has_peepholes:
-        d_params.append(differentiate_peepholes(layer, d_sums, cells))
+    d_input_kernel, _ = gating.split_columns(d_kernel[hidden:bias])
+    _, d_recurrent_kernel = gating.split_columns(d_kernel[:hidden])
+    d_kernels = d_input_kernel, d_recurrent_kernel
+    d_params = make_gradients(layer, d_kernels, d_kernel[bias], d_sums, cells)
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    by_inputs = select_sums(flat, gating.read_inputs, hidden)
+    by_inputs, _ = gating.split_columns(flat)
     d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(layer.dtype)).reshape(inputs.shape)
-    return gating.params(*d_params), d_inputs
-
-
-def spread_kernels(gating: Gating, params: Any) -> tuple[Array, Array]:
-    """Return the input and recurrent kernels of all sums, [n, num_sums * hidden] each.
-
-    Their columns are zero for sums that don't read the inputs, or the hidden state.
-    """
-
-    def spread(kernel: Array, read: tuple[int, ...]) -> Array:
-        if len(read) == gating.num_sums:
-            return kernel
-        blocks = dict(zip(read, jnp.split(kernel, len(read), axis=1), strict=True))
-        zeros = jnp.zeros_like(blocks[0])
-        return jnp.concatenate([blocks.get(i, zeros) for i in range(gating.num_sums)], axis=1)
-
-    return (
-        spread(params.input_kernel, gating.read_inputs),
-        spread(params.recurrent_kernel, gating.read_hidden),
-    )
+    return d_params, d_inputs
 
 
 # The library gets empty arrays in place of those that a layer doesn't have.
@@ -188,35 +167,9 @@ def pack_gates(gating: Gating, kernel: Array) -> Array:
     return parts.reshape(*parts.shape[:2], 4, LANES, numbers)
 
 
-class Int8Kernel(NamedTuple):
-    """A kernel of `run_step` that is rounded to 8 bits."""
-
-    values: Array  # Int8, from `pack_gates`.
-    scales: Array  # Multiply the integer products of each column, [num_sums * hidden].
-    factors: Array  # Multiply the inputs before they are rounded, [depth].
-
-
-def quantize_gates(gating: Gating, kernel: Array, bound: float) -> tuple[Int8Kernel, Array]:
-    """Round a kernel [inputs + hidden, num_sums * hidden] to 8 bits, with a scale for each column.
-
-    Inputs are between minus and plus `bound`, hidden states between -1 and 1. `run_step` rounds
-    both to integers from 1 to 255, where 128 represents 0. Also return the offset to add to the
-    sums, which corrects for that: [num_sums * hidden]. The number of rows is a multiple of 4.
-    """
-    depth, width = kernel.shape
-    is_input = jnp.arange(depth) < depth - width // gating.num_sums
-    factors = jnp.where(is_input, 127 / bound, 127)
-    kernel = kernel.astype("float32") / factors[:, None]
-    scales = jnp.abs(kernel).max(axis=0) / 127
-    scales = jnp.where(scales == 0, 1, scales)
-    values = jnp.round(kernel / scales[None]).astype("int8")
-    offset = -128 * scales * values.sum(axis=0, dtype="int32")
-    return Int8Kernel(pack_gates(gating, values), scales, factors), offset
-
-
 def run_step(
     gating: Gating,
-    packed: Array | Int8Kernel,
+    packed: Array,
     inputs: Sequence[Array],
     carry: Any,
     added: Array,
@@ -224,33 +177,24 @@ def run_step(
 ) -> Any:
     """Run one step of a layer and return the next carry.
 
-    The kernel is from `pack_gates`, or from `quantize_gates`: then the step has no derivative.
-    `inputs` holds the inputs of the layer, unless `added` includes their matmul with the kernel
-    already, and the hidden state, [batch, n] each. `added` [batch or 1, num_sums * hidden] is added
-    to the sums.
+    The kernel is from `pack_gates`. `inputs` holds the inputs of the layer, unless `added` includes
+    their matmul with the kernel already, and the hidden state, [batch, n] each. `added`
+    [batch or 1, num_sums * hidden] is added to the sums.
     """
     rows = jnp.concatenate(inputs, axis=1)
     hidden, cell = carry.hidden.astype("float32"), _get_cell(carry).astype("float32")
     if peepholes is None:
         peepholes = jnp.zeros((0, hidden.shape[1]))
     arrays = added.astype("float32"), cell, hidden, peepholes
-    if isinstance(packed, Int8Kernel):
-        rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
-        state = _call_step(gating, rows, packed.values, *arrays, packed.scales)
-    else:
-        state = _run_step(gating, rows.astype(packed.dtype), packed, *arrays)
+    state = _run_step(gating, rows.astype(packed.dtype), packed, *arrays)
     return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
-
-
-def _call_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
-    _, _, _, cell, hidden, *_ = arrays
-    results = (cell.shape, "float32"), (hidden.shape, "float32")
-    return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run_step(gating: Gating, *arrays: Array) -> Sequence[Array]:
-    return _call_step(gating, *arrays, jnp.zeros(0))
+    _, _, _, cell, hidden, _ = arrays
+    results = (cell.shape, "float32"), (hidden.shape, "float32")
+    return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
 
 
 @_run_step.defjvp
@@ -341,4 +285,6 @@ def _call(
     target = f"{library.name}-{name}"  # Compiled programs, including cached ones, call it by this.
     call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential", input_output_aliases=aliases)
     others = {key: np.int64(value) for key, value in attributes.items()}
-    return call(*arguments, parts=np.int64(native.count_threads()), **others)
+    found = call(*arguments, parts=np.int64(native.count_threads()), **others)
+    aligned: Sequence[Array] = align([*arguments, *found])[len(arguments) :]
+    return aligned

@@ -2,7 +2,7 @@
 
 Each checks its arguments, chooses an implementation, and treats lengths and direction. `gates.py`
 has the equations of a step and their derivatives, `scan.py` the reference implementation,
-`fused.py` the loops forwards and backwards in time; `recurrence.py` makes them differentiable.
+`xla.py` the loops forwards and backwards in time; `recurrence.py` makes them differentiable.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from lstm_jax.ops import accelerator, choice, cudnn, fused, in_c, recurrence, scan
+from lstm_jax.ops import choice, in_c, recurrence, scan, xla
 from lstm_jax.ops.arguments import (
     choose_dtypes,
     convert_carry,
@@ -39,17 +39,17 @@ from lstm_jax.ops.gates import (
 from lstm_jax.ops.recurrence import Implementation
 from lstm_jax.ops.scan import Layer, Marks
 
-Name = Literal["auto", "scan", "xla", "c", "cudnn", "pallas"]
+Name = Literal["auto", "scan", "xla", "c"]
 
 
 class Options(TypedDict, total=False):
-    """The options that all gated layers have; `lstm` explains them."""
+    """The keyword arguments of all gated layers, all optional; `lstm` explains them."""
 
-    reset: Shaped[ArrayLike, "batch time"] | None
-    lengths: Integer[ArrayLike, " batch"] | None
-    reverse: bool
-    dtype: DTypeLike | None
-    implementation: Name
+    reset: Shaped[ArrayLike, "batch time"] | None  # Steps that read a carry of zeros.
+    lengths: Integer[ArrayLike, " batch"] | None  # Without it, all steps are computed.
+    reverse: bool  # By default False.
+    dtype: DTypeLike | None  # By default that of the inputs.
+    implementation: Name  # By default "auto".
 
 
 def lstm(
@@ -78,11 +78,11 @@ def lstm(
       lengths: integers [batch]. Later steps leave the carry as it is, and their outputs are zero.
       reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
         place of their inputs.
-      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; others leave
+      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; "float32" leaves
         them as they are. Without one, that of the inputs. States are float32, or float64 if any
         array is.
-      implementation: "scan" can be transformed in every way; "xla", "c" (on CPUs with AVX-512),
-        "cudnn" (on NVIDIA's GPUs) and "pallas" (on TPUs) are faster; "auto" chooses.
+      implementation: "scan" can be transformed in every way; "xla" and "c" (on CPUs with
+        AVX-512) are faster; "auto" chooses.
 
     Returns:
       The last carry, and the outputs [batch, time, hidden], which are the hidden states, in the
@@ -107,7 +107,7 @@ def peephole_lstm(
         o = sigmoid(x W + h U + p * c' + b)
         h' = o * tanh(c')
 
-    Arguments, options, results and errors are those of `lstm`.
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
     """
     return _run(PEEPHOLE_LSTM, params, inputs, carry, **options)
 
@@ -124,7 +124,8 @@ def gru(
         n = tanh(x W + b + r * (h U + un))
         h' = (1 - z) * n + z * h
 
-    Arguments, options, results and errors are those of `lstm`; the gates are in the order r, z, n.
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`. The gates are in
+    the order r, z, n.
     """
     return _run(GRU, params, inputs, carry, **options)
 
@@ -139,7 +140,7 @@ def rnn(
 
         h' = tanh(x W + h U + b)
 
-    Arguments, options, results and errors are those of `lstm`.
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
     """
     return _run(RNN, params, inputs, carry, **options)
 
@@ -157,7 +158,7 @@ def run(
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run the gated layer with these parameters, an instance of `LSTMParams` or another, over time.
 
-    Arguments, options, results and errors are those of `lstm`.
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
     """
     return _run(_get_gating(params), params, inputs, carry, **options)
 
@@ -210,50 +211,34 @@ def _run(
     first = convert_carry(gating.carry, carry, *[(batch, hidden)] * len(gating.carry._fields))
     reset, lengths = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
     low, wide = choose_dtypes(dtype, inputs, params, first)
-    choose = functools.partial(
-        choice.choose,
+    name = choice.choose(
         implementation if time else "scan",
         gating,
         size=hidden,
-        dtype=low,
-        is_wide=wide != jnp.float32,
-        has_reset=reset is not None,
-        has_lengths=lengths is not None,
+        batch=batch,
+        dtype=low if wide == jnp.float32 else wide.name,
     )
-    backend = jax.default_backend()
-    run_layer = find_implementation(choose(batch=batch), backend, choose(batch=None))
+    run_layer = find_implementation(name, jax.default_backend())
     arrays = params, inputs, first, reset, lengths
     return _compute(gating, run_layer, reverse, wide, low, *arrays)
 
 
 @functools.cache
-def find_implementation(
-    name: str, backend: str, larger: str
-) -> Callable[[Layer], tuple[Any, Array]]:
-    """Return the function that runs a layer, and a `larger` batch, on a kind of device."""
-    if name in ("scan", "cudnn"):
-        return scan.run if name == "scan" else cudnn.run
-    larger_one = None if larger == name else _make_implementation(larger, backend)
-    return functools.partial(recurrence.run, _make_implementation(name, backend), larger_one)
-
-
-def _make_implementation(name: str, backend: str) -> Implementation:
-    module: Any = in_c if name == "c" else fused
-    options = {}
-    if name == "pallas":
-        from lstm_jax.ops import pallas  # Importing it takes a while.
-
-        module, options = accelerator, {"loops": pallas.LOOPS}
-    elif name == "xla" and backend != "cpu":
-        module, options = accelerator, {"loops": accelerator.LOOPS}
-    return Implementation(
-        name,
-        functools.partial(module.forward, **options),
-        functools.partial(module.backward, **options),
-        module.differentiate_params,
-        batch_axis=-1 if module is fused else 1,
-        is_exportable=module is not in_c,
-    )
+def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any, Array]]:
+    """Return the function that runs a layer on a kind of device."""
+    if name == "scan":
+        return scan.run
+    if name == "c":
+        made = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, batch_axis=1)
+    else:
+        axis = 0 if backend == "cpu" else 1
+        made = Implementation(
+            functools.partial(xla.forward, axis=axis),
+            functools.partial(xla.backward, axis=axis),
+            functools.partial(xla.differentiate_params, axis=axis),
+            batch_axis=2 - axis,
+        )
+    return functools.partial(recurrence.run, made)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -3,10 +3,9 @@
 //
 // A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
-// read in words of 32 bits along their common axis, the depth. A word is one float32, two bfloat16,
-// or in steps of generation four numbers of 8 bits: one instruction multiplies the numbers of 16
-// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits. With AMX,
-// one instruction does that for 16 words of 16 rows, in bfloat16.
+// read in words of 32 bits along their common axis, the depth. A word is one float32 or two bfloat16:
+// one instruction multiplies the numbers of 16 pairs of words, and adds the products to 16 sums in
+// float32. With AMX, one instruction does that for 16 words of 16 rows, in bfloat16.
 // The hidden size is a multiple of 16, and every depth is a whole number of words.
 
 #include <immintrin.h>
@@ -24,7 +23,7 @@
 enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
 enum { AHEAD = 16 };  // Words of the depth to prefetch: Intel's own prefetches come too late.
 
-enum { FLOAT32 = 1, BFLOAT16 = 2, INT8 = 4 };  // Numbers in a word.
+enum { FLOAT32 = 1, BFLOAT16 = 2 };  // Numbers in a word.
 
 typedef uint32_t word __attribute__((may_alias));
 typedef uint16_t bits16 __attribute__((may_alias));
@@ -64,20 +63,19 @@ static __m512 tanh_lanes(__m512 x) {
 
 static __m512 sigmoid(__m512 x) { return 0.5f * tanh_lanes(0.5f * x) + 0.5f; }
 
-// Instructions that processors with AVX-512 may lack, for bfloat16 and int8, and those of AMX.
-#define WITH_BF16 __attribute__((target("avx512bf16,avx512vnni")))
-#define WITH_AMX __attribute__((target("avx512bf16,avx512vnni,amx-tile,amx-bf16")))
+// Instructions that processors with AVX-512 may lack, for bfloat16, and those of AMX.
+#define WITH_BF16 __attribute__((target("avx512bf16")))
+#define WITH_AMX __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline))
 
 WITH_BF16 INLINE __m512 add_products(int numbers, __m512 sum, __m512i a, __m512i b) {
   if (numbers == FLOAT32) return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
-  if (numbers == BFLOAT16) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  return (__m512)_mm512_dpbusd_epi32((__m512i)sum, a, b);  // `a` is unsigned, `b` is signed.
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
 // The zeros of a packed right factor, which are not multiplied: none, or those of the kernel of a GRU
-// (in vector 2 of the first words, and in vector 3 of the next), or those of whole words.
-enum { NO_ZEROS, ZEROS_OF_GRU, ZERO_WORDS };
+// (in vector 3 of the first words, and in vector 2 of the next), or those of the last words.
+enum { NO_ZEROS, ZEROS_OF_GRU, LAST_WORDS };
 typedef struct {
   int kind;
   size_t first, second;  // The words where they change.
@@ -110,10 +108,10 @@ WITH_BF16 INLINE void multiply_rows(int numbers, int rows, int kind, const word 
                                     const word *packed, Zeros zeros, sums result) {
   __m512 sum[ROWS][VECTORS] = {0};
   size_t end = kind == NO_ZEROS ? words : zeros.first;
-  add_words(numbers, rows, a, words, packed, 0, end, kind == ZEROS_OF_GRU ? 2 : -1, sum);
+  add_words(numbers, rows, a, words, packed, 0, end, kind == ZEROS_OF_GRU ? 3 : -1, sum);
   if (kind == ZEROS_OF_GRU)
-    add_words(numbers, rows, a, words, packed, zeros.first, zeros.second, 3, sum);
-  if (kind != NO_ZEROS) add_words(numbers, rows, a, words, packed, zeros.second, words, -1, sum);
+    add_words(numbers, rows, a, words, packed, zeros.first, zeros.second, 2, sum);
+  if (kind == ZEROS_OF_GRU) add_words(numbers, rows, a, words, packed, zeros.second, words, -1, sum);
   memcpy(result, sum, rows * sizeof(sum[0]));
 }
 
@@ -182,9 +180,9 @@ WITH_BF16 static void multiply(int numbers, int rows, const word *a, size_t word
                                const word *packed, Zeros zeros, sums result) {
   if (is_in_tiles(numbers)) return multiply_tiles(rows, a, words, packed, result);
   switch (64 * zeros.kind + 8 * numbers + rows) {
-    CASES(FLOAT32, NO_ZEROS) CASES(BFLOAT16, NO_ZEROS) CASES(INT8, NO_ZEROS)
+    CASES(FLOAT32, NO_ZEROS) CASES(BFLOAT16, NO_ZEROS)
     CASES(FLOAT32, ZEROS_OF_GRU) CASES(BFLOAT16, ZEROS_OF_GRU)
-    CASES(FLOAT32, ZERO_WORDS) CASES(BFLOAT16, ZERO_WORDS)
+    CASES(FLOAT32, LAST_WORDS) CASES(BFLOAT16, LAST_WORDS)
   }
 }
 
@@ -424,7 +422,7 @@ enum { LSTM, PEEPHOLE_LSTM, GRU, RNN };
 INLINE int has_cell(int kind) { return kind == LSTM || kind == PEEPHOLE_LSTM; }
 
 // Return the number of sums of a hidden unit. Those of a GRU are r, z, and the parts of the candidate
-// that read the inputs and the hidden state. A tile has all sums of 16 units, or the only sum of 64.
+// that read the hidden state and the inputs. A tile has all sums of 16 units, or the only sum of 64.
 INLINE size_t count_sums(int kind) { return kind == RNN ? 1 : 4; }
 
 INLINE size_t count_units(int kind) { return TILE / count_sums(kind); }
@@ -452,7 +450,7 @@ INLINE void store_state(int kind, State state, float *cell, float *hidden, size_
   _mm512_storeu_ps(hidden + at, state.hidden);
 }
 
-// Compute the next state, and in place of the sums the gates (of a GRU r, z, n, and its fourth sum).
+// Compute the next state, and in place of the sums the gates (of a GRU r, z, its third sum, and n).
 // `peepholes` are those of the first unit for i; those for f and o follow after `hidden` numbers each.
 INLINE State activate(int kind, __m512 *z, State before, const float *peepholes, size_t hidden) {
   if (kind == RNN) {
@@ -466,8 +464,8 @@ INLINE State activate(int kind, __m512 *z, State before, const float *peepholes,
   z[0] = sigmoid(z[0]);
   z[1] = sigmoid(z[1]);
   if (kind == GRU) {
-    z[2] = tanh_lanes(z[2] + z[0] * z[3]);
-    return (State){before.cell, (1 - z[1]) * z[2] + z[1] * before.hidden};
+    z[3] = tanh_lanes(z[3] + z[0] * z[2]);
+    return (State){before.cell, (1 - z[1]) * z[3] + z[1] * before.hidden};
   }
   z[2] = tanh_lanes(z[2]);
   __m512 cell = _mm512_fmadd_ps(z[1], before.cell, z[0] * z[2]);
@@ -486,10 +484,10 @@ INLINE State pull_back(int kind, const __m512 *gate, State before, State after, 
     return (State){zero, zero};
   }
   if (kind == GRU) {
-    __m512 r = gate[0], z = gate[1], n = gate[2];
-    d_sum[2] = d.hidden * (one - z) * (one - n * n);
-    d_sum[3] = d_sum[2] * r;
-    d_sum[0] = d_sum[2] * gate[3] * r * (one - r);
+    __m512 r = gate[0], z = gate[1], n = gate[3];
+    d_sum[3] = d.hidden * (one - z) * (one - n * n);
+    d_sum[2] = d_sum[3] * r;
+    d_sum[0] = d_sum[3] * gate[2] * r * (one - r);
     d_sum[1] = d.hidden * (before.hidden - n) * z * (one - z);
     return (State){zero, d.hidden * z};
   }
@@ -520,7 +518,6 @@ typedef struct {
   size_t batch, words, hidden;
   const word *rows;     // [batch, words]: inputs and the hidden state.
   const word *packed;   // The kernel, [depth, sums * hidden], by tiles.
-  const float *scales;  // Of its columns, if it has 8 bits.
   size_t stride;        // Between rows of `added`, 0 if all are the same.
   const float *added;   // To the sums.
   const float *first_cell, *first_hidden, *peepholes;
@@ -540,12 +537,8 @@ INLINE void step_of(int kind, Step s, size_t part, size_t parts) {
         for (size_t v = 0, unit = j; v < VECTORS && unit < end; v += num_sums, unit += LANES) {
           size_t at = (b + r) * s.hidden + unit;
           __m512 *z = sum[r] + v;
-          for (size_t k = 0; k < num_sums; k++) {
-            size_t column = k * s.hidden + unit;
-            if (s.numbers == INT8)
-              z[k] = _mm512_cvtepi32_ps((__m512i)z[k]) * _mm512_loadu_ps(s.scales + column);
-            z[k] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
-          }
+          for (size_t k = 0; k < num_sums; k++)
+            z[k] += _mm512_loadu_ps(s.added + (b + r) * s.stride + k * s.hidden + unit);
           State before = load_state(kind, 0, s.first_cell, s.first_hidden, at);
           State after = activate(kind, z, before, s.peepholes + unit, s.hidden);
           store_state(kind, after, s.cell, s.output, at);
@@ -574,7 +567,7 @@ INLINE void forward_of(int kind, Forward l, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
   size_t words = l.depth / l.numbers, bias = l.hidden + l.features, num_sums = count_sums(kind);
   const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  // The candidate's sums: the first does not read the hidden state, and the second not the inputs.
+  // The candidate's sums: the first does not read the inputs, and the second not the hidden state.
   Zeros zeros = {kind == GRU ? ZEROS_OF_GRU : NO_ZEROS, l.hidden / l.numbers, bias / l.numbers};
   for (size_t t = 0; t < l.time; t++) {
     const float *cells = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
@@ -636,7 +629,7 @@ INLINE void backward_of(int kind, Backward l, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
   size_t hidden = l.hidden, num_sums = count_sums(kind), width = num_sums * hidden;
   size_t words = width / l.numbers, of_sum = hidden / l.numbers;
-  Zeros zeros = {kind == GRU ? ZERO_WORDS : NO_ZEROS, 2 * of_sum, 3 * of_sum};  // Of n.
+  Zeros zeros = {kind == GRU ? LAST_WORDS : NO_ZEROS, 3 * of_sum};  // Of n.
   for (size_t t = l.time; t-- > 0;) {
     const float *cells = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
     const float *outputs = t ? l.outputs + (t - 1) * l.batch * hidden : l.first_hidden;
@@ -694,10 +687,10 @@ static size_t size(void **buffers, int i, int axis) {
   return axis < buffer->rank ? buffer->dims[axis] : 0;
 }
 
-// Return how many numbers of an array in float32, bfloat16 or 8 bits a word has.
+// Return how many numbers of an array in float32 or bfloat16 a word has.
 static int numbers(void **buffers, int i) {
   XLA_FFI_DataType dtype = ((XLA_FFI_Buffer *)buffers[i])->dtype;
-  return dtype == XLA_FFI_DataType_F32 ? FLOAT32 : dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : INT8;
+  return dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32;
 }
 
 typedef void task(const void *work, size_t part, size_t parts);
@@ -779,7 +772,7 @@ __attribute__((format(printf, 2, 3))) static XLA_FFI_Error *fail(XLA_FFI_CallFra
   return frame->api->XLA_FFI_Error_Create(&args);
 }
 
-enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8, S8 = XLA_FFI_DataType_S8 };
+enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8 };
 enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16 };
 enum { S32 = XLA_FFI_DataType_S32, U32 = XLA_FFI_DataType_U32 };
 
@@ -794,7 +787,7 @@ typedef struct {
 static void write_type(char *text, size_t length, int dtype, int rank, const int64_t *dims) {
   const char *name = dtype == F32 ? "f32" : dtype == BF16 ? "bf16" : dtype == U8 ? "u8" : NULL;
   size_t at = name ? snprintf(text, length, "%s[", name)
-                   : snprintf(text, length, dtype == S8 ? "s8[" : "type %d[", dtype);
+                   : snprintf(text, length, "type %d[", dtype);
   for (int i = 0; i < rank && at < length; i++)
     at += snprintf(text + at, length - at, i ? ",%lld" : "%lld", (long long)dims[i]);
   if (at < length) snprintf(text + at, length - at, "]");
@@ -843,7 +836,7 @@ static XLA_FFI_Error *check_kind(XLA_FFI_CallFrame *frame, const char *name, int
 }
 
 // An array that a call does not need is empty: cell states and peepholes of kinds without them, gates
-// of a simple RNN, scales except for 8 bits, and marks if there are none.
+// of a simple RNN, and marks if there are none.
 
 static Factor factor(void **in, int i, int is_transposed) {
   return (Factor){is_transposed, size(in, i, is_transposed), size(in, i, !is_transposed),
@@ -901,20 +894,19 @@ HANDLER(cross_entropy, 4, 6) {
   return NULL;
 }
 
-HANDLER(step, 7, 2) {
+HANDLER(step, 6, 2) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(in, 0), dtype = number == FLOAT32 ? F32 : number == BFLOAT16 ? BF16 : S8;
+  int number = numbers(in, 0), dtype = number == BFLOAT16 ? BF16 : F32;
   size_t batch = size(in, 4, 0), hidden = size(in, 4, 1), words = size(in, 1, 1);
   size_t num_sums = count_sums(kind), width = num_sums * hidden, units = count_units(kind);
   size_t cell = has_cell(kind) ? hidden : 0, is_shared = size(in, 2, 0) == 1;
   const Array arrays[] = {
-      {"rows", dtype == S8 ? U8 : dtype, 2, {batch, words * number}},
+      {"rows", dtype, 2, {batch, words * number}},
       {"the packed kernel", dtype, 5, {(hidden + units - 1) / units, words, VECTORS, LANES, number}},
       {"added", F32, 2, {is_shared ? 1 : batch, width}},
       {"the cell state", F32, 2, {batch, cell}},
       {"the hidden state", F32, 2, {batch, hidden}},
       {"peepholes", F32, 2, {kind == PEEPHOLE_LSTM ? 3 : 0, hidden}},
-      {"scales", F32, 1, {dtype == S8 ? width : 0}},
       {"the next cell state", F32, 2, {batch, cell}},
       {"the next hidden state", F32, 2, {batch, hidden}},
   };
@@ -922,7 +914,7 @@ HANDLER(step, 7, 2) {
   if (!error) error = check(frame, "step", arrays);
   if (error) return error;
   run(frame, step,
-      &(Step){kind, number, batch, words, hidden, data(in, 0), data(in, 1), data(in, 6),
+      &(Step){kind, number, batch, words, hidden, data(in, 0), data(in, 1),
               is_shared ? 0 : width, data(in, 2), data(in, 3), data(in, 4), data(in, 5),
               data(out, 0), data(out, 1)});
   return NULL;
@@ -930,7 +922,7 @@ HANDLER(step, 7, 2) {
 
 HANDLER(forward, 6, 4) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(out, 3) == BFLOAT16 ? BFLOAT16 : FLOAT32;
+  int number = numbers(out, 3);
   int dtype = number == BFLOAT16 ? BF16 : F32;
   size_t time = size(in, 0, 0), batch = size(in, 0, 1), features = get_attribute(frame, "features");
   size_t hidden = size(in, 3, 1), units = count_units(kind);
@@ -960,7 +952,7 @@ HANDLER(forward, 6, 4) {
 
 HANDLER(backward, 11, 3) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(out, 0) == BFLOAT16 ? BFLOAT16 : FLOAT32;
+  int number = numbers(out, 0);
   int dtype = number == BFLOAT16 ? BF16 : F32;
   size_t time = size(in, 6, 0), batch = size(in, 6, 1), hidden = size(in, 6, 2);
   size_t width = count_sums(kind) * hidden, cell = has_cell(kind) ? hidden : 0;

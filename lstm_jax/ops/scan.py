@@ -37,7 +37,7 @@ def run(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
     """Return the last carry and the outputs."""
     gating, params, inputs, carry, marks, dtype = layer
     from_inputs = matmul(inputs, params.input_kernel, dtype, params.bias)
-    peepholes = get_peepholes(params, axis=0)
+    peepholes = get_peepholes(params)
 
     def step(carry: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
         from_inputs, mark = read
@@ -49,6 +49,9 @@ def run(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
         return after, after.hidden
 
     return lax.scan(step, carry, (from_inputs, marks))
+
+
+# `axis` is that of the features in an array of a step: 1, or 0 if the batch is last.
 
 
 def clear(tree: Any, reset: Bool[Array, "..."] | None, axis: int = -1) -> Any:
@@ -71,40 +74,45 @@ def add_hidden(carry: Any, term: Float[Array, "..."]) -> Any:
     return carry._replace(hidden=term if carry.hidden is None else carry.hidden + term)
 
 
-def get_peepholes(params: Any, axis: int) -> Float[Array, "3 ..."] | None:
-    """Return the peephole weights [3, hidden], if there are any, with an axis of size 1 more."""
+def get_peepholes(params: Any, axis: int = 1) -> Float[Array, "3 ..."] | None:
+    """Return the peephole weights [3, hidden], if there are any, with an axis for the batch."""
     peepholes = getattr(params, "peepholes", None)
-    return None if peepholes is None else jnp.expand_dims(peepholes, axis + 1)
+    return None if peepholes is None else jnp.expand_dims(peepholes, 2 - axis)
 
 
 def add_sums(
-    gating: Gating, params: Any, from_inputs: Float[Array, "..."], from_hidden: Float[Array, "..."]
+    gating: Gating,
+    params: Any,
+    from_inputs: Float[Array, "..."],
+    from_hidden: Float[Array, "..."],
+    axis: int = 1,
 ) -> Arrays:
-    """Return the sums of a step, from x W + b and h U, [..., n * hidden] each."""
-    of_inputs = jnp.split(from_inputs, len(gating.read_inputs), axis=-1)
-    of_hidden = jnp.split(from_hidden, len(gating.read_hidden), axis=-1)
-    sums: dict[int, Array] = dict(zip(gating.read_inputs, of_inputs, strict=True))
-    for index, term in zip(gating.read_hidden, of_hidden, strict=True):
-        if index not in sums:  # The part of a GRU's candidate that the reset gate multiplies.
-            sums[index] = params.recurrent_bias
-        sums[index] = term + jnp.broadcast_to(sums[index], term.shape)
-    return tuple(sums[index] for index in range(gating.num_sums))
+    """Return the sums of a step, from x W + b and h U."""
+    of_inputs, of_hidden = (
+        jnp.split(x, gating.num_gates, axis) for x in (from_inputs, from_hidden)
+    )
+    if gating.num_sums == gating.num_gates:
+        return tuple(h + x for x, h in zip(of_inputs, of_hidden, strict=True))
+    (xr, xz, xn), (hr, hz, hn) = of_inputs, of_hidden
+    return hr + xr, hz + xz, hn + jnp.expand_dims(params.recurrent_bias, 1 - axis), xn
 
 
-def select_sums(
-    x: Float[Array, "n columns"], indices: Sequence[int], hidden: int
-) -> Float[Array, "n selected"]:
-    """Return the columns of some sums, of an array [n, sums * hidden]."""
-    blocks = jnp.split(x, x.shape[1] // hidden, axis=1)
-    is_all = len(indices) == len(blocks)
-    return x if is_all else jnp.concatenate([blocks[i] for i in indices], axis=1)
+def make_gradients(
+    layer: Layer,
+    d_kernels: Sequence[Array],
+    d_bias: Float[Array, " sums"],
+    d_sums: Float[Array, "time batch sums"],
+    cells: Float[Array, "time batch hidden"],
+) -> Any:
+    """Return the cotangents of the parameters, whose kernels are the input and recurrent kernel.
 
-
-def differentiate_peepholes(
-    layer: Layer, d_sums: Float[Array, "time batch sums"], cells: Float[Array, "time batch hidden"]
-) -> Float[Array, "3 hidden"]:
-    """Return the cotangent of peephole weights, from those of the sums and all cell states."""
-    before = clear(jnp.concatenate([layer.carry.cell[None], cells[:-1]]), layer.marks.reset)
-    d_i, d_f, _, d_o = jnp.split(d_sums, 4, axis=2)
-    terms = d_i * before, d_f * before, d_o * cells
-    return jnp.stack([term.sum(axis=(0, 1)) for term in terms])
+    Only gates that see the cell states need `cells`.
+    """
+    gating, carry = layer.gating, layer.carry
+    d_params = [*d_kernels, *gating.split_biases(d_bias)]
+    if gating.has_peepholes:
+        before = clear(jnp.concatenate([carry.cell[None], cells[:-1]]), layer.marks.reset)
+        d_i, d_f, _, d_o = jnp.split(d_sums.astype(cells.dtype), 4, axis=2)
+        terms = d_i * before, d_f * before, d_o * cells
+        d_params.append(jnp.stack([term.sum(axis=(0, 1)) for term in terms]))
+    return gating.params(*d_params)

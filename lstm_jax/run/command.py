@@ -183,11 +183,11 @@ def define_text_flags() -> Callable[[], list[str | None]]:
     return lambda: [flag.value for flag in text_flags]
 
 
-def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
-    """Define the flag --dtype, for commands that run a trained model; `more` are other dtypes."""
+def define_dtype_flag() -> flags.FlagHolder[str | None]:
+    """Define the flag --dtype, for commands that run a trained model."""
     return flags.DEFINE_enum(
         "dtype",
         None,
-        [*config.DTYPES, *more],
+        config.DTYPES,
         "Dtype of matmuls, instead of the run's; auto: the faster one here.",
     )

@@ -234,16 +234,15 @@ def load(
       directory: the working directory; or several, whose models are an ensemble: it averages their
         probabilities at every step.
       dtype: that of the matmuls, "float32" or "bfloat16", or with "auto" the one in which this
-        machine trains faster; by default that of the config. "int8" rounds more where tokens are
-        read one by one (`workdir.load_trained`).
+        machine trains faster; by default that of the config.
       cell: FILE.py:CLASS of the run's cell, if it has your own, or several. The file is code, and
         runs.
 
     Raises:
-      UserError: if there is no model, or a file is damaged, or int8 is not possible, or the models
-        of an ensemble were trained on different texts.
+      UserError: if there is no model, or a file is damaged, or the models of an ensemble were
+        trained on different texts.
     """
-    if dtype not in (known := (None, *DTYPES, "int8")):
+    if dtype not in (known := (None, *DTYPES)):
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
     for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -97,13 +97,11 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
 
     `workdir` may also be a folder, or the name of a model in the package.
 
-    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default the config's. "int8"
-    is bfloat16, with kernels and hidden states of the recurrent layers rounded to 8 bits where
-    tokens are read one by one.
+    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default the config's.
 
     Raises:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
-        loaded (`cell_file.load_cell`), or int8 is not possible.
+        loaded (`cell_file.load_cell`).
     """
     workdir = find_model(workdir)
     config, vocabulary = load_config(workdir), load_vocabulary(workdir)
@@ -111,18 +109,9 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     # The run may have used another kind of device.
     fields = dataclasses.replace(fields, recurrence="auto")
     if dtype:
-        used: Any = "bfloat16" if dtype == "int8" else dtype
-        fields = dataclasses.replace(fields, dtype=used)
+        fields = dataclasses.replace(fields, dtype=cast(config_lib.Dtype, dtype))
     config = dataclasses.replace(config, model=fields)
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    if dtype == "int8":
-        if not model.supports_int8:
-            raise UserError(
-                f"the model in {workdir} can't use int8 here: that needs LSTM "
-                "cells of a multiple of 16 hidden units, without a block, and "
-                "the library in C with AVX-512 VNNI (see python -m lstm_jax.ops)"
-            )
-        model = model.clone(int8_steps=True)
     model_lib.check_model(model)
     params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)

@@ -9,7 +9,7 @@ from lstm_jax.errors import warn
 from lstm_jax.run import command
 
 _RUN = command.define_run_flags()
-_DTYPE = command.define_dtype_flag("int8")
+_DTYPE = command.define_dtype_flag()
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to generate.")
 _CONTROLS = (

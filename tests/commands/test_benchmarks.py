@@ -35,7 +35,7 @@ def test_every_library_runs_the_same_layer(cell: str, dtype: str) -> None:
     gates = {"lstm": 4, "peephole": 4, "gru": 3, "rnn": 1}[cell]
     ours: list[Any] = []
     for name, make in layers.list_contestants().items():
-        needs_c = name.endswith(" c") and not choice._is_available(dtype)
+        needs_c = name.endswith(" c") and not choice.is_available(dtype)
         if needs_c or not name.startswith(f"{cell} "):
             continue
         try:

@@ -9,15 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 import accelerators
 import commands
 from lstm_jax import config, matmul, ops
-from lstm_jax.model import LanguageModel
-from lstm_jax.ops import accelerator, choice, in_c, pallas
-from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
+from lstm_jax.ops import choice, in_c, xla
+from lstm_jax.ops.gates import GRU, PEEPHOLE_LSTM, RNN, Gating
 from lstm_jax.ops.layer import find_implementation
 from lstm_jax.ops.scan import Layer, Marks
 from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
@@ -40,44 +37,36 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda name, *_, **__: name.replace("auto", "xla"))
 
 
-_PALLAS = pytest.param("pallas", marks=pytest.mark.slow)
-in_both = pytest.mark.parametrize("implementation", ["xla", _PALLAS])
-
-
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@in_both
 @pytest.mark.usefixtures("gpu")
-def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], implementation: str) -> None:
+def test_float32_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected = value_and_gradients(reference, cotangents, *arguments)
-    run: Any = functools.partial(run_layer, implementation=implementation)
+    run: Any = run_layer
     assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
     assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
 
 
 @pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
-@in_both
 @pytest.mark.usefixtures("gpu")
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], implementation: str) -> None:
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
-    run = functools.partial(run_layer, dtype="bfloat16", implementation=implementation)
+    run = functools.partial(run_layer, dtype="bfloat16")
     results = value_and_gradients(run, cotangents, *arguments)
     expected = run_numpy(arguments, cotangents, to_bfloat16)
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
 
 
 @pytest.mark.parametrize("gating", [GRU, RNN, PEEPHOLE_LSTM], ids=lambda gating: gating.name)
-@in_both
 @pytest.mark.usefixtures("gpu")
 @jax.numpy_rank_promotion("allow")
-def test_every_kind_agrees_with_its_equations(gating: Gating, implementation: str) -> None:
-    has_marks = implementation == "xla"
-    arguments, codes, cotangents = draw_layer(gating, 7, 3, 5, 6, has_marks)
-    pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
+def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
+    arguments, codes, cotangents = draw_layer(gating, 7, 3, 5, 6, True)
+    pair = codes == in_c.RESET, codes == in_c.FROZEN
 
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        run_layer = find_implementation(implementation, "gpu", implementation)
+        run_layer = find_implementation("xla", "gpu")
         last, outputs = run_layer(Layer(gating, params, inputs, carry, Marks(*pair), "float32"))
         return outputs, last
 
@@ -87,40 +76,15 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, implementation: st
     assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("gpu")
-def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
-    monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
-    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(LSTM, 4, 3, 5, 6, False)
-
-    @jax.jit  # The interpreter has effects, which the primitives of `ops` do not have.
-    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        layer = Layer(LSTM, params, inputs, carry, Marks(None, None), "float32")
-        (last, outputs), saved = accelerator.forward(layer, True, pallas.LOOPS)
-        d_carry = accelerator.backward(layer, saved, d_last, d_outputs, pallas.LOOPS)[1]
-        return (outputs, last), d_carry
-
-    results, d_first = run(params, inputs, carry)
-    exact, (_, _, d_carry) = value_and_gradients(
-        functools.partial(run_equations, LSTM, None), (d_outputs, d_last), params, inputs, carry
-    )
-    assert_close((results, d_first), (exact, d_carry), 1e-5)
-    races: Any = interpret_pallas_call.races
-    assert not races.races_found
-
-
 def test_a_gradient_in_two_parts_keeps_its_precision() -> None:
     x = np.random.default_rng(0).normal(size=1000).astype("float32")
-    high, low = jax.jit(functools.partial(accelerator._split, dtype=jnp.bfloat16))(x)
+    high, low = jax.jit(functools.partial(xla.split_number, dtype=jnp.bfloat16))(x)
     assert high.dtype == low.dtype == "bfloat16"
     parts: Any = high.astype("float32") + low.astype("float32")
     np.testing.assert_allclose(parts, x, rtol=2.0**-16)
 
 
-# What lowers for both.
-_NAMES = accelerators.list_programs(config.Config(), 9, jax.devices()[:1])
-PROGRAMS = [name for name in _NAMES if name != "step pallas"]
+PROGRAMS = list(accelerators.list_programs(config.Config(), 9, jax.devices()[:1]))
 
 
 @pytest.mark.slow
@@ -148,22 +112,6 @@ def test_matmuls_in_bfloat16_are_differentiated_in_bfloat16() -> None:
     one, other = factors[0], factors[1].astype(jnp.float32)
     gradient = jax.grad(lambda a: matmul.matmul(a, other, "float32").sum())(one)
     np.testing.assert_array_equal(gradient, np.full(one.shape, 2))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_pallas_lowers_for_tpus(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    lstm = LanguageModel(23, 24, 48, 2, recurrence="pallas", dtype=dtype)
-    ids = jnp.zeros((8, 8), jnp.int32)
-
-    def sum_logits(params: Any) -> jax.Array:
-        logits, _ = lstm.apply({"params": params}, ids, lstm.initial_carry(8))
-        return logits.sum()
-
-    params = jax.eval_shape(lambda: lstm.init(jax.random.key(0), ids, lstm.initial_carry(8)))
-    traced = jax.jit(jax.grad(sum_logits)).trace(params["params"])
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 4  # Two layers, forward and backward.
 
 
 @pytest.mark.usefixtures("gpu")

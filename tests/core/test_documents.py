@@ -13,7 +13,7 @@ import models
 from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.model import LanguageModel, check_recurrence
+from lstm_jax.model import LanguageModel
 from lstm_jax.ops import choice, native
 from test_native import measure_errors, run_numpy, to_bfloat16, uses_library
 from test_recurrence import make_problem, run_layer, value_and_gradients
@@ -154,13 +154,3 @@ def test_measures_of_a_text_are_those_of_its_documents() -> None:
     settings = dynamic.Settings(0.0, 0.0, 9)
     of_segments = dynamic.compute_dynamic_losses(model, params, ids, settings, sizes)
     np.testing.assert_allclose(np.concatenate(list(of_segments)), expected, atol=1e-5)
-
-
-def test_some_recurrences_have_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    for recurrence, device in (("cudnn", "gpu"), ("pallas", "tpu")):
-        monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
-        model = LanguageModel(7, 5, 8, recurrence=recurrence)
-        check_recurrence(model)
-        with pytest.raises(ValueError, match="has no resets, where a document"):
-            check_recurrence(model.clone(stop_id=STOP))
-        check_recurrence(model.clone(stop_id=STOP, recurrence="auto"))

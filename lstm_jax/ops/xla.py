@@ -1,0 +1,228 @@
+"""Run a gated recurrence in XLA: the results of the scan, faster.
+
+- Reverse-mode differentiation of a scan adds to the gradient of the whole recurrent kernel at every
+  step. Here the backward loop computes gradients of the sums only, and one matmul for each kernel,
+  over time and batch, computes its gradient after the loop.
+- A step saves its derivatives, so that a backward step has little to compute.
+- On CPUs, the loops have feature-major arrays, [features, batch]: XLA's matmuls are fastest there
+  as [n, features] @ [features, batch].
+- On GPUs, the time of a small layer depends mostly on how many GPU kernels each step launches: here
+  at most six, the loop counter included (`benchmarks/accelerators.py` counts them). A step reads
+  and writes one array each, and no array is padded or converted in a loop.
+
+`axis` is that of the features in an array of a step: 0 on CPUs, otherwise 1.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lstm_jax.matmul import matmul_rounded, multiply_columns, round_factor
+from lstm_jax.ops.gates import Arrays
+from lstm_jax.ops.processor import is_faster_in_bfloat16
+from lstm_jax.ops.scan import (
+    Layer,
+    Marks,
+    add_hidden,
+    add_sums,
+    clear,
+    get_peepholes,
+    keep,
+    make_gradients,
+)
+
+_DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
+
+
+def forward(
+    layer: Layer, axis: int, differentiable: bool = True
+) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], tuple[Array]]:
+    """Return the last carry and the outputs, and what each step saves for the backward pass.
+
+    That is one array, [time, n * hidden, batch] or [time, batch, n * hidden]: the derivatives if
+    `differentiable`, the cell state if gates see it, and the hidden state.
+    """
+    gating, params, inputs, carry, marks, _ = layer
+    kernel = _turn(_round(layer, params.recurrent_kernel, axis), axis)
+    input_kernel, added = (_round(layer, x, axis) for x in (params.input_kernel, inputs))
+    if axis:
+        added = matmul_rounded(added, input_kernel) + params.bias[None, None]
+    else:  # The loop multiplies, which is faster on CPUs.
+        input_kernel, added = _turn(input_kernel, axis), _turn(added, axis)
+    peepholes = get_peepholes(params, axis)
+    # A frozen step leaves all bits of the hidden state; otherwise only matmuls read it.
+    wide = params.bias.dtype
+    dtype = kernel.dtype if marks.frozen is None else wide
+
+    def step(state: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
+        added, mark = read
+        if not axis:
+            added = multiply_columns(input_kernel, added) + params.bias[:, None]
+        product = _multiply(kernel, state.hidden.astype(kernel.dtype), axis)
+        sums = add_sums(gating, params, added, clear(product, mark.reset, axis), axis)
+        state = state._replace(hidden=state.hidden.astype(wide))
+        before = clear(state, mark.reset, axis)
+        gates, after = gating.activate(sums, before, peepholes)
+        factors = gating.derive(gates, before, after, peepholes) if differentiable else ()
+        after = keep(state, after, mark.frozen, axis)
+        cell = [after.cell] if gating.has_peepholes else []
+        saved = jnp.concatenate([*factors, *cell, after.hidden], axis)
+        return after._replace(hidden=after.hidden.astype(dtype)), saved
+
+    first = jax.tree.map(lambda x: _turn(x, axis), carry)
+    first = first._replace(hidden=first.hidden.astype(dtype))
+    last, saved = lax.scan(step, first, (added, marks))
+    outputs = _turn(_split(saved, layer, axis)[-1], axis)
+    last = jax.tree.map(lambda x: _turn(x, axis), last)
+    return (last._replace(hidden=outputs[-1]), outputs), (saved,)
+
+
+def backward(
+    layer: Layer,
+    saved: tuple[Array],
+    d_last: Any,
+    d_outputs: Float[Array, "time batch hidden"],
+    axis: int,
+) -> tuple[Float[Array, "time batch sums"], Any]:
+    """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
+
+    `d_last` and `d_outputs` are those of the last carry and of the outputs.
+    """
+    if axis:
+        return _run_back_in_rows(layer, saved, d_last, d_outputs)
+    kernel = _round(layer, layer.params.recurrent_kernel, axis)
+    d_last, d_outputs = jax.tree.map(lambda x: _turn(x, axis), (d_last, d_outputs))
+
+    def step(d_after: Any, read: tuple[Array, Marks, Array]) -> tuple[Any, Array]:
+        saved, mark, d_output = read
+        d_after = add_hidden(d_after, d_output)
+        d_sums, d_before = _pull_back(layer, saved, mark, d_after, axis)
+        row = jnp.concatenate(d_sums)  # Not in bfloat16, which XLA's CPU backend stores slowly.
+        product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]], axis))
+        return add_hidden(d_before, clear(product, mark.reset, axis)), row
+
+    d_first, rows = lax.scan(step, d_last, (*saved, layer.marks, d_outputs), reverse=True)
+    return _turn(rows, axis), jax.tree.map(lambda x: _turn(x, axis), d_first)
+
+
+def _pull_back(
+    layer: Layer, saved: Array, mark: Marks, d_after: Any, axis: int
+) -> tuple[Arrays, Any]:
+    """Return the cotangents of a step's sums, and of its carry without the part through h U."""
+    factors = _split(saved, layer, axis)[: layer.gating.num_factors]
+    d_sums, d_before = layer.gating.pull_back(tuple(factors), d_after)
+    if mark.frozen is not None:
+        zeros = jnp.zeros_like(d_after.hidden)
+        d_sums = keep((zeros,) * len(d_sums), d_sums, mark.frozen, axis)
+        d_before = keep(d_after, add_hidden(d_before, zeros), mark.frozen, axis)
+    return d_sums, clear(d_before, mark.reset, axis)
+
+
+def _run_back_in_rows(
+    layer: Layer, saved: tuple[Array], d_last: Any, d_outputs: Float[Array, "time batch hidden"]
+) -> tuple[Float[Array, "time batch sums"], Any]:
+    """Run backwards on GPUs and TPUs, whose steps make one array each."""
+    gating, params, _, _, marks, _ = layer
+    kernel = _round(layer, params.recurrent_kernel, 1)
+    steps, batch, hidden = d_outputs.shape
+    width, zeros = gating.num_sums * hidden, jnp.zeros_like(d_last.hidden)
+    # Which parts of the carry's cotangent do not come from the matmul of a step.
+    keeps_hidden = marks.frozen is not None or gating.keeps_hidden
+    kept = d_last._replace(hidden=zeros if keeps_hidden else None)
+    leaves, structure = jax.tree.flatten(kept)
+    parts = len(split_number(zeros, kernel.dtype))
+    tail = len(leaves) * parts * hidden
+    # The matmul of a step reads a whole row [batch, depth]; zeros skip what is not added to h U.
+    depth = -(-(width + tail) // _DEPTH) * _DEPTH
+    padded = jnp.pad(kernel.T, ((0, depth - kernel.shape[1]), (0, 0)))
+
+    def make_row(d_sums: Arrays, kept: Any) -> Array:
+        """Return the rounded cotangents of the sums, and those of the carry by `split_number`."""
+        row = [d.astype(kernel.dtype) for d in d_sums]
+        row += [part for d in jax.tree.leaves(kept) for part in split_number(d, kernel.dtype)]
+        filler = jnp.zeros((batch, depth - width - tail), kernel.dtype)
+        return jnp.concatenate([*row, filler], axis=1)
+
+    def read_kept(row: Array) -> Any:
+        halves = row[:, width : width + tail].astype(zeros.dtype)
+        sums = halves.reshape(batch, len(leaves), parts, hidden).sum(axis=2)
+        return jax.tree.unflatten(structure, [sums[:, i] for i in range(len(leaves))])
+
+    def step(carry: tuple[Array, Array], read: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
+        rows, product = carry
+        t, saved, mark, d_output = read
+        # Not from the carry: that would launch one more GPU kernel.
+        kept = read_kept(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
+        d_after = add_hidden(kept, product + d_output)
+        row = make_row(*_pull_back(layer, saved, mark, d_after, 1))
+        row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
+        rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
+        return (rows, clear(matmul_rounded(row, padded), mark.reset)), None
+
+    last = make_row((zeros,) * gating.num_sums, kept)
+    rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
+    read = jnp.arange(steps), *saved, marks, d_outputs
+    (rows, product), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
+    return rows[:-1, :, :width], add_hidden(read_kept(rows[0]), product)
+
+
+def differentiate_params(
+    layer: Layer, saved: tuple[Array], d_sums: Float[Array, "time batch sums"], axis: int
+) -> tuple[Any, Float[Array, "time batch features"]]:
+    """Return the cotangents of the parameters and inputs, from those of the sums."""
+    gating, params, inputs, carry, marks, _ = layer
+    states = [_turn(x, axis) for x in _split(saved[0], layer, axis)[gating.num_factors :]]
+    before = clear(jnp.concatenate([carry.hidden[None], states[-1][:-1]]), marks.reset)
+    rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]), axis)
+    by_inputs, by_hidden = gating.split_columns(rows)
+    d_kernels = []
+    for factor, d in (inputs, by_inputs), (before, by_hidden):
+        columns = _round(layer, factor, axis).reshape(len(d), -1).T
+        if not axis:  # XLA's CPU backend is slow at bfloat16 matmuls that transpose this factor.
+            columns = lax.optimization_barrier(columns)
+        d_kernels.append(matmul_rounded(columns, d))
+    d_bias = d_sums.sum(axis=(0, 1), dtype=before.dtype)
+    d_params = make_gradients(layer, d_kernels, d_bias, d_sums, states[0])
+    # XLA removes this matmul if its result is unused, as for one-hot inputs.
+    d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T, axis))
+    return d_params, d_inputs.reshape(inputs.shape)
+
+
+def _turn(x: Array, axis: int) -> Array:
+    """Return an array [..., batch, n] as loops have it, or the reverse."""
+    return x if axis else x.swapaxes(-1, -2)
+
+
+def _split(x: Array, layer: Layer, axis: int) -> list[Array]:
+    """Divide saved arrays, or those of one step, into arrays of one feature for a hidden unit."""
+    at = axis + x.ndim - 2
+    return jnp.split(x, x.shape[at] // len(layer.params.recurrent_kernel), at)
+
+
+def _multiply(kernel: Array, x: Array, axis: int) -> Array:
+    return matmul_rounded(x, kernel) if axis else multiply_columns(kernel, x)
+
+
+def _round(layer: Layer, x: Array, axis: int) -> Array:
+    """Round a factor of a matmul.
+
+    On CPUs, multiply in bfloat16 where that is faster. XLA's CPU backend has no bfloat16 matmuls
+    with a transposed first factor. There are none here, unless the loop has a single step, which
+    XLA fuses with the code around it, or the batch has a single text, for which XLA removes the
+    transposing copies.
+    """
+    time, batch, _ = layer.inputs.shape
+    native = not axis and is_faster_in_bfloat16() and time > 1 and batch > 1
+    return round_factor(x, layer.dtype, native)
+
+
+def split_number(x: Array, dtype: DTypeLike) -> list[Array]:
+    """Return arrays of `dtype` whose sum is x: in bfloat16 two, for a precision of 16 bits."""
+    if dtype == x.dtype:
+        return [x]
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return [high.astype(dtype), (x - high).astype(dtype)]
