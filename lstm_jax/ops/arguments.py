@@ -1,94 +1,47 @@
-"""Check the arguments of the public functions, whose shapes and dtypes are known when traced.
+"""Check the arguments of the public functions, whose shapes and dtypes are known when traced."""
 
-What does not fit raises a `ValueError` that names the array.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
-
-from lstm_jax.ops.gates import Gating
+from jax.typing import DTypeLike
+from jaxtyping import Array, jaxtyped
 
 
-def convert_floats(name: str, value: ArrayLike, *axes: int | str) -> Float[Array, "..."]:
-    """Return a floating-point array with these axes, of the sizes that are numbers, or raise."""
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has the dtype {array.dtype}: it must be a floating-point array")
-    fits = all(isinstance(a, str) or a == size for a, size in zip(axes, array.shape, strict=False))
-    if array.ndim != len(axes) or not fits:
-        wanted = ", ".join(map(str, axes))
-        raise ValueError(f"{name} has the shape {array.shape}: it must be [{wanted}]")
-    return array
+def check(**arguments: tuple[Any, Any]) -> list[Any]:
+    """Return arguments as arrays or NamedTuples of arrays; None stays.
 
+    Each is given with its annotation of jaxtyping, or with a NamedTuple whose fields have some.
+    Sizes of the same name must be the same in all.
 
-def convert_params(gating: Gating, params: Any, features: int) -> Any:
-    """Return parameters as arrays, which fit together and to the inputs, or raise."""
-    if not isinstance(params, gating.params):
-        raise ValueError(
-            f"params is a {type(params).__name__}: ops.{gating.name} takes {gating.params.__name__}"
-        )
-    size = len(convert_floats("params.recurrent_kernel", params.recurrent_kernel, "hidden", "n"))
-    width = gating.num_gates * size
-    rows = len(convert_floats("params.input_kernel", params.input_kernel, "features", width))
-    if features != rows:
-        raise ValueError(f"inputs have {features} features, but the input kernel has {rows} rows")
-    shapes = {
-        "input_kernel": (features, width),
-        "recurrent_kernel": (size, width),
-        "bias": (width,),
-        "recurrent_bias": (size,),
-        "peepholes": (3, size),
-    }
-    arrays = (
-        convert_floats(f"params.{name}", value, *shapes[name])
-        for name, value in params._asdict().items()
-    )
-    return gating.params(*arrays)
-
-
-def convert_carry(kind: type[Any], carry: Any, *shapes: Sequence[int]) -> Any:
-    """Return a carry of arrays of these shapes, or raise."""
-    if not isinstance(carry, tuple) or len(carry) != len(kind._fields):
-        raise ValueError(
-            f"carry is a {type(carry).__name__}: it must be {kind.__name__}"
-            f"({', '.join(kind._fields)}), or None for zeros"
-        )
-    parts = zip(kind._fields, carry, shapes, strict=True)
-    return kind(*(convert_floats(f"carry.{name}", value, *shape) for name, value, shape in parts))
-
-
-def convert_reset(
-    reset: Shaped[ArrayLike, "..."] | None, batch: int, time: int
-) -> Bool[Array, "batch time"] | None:
-    """Return an array as bool, true where it is not 0, or raise."""
-    if reset is None:
-        return None
-    array = jnp.asarray(reset)
-    if array.shape != (batch, time):
-        raise ValueError(
-            f"reset has the shape {array.shape}: it must be [batch, time], {(batch, time)}"
-        )
-    return array.astype(bool)
-
-
-def convert_lengths(
-    lengths: Shaped[ArrayLike, "..."] | None, batch: int
-) -> Integer[Array, " batch"] | None:
-    """Return lengths as an integer array, or raise."""
-    if lengths is None:
-        return None
-    array = jnp.asarray(lengths)
-    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != (batch,):
-        raise ValueError(
-            f"lengths has the dtype {array.dtype} and the shape {array.shape}: it must be "
-            f"integers [batch], ({batch},)"
-        )
-    return array
+    Raises:
+      ValueError: if a shape, a dtype or a number of fields does not fit.
+    """
+    checked: list[Any] = []
+    with jaxtyped("context"):
+        for name, (value, kind) in arguments.items():
+            if value is None:
+                checked.append(None)
+                continue
+            fields = getattr(kind, "_fields", ())
+            if fields and not (isinstance(value, tuple) and len(value) == len(fields)):
+                raise ValueError(
+                    f"{name} is a {type(value).__name__}: it must be {kind.__name__}"
+                    f"({', '.join(fields)})"
+                )
+            parts = dict(zip(fields, value, strict=True)) if fields else {"": value}
+            # The recurrent kernel first: its annotation has the hidden size alone.
+            for field in sorted(parts, key=lambda field: field != "recurrent_kernel"):
+                annotation = kind.__annotations__[field] if fields else kind
+                array = parts[field] = jnp.asarray(parts[field])
+                if not isinstance(array, annotation):
+                    dtype, shape = annotation.__name__.split("[")[0], annotation.dim_str.strip()
+                    raise ValueError(
+                        f"{name}{field and '.'}{field} is {array.dtype} {list(array.shape)}: it "
+                        f"must be {dtype.lower()} [{shape}], with the sizes of the other arrays"
+                    )
+            checked.append(kind(**parts) if fields else parts[""])
+    return checked
 
 
 def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Arrays = tuple[Array, ...]
+_NOTHING: Any = None
 
 
 class LSTMParams(NamedTuple):
@@ -87,10 +88,10 @@ def draw_params(
 
 
 class LSTMCarry(NamedTuple):
-    """The carry of an LSTM layer, [batch, hidden] each."""
+    """The carry of an LSTM layer."""
 
-    cell: Array  # The cell state c.
-    hidden: Any  # The hidden state h, which is also the layer's output.
+    cell: Float[Array, "batch hidden"]  # The cell state c.
+    hidden: Float[Array, "batch hidden"]  # The hidden state h, which is also the layer's output.
 
     @classmethod
     def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
@@ -101,7 +102,7 @@ class LSTMCarry(NamedTuple):
 class HiddenCarry(NamedTuple):
     """The carry of a layer without a cell state."""
 
-    hidden: Any  # [batch, hidden], which is also the layer's output.
+    hidden: Float[Array, "batch hidden"]  # It is also the layer's output.
 
     @classmethod
     def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> Self:
@@ -203,7 +204,7 @@ def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCa
     by_i, by_f, by_g, by_o, by_cell, kept = factors
     d_cell, d_hidden = d_after.cell + d_after.hidden * by_cell, d_after.hidden
     d_sums = d_cell * by_i, d_cell * by_f, d_cell * by_g, d_hidden * by_o
-    return d_sums, LSTMCarry(d_cell * kept, None)
+    return d_sums, LSTMCarry(d_cell * kept, _NOTHING)
 
 
 def _activate_peephole(
@@ -254,7 +255,7 @@ def _derive_rnn(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None)
 
 
 def _pull_back_rnn(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
-    return (d_after.hidden * factors[0],), HiddenCarry(None)
+    return (d_after.hidden * factors[0],), HiddenCarry(_NOTHING)
 
 
 LSTM = Gating(

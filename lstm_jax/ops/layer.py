@@ -12,17 +12,10 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.ops import choice, in_c, recurrence, scan, xla
-from lstm_jax.ops.arguments import (
-    choose_dtypes,
-    convert_carry,
-    convert_floats,
-    convert_lengths,
-    convert_params,
-    convert_reset,
-)
+from lstm_jax.ops.arguments import check, choose_dtypes
 from lstm_jax.ops.gates import (
     GRU,
     LSTM,
@@ -185,7 +178,7 @@ def step(
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    steps = convert_floats("inputs", inputs, "batch", "features")[:, None]
+    steps = jnp.asarray(inputs)[:, None]
     carry, outputs = run(params, steps, carry, dtype=dtype, implementation="scan")
     return carry, outputs[:, 0]
 
@@ -193,7 +186,7 @@ def step(
 def _run(
     gating: Gating,
     params: Any,
-    inputs: ArrayLike,
+    inputs: Any,
     carry: Any,
     reset: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
@@ -202,14 +195,15 @@ def _run(
     implementation: str = "auto",
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Check the arguments, and run a layer."""
-    inputs = convert_floats("inputs", inputs, "batch", "time", "features")
-    batch, time, features = inputs.shape
-    params = convert_params(gating, params, features)
-    hidden = len(params.recurrent_kernel)
-    if carry is None:
-        carry = gating.carry.zeros(batch, hidden, inputs.dtype)
-    first = convert_carry(gating.carry, carry, *[(batch, hidden)] * len(gating.carry._fields))
-    reset, lengths = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
+    inputs, params, carry, reset, lengths = check(
+        inputs=(inputs, Float[Array, "batch time features"]),
+        params=(params, gating.params),
+        carry=(carry, gating.carry),
+        reset=(reset, Shaped[Array, "batch time"]),
+        lengths=(lengths, Integer[Array, " batch"]),
+    )
+    (batch, time, _), hidden = inputs.shape, len(params.recurrent_kernel)
+    first = gating.carry.zeros(batch, hidden, inputs.dtype) if carry is None else carry
     low, wide = choose_dtypes(dtype, inputs, params, first)
     name = choice.choose(
         implementation if time else "scan",
@@ -251,7 +245,7 @@ def _compute(
     params: Any,
     inputs: Float[Array, "batch time features"],
     first: Any,
-    reset: Bool[Array, "batch time"] | None,
+    reset: Shaped[Array, "batch time"] | None,
     lengths: Integer[Array, " batch"] | None,
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer with arrays of the dtype `wide`."""
@@ -271,16 +265,19 @@ def _compute(
 def run_in_order(
     run: Callable[[Any, Marks], tuple[Any, Array]],
     inputs: Any,
-    reset: Bool[Array, "batch time"] | None,
-    lengths: Integer[Array, " batch"] | None,
+    reset: Any,
+    lengths: Any,
     reverse: bool,
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer over inputs, arrays [batch, time, ...], within lengths and in a direction.
 
     `run` gets the inputs in the order of the steps, which are zero beyond the lengths, and the
     marks of steps, [batch, time]; it returns the last carry and the outputs, in the same order.
+    `reset` and `lengths` are None or arrays, [batch, time] and integers [batch].
     """
     frozen: Any = None
+    if reset is not None:
+        reset = reset.astype(bool)
     if reverse:
         inputs, reset = jax.tree.map(lambda x: turn(x, lengths), (inputs, reset))
     if lengths is not None:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
-from lstm_jax.ops.arguments import convert_carry, convert_floats, convert_lengths, convert_reset
+from lstm_jax.ops.arguments import check
 from lstm_jax.ops.gates import HiddenCarry
 from lstm_jax.ops.layer import run_in_order
 from lstm_jax.ops.scan import Marks
@@ -43,13 +43,18 @@ def linear_scan(
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    a = convert_floats("decays", decays, "batch", "time", "features")
-    b = convert_floats("terms", terms, *a.shape)
+    a, b, first, reset, lengths = check(
+        decays=(decays, Float[Array, "batch time hidden"]),
+        terms=(terms, Float[Array, "batch time hidden"]),
+        carry=(carry, HiddenCarry),
+        reset=(reset, Shaped[Array, "batch time"]),
+        lengths=(lengths, Integer[Array, " batch"]),
+    )
+    batch, time, features = a.shape
+    if first is None:
+        first = HiddenCarry.zeros(batch, features, b.dtype)
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
-    batch, time, features = a.shape
-    carry = HiddenCarry.zeros(batch, features, b.dtype) if carry is None else carry
-    first = convert_carry(HiddenCarry, carry, (batch, features))
     if not time:
         return first, b
     is_scan = implementation == "scan"
@@ -65,8 +70,7 @@ def linear_scan(
         outputs = (_scan if is_scan else _compose)(a, b, first.hidden)
         return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
 
-    marks = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
-    return run_in_order(run, (a, b), *marks, reverse)
+    return run_in_order(run, (a, b), reset, lengths, reverse)
 
 
 def _scan(a: Array, b: Array, first: Array) -> Array:

@@ -10,13 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.arguments import (
-    choose_dtypes,
-    convert_carry,
-    convert_floats,
-    convert_lengths,
-    convert_reset,
-)
+from lstm_jax.ops.arguments import check, choose_dtypes
 from lstm_jax.ops.layer import run_in_order
 from lstm_jax.ops.scan import Marks
 
@@ -28,10 +22,10 @@ NEVER = -1e30
 class MLSTMParams(NamedTuple):
     """Parameters of an mLSTM layer with hidden / d heads of d hidden units each."""
 
-    input_kernel: Float[Array, "features 4*hidden"]  # Of q, k, v, o.
-    bias: Float[Array, " 4*hidden"]
-    gate_kernel: Float[Array, "features 2*heads"]  # Of i, f of all heads.
-    gate_bias: Float[Array, " 2*heads"]
+    input_kernel: Float[Array, "features columns"]  # Of q, k, v, o: 4 * hidden columns.
+    bias: Float[Array, " columns"]
+    gate_kernel: Float[Array, "features gates"]  # Of i, f of all heads: 2 * heads columns.
+    gate_bias: Float[Array, " gates"]
 
 
 class MLSTMCarry(NamedTuple):
@@ -68,19 +62,26 @@ def mlstm(
     step; "parallel", which is "auto", in chunks of 64 steps, all of a chunk at once. Other
     arguments, results and errors are those of `lstm`.
     """
-    inputs = convert_floats("inputs", inputs, "batch", "time", "features")
-    batch, time, features = inputs.shape
-    params, heads, size = _convert_params(params, features)
+    steps, params, first, reset, lengths = check(
+        inputs=(inputs, Float[Array, "batch time features"]),
+        params=(params, MLSTMParams),
+        carry=(carry, MLSTMCarry),
+        reset=(reset, Shaped[Array, "batch time"]),
+        lengths=(lengths, Integer[Array, " batch"]),
+    )
+    (batch, time, _), heads, columns = steps.shape, len(params.gate_bias) // 2, len(params.bias)
+    if not heads or columns % (4 * heads):
+        raise ValueError(f"{heads} heads can't share the {columns} columns of params.bias equally")
+    size = columns // (4 * heads)
+    if first is None:
+        first = MLSTMCarry.zeros(batch, heads, size, steps.dtype)
+    if first.normalizer.shape[1:] != (heads, size):
+        raise ValueError(f"carry.normalizer must be [batch, {heads}, {size}]")
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
-    if carry is None:
-        carry = MLSTMCarry.zeros(batch, heads, size, inputs.dtype)
-    shapes = (batch, heads, size, size), (batch, heads, size), (batch, heads)
-    first = convert_carry(MLSTMCarry, carry, *shapes)
-    marks = convert_reset(reset, batch, time), convert_lengths(lengths, batch)
     if not time:
-        return first, jnp.zeros((batch, 0, heads * size), inputs.dtype)
-    low, wide = choose_dtypes(dtype, inputs, params, first)
+        return first, jnp.zeros((batch, 0, heads * size), steps.dtype)
+    low, wide = choose_dtypes(dtype, steps, params, first)
 
     def run(inputs: Array, marks: Marks) -> tuple[MLSTMCarry, Array]:
         arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
@@ -92,22 +93,9 @@ def mlstm(
         last, found = _run_chunks(arrays[2], (q, k, v, i, log_f), marks.reset, chunk)
         return last, (o * found).swapaxes(1, 2).reshape(batch, time, -1)
 
-    last, outputs = run_in_order(run, inputs, *marks, reverse)
+    last, outputs = run_in_order(run, steps, reset, lengths, reverse)
     last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
-    return last, outputs.astype(inputs.dtype)
-
-
-def _convert_params(params: MLSTMParams, features: int) -> tuple[MLSTMParams, int, int]:
-    """Return parameters as arrays that fit, the number of heads, and the hidden units of each."""
-    if not isinstance(params, MLSTMParams):
-        raise ValueError(f"params is a {type(params).__name__}: ops.mlstm takes MLSTMParams")
-    width, heads = len(params.bias), len(params.gate_bias) // 2
-    shapes = (features, width), (width,), (features, 2 * heads), (2 * heads,)
-    parts = zip(params._asdict().items(), shapes, strict=True)
-    arrays = [convert_floats(f"params.{name}", value, *shape) for (name, value), shape in parts]
-    if not heads or width % (4 * heads):
-        raise ValueError(f"{heads} heads can't share {width // 4} hidden units equally")
-    return MLSTMParams(*arrays), heads, width // (4 * heads)
+    return last, outputs.astype(steps.dtype)
 
 
 def project_mlstm(

@@ -192,32 +192,30 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
     """Return changes of the arguments of a function, each with a part of its message."""
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
     found = [
-        ("inputs has the shape", {"inputs": inputs[0]}),
-        ("features|input_kernel", {"inputs": inputs[..., :3]}),
-        ("floating-point", {"inputs": jnp.ones(inputs.shape, int)}),
+        (r"inputs is float32 \[6, 5\]: it must be float \[batch", {"inputs": inputs[0]}),
+        ("input_kernel", {"inputs": inputs[..., :3]}),
+        ("inputs is int32", {"inputs": jnp.ones(inputs.shape, int)}),
         ("carry", {"carry": jax.tree.map(lambda x: x[:3], carry)}),
         ("carry", {"carry": jax.tree.map(lambda x: x[..., :-1], carry)}),
         ("carry", {"carry": jax.tree.map(lambda x: x.astype(int), carry)}),
         ("carry", {"carry": tuple(carry)[:-1]}),
-        ("reset has the shape", {"reset": np.zeros((TIME, BATCH))}),
+        ("reset is float", {"reset": np.zeros((TIME, BATCH))}),
         ("lengths", {"lengths": np.zeros(TIME, int)}),
         ("lengths", {"lengths": np.zeros(BATCH)}),
         ("implementation", {"implementation": "fastest"}),
     ]
     if name == "linear_scan":
         return [mistake for mistake in found if "inputs" not in mistake[1]]
-    found.append(("dtype is float16", {"dtype": "float16"}))
     for field, array in params._asdict().items():
         for axis in range(array.ndim):
             cut = jax.lax.slice_in_dim(array, 0, array.shape[axis] - 1, axis=axis)
-            found.append(
-                (
-                    "must be|but the input kernel has|heads",
-                    {"params": params._replace(**{field: cut})},
-                )
-            )
+            found.append(("params", {"params": params._replace(**{field: cut})}))
         found.append(("params", {"params": params._replace(**{field: array[None]})}))
-    return [*found, ("params is a tuple", {"params": tuple(params)})]
+    return [
+        *found,
+        ("dtype is float16", {"dtype": "float16"}),
+        ("params is a tuple", {"params": tuple(params)[1:]}),
+    ]
 
 
 @every_function
@@ -236,15 +234,6 @@ def test_every_wrong_array_is_an_error(name: str) -> None:
 def test_arrays_are_checked_against_annotations() -> None:
     with pytest.raises(jaxtyping.TypeCheckError, match="batch time features"):
         ops.lstm(make_params("lstm"), jnp.zeros((TIME, FEATURES)))
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_messages_name_the_sizes_that_do_not_fit() -> None:
-    params = ops.LSTMParams.init(jax.random.key(0), 5, 16)
-    with pytest.raises(ValueError, match="inputs have 7 features, but the input kernel has 5 rows"):
-        ops.lstm(params, jnp.zeros((2, 3, 7)))
-    with pytest.raises(ValueError, match=r"carry.cell has the shape \(8, 16\): it must be \[2"):
-        ops.lstm(params, jnp.zeros((2, 3, 5)), ops.LSTMCarry.zeros(8, 16))
 
 
 def test_an_implementation_that_can_not_run_says_why() -> None:
