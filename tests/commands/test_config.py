@@ -132,7 +132,7 @@ def test_docs_config_md_is_up_to_date() -> None:
 
 BAD_EXPERIMENTS = {
     "raises.py": ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
-    "syntax.py": ("def get_config(:\n", "syntax.py, line 1: "),
+    "syntax.py": ("def get_config(:\n", "(syntax.py, line 1)"),
     "empty.py": ("", "empty.py: KeyError: 'get_config'"),
     "opens.py": ("def get_config(): return open('a.json')\n", "line 1: FileNotFoundError: "),
     "words.py:gru": ("def get_config(word): raise ValueError(word)\n", "line 1: ValueError: gru"),
