@@ -112,7 +112,7 @@ def test_constraints_have_an_allowed_version_of_each_requirement(name: str) -> N
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     versions = {canonicalize_name(package): version for package, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = ("bpe", "convert", "examples", "sweep")
+    names = ("bpe", "examples", "sweep")
     extras = [project["optional-dependencies"][extra] for extra in names]
     own, *dev = project["optional-dependencies"]["dev"]
     assert own == f"lstm-jax[{','.join(names)}]"
