@@ -141,11 +141,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
     def loss_fn(
         params: model_lib.Params,
         key: Array | None,
-        batch: tuple[
-            Int[Array, "batch time"],
-            Int[Array, "batch time"],
-            Float[Array, "batch time vocabulary"] | None,
-        ],
+        batch: tuple[model_lib.Ids, model_lib.Ids, model_lib.Logits | None],
         carry: model_lib.Carry,
         masks: model_lib.Masks | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
