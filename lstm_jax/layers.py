@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from lstm_jax import ops
-from lstm_jax.ops.layer import Name, turn
+from lstm_jax.ops.layer import Name
 
 
 class LSTM(nn.Module):
@@ -22,6 +22,7 @@ class LSTM(nn.Module):
 
     - Inputs are [batch, time, features], and there is no `time_major`.
     - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
+    - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
     - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
       uniform kernels, and 1 as the bias of the forget gate. `lstm_jax.ops.weights`
       converts Flax's.
@@ -35,8 +36,6 @@ class LSTM(nn.Module):
         [batch, time, 2 * features], this direction first.
       return_carry: whether to return (carry, outputs) instead of outputs.
       reverse: whether to run from the last step to the first.
-      keep_order: whether outputs of `reverse` stay at the place of their inputs, instead of being
-        in the order in which they were computed.
       dtype: the argument of `ops.lstm`.
       param_dtype: the dtype of parameters.
       implementation: the argument of `ops.lstm`.
@@ -47,7 +46,6 @@ class LSTM(nn.Module):
     bidirectional: bool = False
     return_carry: bool = False
     reverse: bool = False
-    keep_order: bool = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     implementation: Name = "auto"
@@ -64,7 +62,6 @@ class LSTM(nn.Module):
         reset: ArrayLike | None = None,
         return_carry: bool | None = None,
         reverse: bool | None = None,
-        keep_order: bool | None = None,
     ) -> Any:
         """Return the outputs [batch, time, features], with `return_carry` after the last carry.
 
@@ -78,7 +75,6 @@ class LSTM(nn.Module):
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
         directions = [("", reverse), ("_reverse", not reverse)][: 2 if self.bidirectional else 1]
         count = self.num_layers * len(directions)
         first = iter([initial_carry] if count == 1 else initial_carry or [None] * count)
@@ -100,9 +96,6 @@ class LSTM(nn.Module):
                 last.append(tuple(carry) if len(carry) > 1 else carry.hidden)
                 joined.append(one)
             outputs = jnp.concatenate(joined, axis=-1)
-        if reverse and not keep_order:
-            lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
-            outputs = turn(outputs, lengths)
         return (last[0] if count == 1 else tuple(last), outputs) if return_carry else outputs
 
     def _get_params(self, name: str, features: int) -> Any:

@@ -15,12 +15,14 @@ _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 def main() -> None:
     """Print the versions, the processor, and a line for each kind of work."""
     features = [name for name in _FEATURES if name in read_cpu_features()]
+    library = native.load_library()
+    instructions = "AMX" if library and library.uses_amx else f"AVX-512 of {find_vendor()}"
     print(
         f"lstm-jax {__version__}, JAX {jax.__version__}, jaxlib {jaxlib.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}\n"
         f"device: {jax.default_backend()}; {count_cores()} cores; "
         f"instructions: {', '.join(features) or 'unknown'}\n"
-        f"library in C: {describe_library()}\n"
+        f"library in C: {f'{library.name}, with {instructions}' if library else 'none'}\n"
         f"model.dtype=auto is {choice.choose_dtype(True)} for gated layers\n"
     )
     for row in choice.list_rows():
@@ -28,16 +30,6 @@ def main() -> None:
         layers = "of large vocabularies" if row.work == "losses" else f"of {row.gatings}"
         print(f"the library runs {row.work} {layers} in {row.dtype}{sizes}")
     print("XLA runs everything else")
-
-
-def describe_library() -> str:
-    """Return why there is no library in C, or which instructions it uses."""
-    if library := native.load_library():
-        instructions = "AMX" if library.uses_amx else f"AVX-512 of {find_vendor()}"
-        return f"{library.name}, with {instructions}"
-    if not native.is_supported():
-        return "none for this processor"
-    return "none: see the warning"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def forward(
         added = matmul_rounded(added, input_kernel) + params.bias[None, None]
     else:  # The loop multiplies, which is faster on CPUs.
         input_kernel, added = _turn(input_kernel, axis), _turn(added, axis)
+        # Or XLA would transpose the kernels in each step.
+        kernel, input_kernel = lax.optimization_barrier((kernel, input_kernel))
     peepholes = get_peepholes(params, axis)
     # A frozen step leaves all bits of the hidden state; otherwise only matmuls read it.
     wide = params.bias.dtype

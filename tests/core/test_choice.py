@@ -74,7 +74,7 @@ def test_the_command_prints_what_is_used(
     assert ("with AVX-512 of Intel" in printed) == (features in (SKYLAKE, INTEL))
     in_bfloat16 = features == AMD or "amx_bf16" in features
     assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for gated layers" in printed
-    assert ("none for this processor" in printed) == (len(features) == 1)
+    assert ("library in C: none" in printed) == (len(features) == 1)
 
 
 def test_threads_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
