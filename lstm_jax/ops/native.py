@@ -1,6 +1,6 @@
 """Compile lstm.c, a library for CPUs with AVX-512, at its first use, and load it.
 
-`in_c` calls its functions; `choice` says when; `fused` computes the same without it.
+`in_c` calls its functions; `choice` says when; `xla` computes the same without it.
 """
 
 import ctypes
