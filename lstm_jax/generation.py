@@ -39,7 +39,11 @@ def prepare_params(model: LanguageModel, params: Params) -> Prepared:
 
 
 @jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
-def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -> State:
+def initial_state(
+    model: LanguageModel,
+    arrays: Prepared,  # Only its placement is used.
+    batch_size: int = 1,
+) -> State:
     """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
     return State(
         jnp.zeros((batch_size, model.vocabulary_size), jnp.float32),

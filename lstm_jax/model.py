@@ -393,7 +393,11 @@ def _draw_params(model: LanguageModel, key: Array) -> Params:
 
 
 @jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
-def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
+def first_carry(
+    model: LanguageModel,
+    params: Params,  # Only its placement is used.
+    batch_size: int,
+) -> Carry:
     """Return `model.initial_carry` as a result of jit, so that it is placed like the parameters.
 
     Otherwise, a function that reads a text chunk by chunk would be compiled twice: for this first
@@ -402,9 +406,9 @@ def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
     return model.initial_carry(batch_size)
 
 
-def is_finite(params: Params) -> Bool[Array, ""]:
-    """Return whether all parameters are finite, and small enough to compute with."""
-    small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)
+def is_finite(arrays: Any) -> Bool[Array, ""]:
+    """Return whether all numbers of a tree are finite, and small enough to compute with."""
+    small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), arrays)
     return jax.tree.reduce(jnp.logical_and, small)
 
 

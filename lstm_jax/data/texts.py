@@ -306,7 +306,7 @@ def _split(texts: list[list[Segment]], data: DataConfig) -> tuple[list[list[Segm
         size = _count_bytes(text)
         train = int(size * of_train)
         rest = int((size - train) * (of_validation / (of_validation + of_test)))
-        places = (_find_start(text, at, data.units == "bytes") for at in (train, train + rest))
+        places = (_round_up(text, at, data.units == "bytes") for at in (train, train + rest))
         texts = [_cut(text, *pair) for pair in itertools.pairwise([0, *places, size])]
     digest = hashlib.sha256()
     for piece in _read_bytes(itertools.chain.from_iterable(texts)):
@@ -314,8 +314,11 @@ def _split(texts: list[list[Segment]], data: DataConfig) -> tuple[list[list[Segm
     return texts, ":".join([digest.hexdigest(), *(str(_count_bytes(text)) for text in texts)])
 
 
-def _find_start(text: list[Segment], place: int, any_bytes: bool) -> int:
-    """Return the first byte from `place` on at which a character starts, or any, or `FILE_END`."""
+def _round_up(text: list[Segment], place: int, any_bytes: bool) -> int:
+    """Round a place, in bytes, up to the first at which a split may begin.
+
+    That is the first byte of a character; if `any_bytes`, any byte that is not within `FILE_END`.
+    """
     following = _cut(text, place, place + 4)
     if any_bytes and not (following and following[0].source == _FILE_END):
         return place

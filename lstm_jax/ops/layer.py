@@ -1,6 +1,6 @@
 """The public functions: gated recurrent layers over arrays.
 
-Each checks its arguments, chooses an implementation, and treats lengths and direction. `gates.py`
+Each checks its arguments, chooses an implementation, and handles lengths and direction. `gates.py`
 has the equations of a step and their derivatives, `scan.py` the reference implementation,
 `xla.py` the loops forwards and backwards in time; `recurrence.py` makes them differentiable.
 """
@@ -68,7 +68,8 @@ def lstm(
       carry: the carry before the first step that is computed; zeros without one.
       reset: [batch, time], true or not 0 at the steps that read a carry of zeros, before their
         input: for example where a document or an episode begins.
-      lengths: integers [batch]. Later steps leave the carry as it is, and their outputs are zero.
+      lengths: integers [batch], from 0 to `time`, which is not checked. Later steps leave the carry
+        as it is, and their outputs are zero.
       reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
         place of their inputs.
       dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; "float32" leaves
@@ -279,7 +280,7 @@ def run_in_order(
     if reset is not None:
         reset = reset.astype(bool)
     if reverse:
-        inputs, reset = jax.tree.map(lambda x: turn(x, lengths), (inputs, reset))
+        inputs, reset = jax.tree.map(lambda x: reverse_time(x, lengths), (inputs, reset))
     if lengths is not None:
         time = jax.tree.leaves(inputs)[0].shape[1]
         frozen = jnp.arange(time) >= lengths[:, None]
@@ -289,10 +290,10 @@ def run_in_order(
     last, outputs = run(inputs, Marks(reset, frozen))
     if lengths is not None:
         outputs = jnp.where(frozen[..., None], 0, outputs)
-    return last, turn(outputs, lengths) if reverse else outputs
+    return last, reverse_time(outputs, lengths) if reverse else outputs
 
 
-def turn(
+def reverse_time(
     x: Shaped[Array, "batch time ..."], lengths: Integer[Array, " batch"] | None
 ) -> Shaped[Array, "batch time ..."]:
     """Return x with the steps, those within each length, in reverse order."""

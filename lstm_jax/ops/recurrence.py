@@ -90,7 +90,7 @@ _run.defvjp(_run_forward, _run_backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forbid(name: str, arrays: Any) -> Any:
-    """Return arrays, the derivatives of whose functions are an error."""
+    """Return arrays; differentiating a function of them is an error."""
     return arrays
 
 

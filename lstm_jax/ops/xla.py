@@ -47,12 +47,12 @@ def forward(
     `differentiable`, the cell state if gates see it, and the hidden state.
     """
     gating, params, inputs, carry, marks, _ = layer
-    kernel = _turn(_round(layer, params.recurrent_kernel, axis), axis)
+    kernel = _swap_layout(_round(layer, params.recurrent_kernel, axis), axis)
     input_kernel, added = (_round(layer, x, axis) for x in (params.input_kernel, inputs))
     if axis:
         added = matmul_rounded(added, input_kernel) + params.bias[None, None]
     else:  # The loop multiplies, which is faster on CPUs.
-        input_kernel, added = _turn(input_kernel, axis), _turn(added, axis)
+        input_kernel, added = _swap_layout(input_kernel, axis), _swap_layout(added, axis)
         # Or XLA would transpose the kernels in each step.
         kernel, input_kernel = lax.optimization_barrier((kernel, input_kernel))
     peepholes = get_peepholes(params, axis)
@@ -75,11 +75,11 @@ def forward(
         saved = jnp.concatenate([*factors, *cell, after.hidden], axis)
         return after._replace(hidden=after.hidden.astype(dtype)), saved
 
-    first = jax.tree.map(lambda x: _turn(x, axis), carry)
+    first = jax.tree.map(lambda x: _swap_layout(x, axis), carry)
     first = first._replace(hidden=first.hidden.astype(dtype))
     last, saved = lax.scan(step, first, (added, marks))
-    outputs = _turn(_split(saved, layer, axis)[-1], axis)
-    last = jax.tree.map(lambda x: _turn(x, axis), last)
+    outputs = _swap_layout(_split(saved, layer, axis)[-1], axis)
+    last = jax.tree.map(lambda x: _swap_layout(x, axis), last)
     return (last._replace(hidden=outputs[-1]), outputs), (saved,)
 
 
@@ -97,7 +97,7 @@ def backward(
     if axis:
         return _run_back_in_rows(layer, saved, d_last, d_outputs)
     kernel = _round(layer, layer.params.recurrent_kernel, axis)
-    d_last, d_outputs = jax.tree.map(lambda x: _turn(x, axis), (d_last, d_outputs))
+    d_last, d_outputs = jax.tree.map(lambda x: _swap_layout(x, axis), (d_last, d_outputs))
 
     def step(d_after: Any, read: tuple[Array, Marks, Array]) -> tuple[Any, Array]:
         saved, mark, d_output = read
@@ -108,7 +108,7 @@ def backward(
         return add_hidden(d_before, clear(product, mark.reset, axis)), row
 
     d_first, rows = lax.scan(step, d_last, (*saved, layer.marks, d_outputs), reverse=True)
-    return _turn(rows, axis), jax.tree.map(lambda x: _turn(x, axis), d_first)
+    return _swap_layout(rows, axis), jax.tree.map(lambda x: _swap_layout(x, axis), d_first)
 
 
 def _pull_back(
@@ -177,7 +177,7 @@ def differentiate_params(
 ) -> tuple[Any, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
     gating, params, inputs, carry, marks, _ = layer
-    states = [_turn(x, axis) for x in _split(saved[0], layer, axis)[gating.num_factors :]]
+    states = [_swap_layout(x, axis) for x in _split(saved[0], layer, axis)[gating.num_factors :]]
     before = clear(jnp.concatenate([carry.hidden[None], states[-1][:-1]]), marks.reset)
     rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]), axis)
     by_inputs, by_hidden = gating.split_columns(rows)
@@ -194,7 +194,7 @@ def differentiate_params(
     return d_params, d_inputs.reshape(inputs.shape)
 
 
-def _turn(x: Array, axis: int) -> Array:
+def _swap_layout(x: Array, axis: int) -> Array:
     """Return an array [..., batch, n] as loops have it, or the reverse."""
     return x if axis else x.swapaxes(-1, -2)
 

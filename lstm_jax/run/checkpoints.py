@@ -217,7 +217,7 @@ def list_steps(directory: Path) -> list[int]:
 
 
 def _rank(directory: Path, step: int) -> tuple[float, int]:
-    """Return a pair of numbers that is greatest for the best checkpoint, else the latest."""
+    """Rank by validation loss; without one, by step."""
     loss = read_validation_loss(directory, step)
     return (-np.inf, step) if loss is None else (-loss, 0)
 

@@ -38,7 +38,7 @@ class GenerateOptions(TypedDict, total=False):
 class TextCarry(NamedTuple):
     """The state of a model that has read a text, from which `Run.score` continues."""
 
-    read: Callable[[], model_lib.Carry]  # Computes the carry before the last token.
+    compute_carry: Callable[[], model_lib.Carry]  # That before the last token.
     last: int  # The id of the last token.
 
 
@@ -169,7 +169,7 @@ class Run:
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
         now = model_lib.first_carry(self.model, self.params, 1)
         if carry:
-            now, ids = carry.read(), np.append(np.int32(carry.last), ids)
+            now, ids = carry.compute_carry(), np.append(np.int32(carry.last), ids)
         else:
             tokens = tokens[1:]
         if not len(ids):
@@ -185,14 +185,13 @@ class Run:
                 log_probs.append(-np.asarray(losses)[chunk[2]])
 
         @functools.cache
-        def read() -> model_lib.Carry:
+        def compute_carry() -> model_lib.Carry:
             # The last chunk again, without the padding at its end. Most callers need no carry.
             state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
             return self.read(ids[None, start:-1], state).carry
 
-        return Scores(
-            tokens, np.concatenate(log_probs, dtype=np.float32), TextCarry(read, int(ids[-1]))
-        )
+        after = TextCarry(compute_carry, int(ids[-1]))
+        return Scores(tokens, np.concatenate(log_probs, dtype=np.float32), after)
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
