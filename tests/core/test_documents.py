@@ -116,7 +116,7 @@ STARTS[[0, 0, 0, 2, 2], [0, 4, 5, 7, 10]] = True
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["xla", "library", "accelerator"])
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_fused_layers_agree_with_numpy(
+def test_gated_layers_agree_with_numpy(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name != "library":

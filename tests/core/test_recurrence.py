@@ -88,7 +88,7 @@ SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 6, 
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_fused_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
+def test_gated_layers_agree_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     outputs, gradients = value_and_gradients(run_layer, cotangents, *arguments)

@@ -61,7 +61,7 @@ for settings.mesh.data in 1, 4, 8:
 @pytest.mark.process
 @pytest.mark.parametrize("cell", ["lstm", OWN_CELL])
 def test_many_devices_train_like_one(cell: str) -> None:
-    """Include dropout, penalties, microbatches, averaged weights and the carry."""
+    """Include dropout, microbatches and the carry."""
     result = commands.run_python("-c", _SCRIPT, cell)
     assert result.returncode == 0, result.stderr
 
