@@ -214,7 +214,8 @@ class RunConfig:
     """The length of a run, and what it does between steps."""
 
     seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
-    init_from: str = field("", "The run whose parameters this one starts from.", is_flag=False)
+    init_from: str = field("", "The model whose parameters this run starts from: directory of a "
+        "run, folder of a model, or name of one in the package.", is_flag=False)
     num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True)
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
         "0: no limit.", _COUNT, resume=True)
