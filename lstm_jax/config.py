@@ -221,8 +221,6 @@ class RunConfig:
         "0: no limit.", _COUNT, resume=True)
     validate_every_steps: int = field(0, "Also validate at the multiples of this number of steps. "
         "0: only at the end of each epoch.", _COUNT, resume=True)
-    validation_tokens: int = field(0, "Validate on this number of tokens, the first of the split. "
-        "0: on all.", "x == 0 or 2 <= x < 2**31")
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
@@ -269,6 +267,7 @@ CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
 _REMOVED = {
     "mesh.model": 1,
     "max_skipped_steps": 0,
+    "validation_tokens": 0,
     "profile": False,
     "model.layer_norm": False,
     "model.initial_scale": 1.0,

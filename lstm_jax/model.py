@@ -387,6 +387,11 @@ def init_params(
     return params
 
 
+def get_param_shapes(model: LanguageModel) -> Any:
+    """Return the shapes and dtypes of the parameters, as a tree like theirs."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
 @jax.jit(static_argnames="model")
 def _draw_params(model: LanguageModel, key: Array) -> Params:
     return model.init(key, jnp.zeros((1, 1), jnp.int32), model.initial_carry(1))["params"]

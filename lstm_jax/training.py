@@ -23,7 +23,7 @@ from lstm_jax.errors import NotFiniteError, name_setting
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
-from lstm_jax.run.opening import OpenRun, is_out_of_patience, open_run
+from lstm_jax.run.opening import OpenRun, open_run
 from lstm_jax.run.progress import Pacer, Progress
 from lstm_jax.train_step import TrainState, make_train_step
 
@@ -63,10 +63,32 @@ def train(
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
         open_run(complete, directory, watch, quiet) as run,
     ):
-        run.print(messages.describe_setup(run))
-        if not run.is_finished:
+        is_at_end = run.first_step == run.plan.total_steps or is_out_of_patience(run)
+        is_finished = run.is_validated and is_at_end
+        run.print(messages.describe_setup(run, is_finished))
+        if not is_finished:  # A finished run keeps its config.
+            write_files(run)
             take_steps(run)
         return finish_run(run)
+
+
+def write_files(run: OpenRun) -> None:
+    """Write config and vocabulary, and remove what is later than the checkpoint, in process 0."""
+    if hosts.is_first():
+        workdir.restore_history(run.directory, run.history)
+        workdir.save_fields(run.directory, run.config, run.vocabulary)
+
+
+def is_out_of_patience(run: OpenRun) -> bool:
+    """Return whether the last `patience` > 0 validations did not improve on those before.
+
+    A run that was stopped or killed and has resumed has the same rows as one that was not, so both
+    end at the same step. Process 0 decides.
+    """
+    number, rows = run.config.patience, run.read_metrics() if hosts.is_first() else []
+    losses = [row["loss"] for row in rows if row["split"] == "validation"]
+    is_over = 0 < number < len(losses) and min(losses[-number:]) >= min(losses[:-number])
+    return bool(hosts.max_over_processes(is_over))
 
 
 def take_steps(run: OpenRun) -> None:
@@ -182,9 +204,8 @@ def save(run: OpenRun, state: TrainState, step: int) -> None:
 
 def validate(run: OpenRun, state: TrainState, step: int) -> bool:
     """Record the validation loss and a sample; return whether `patience` ends training."""
-    number, ids, plan = run.config.validation_tokens, run.ids["validation"], run.plan
     params, key = parallel.get_local_copy((state.params, state.key))
-    loss = loss_lib.compute_loss(run.model, params, ids[:number] if number else ids)
+    loss = loss_lib.compute_loss(run.model, params, run.ids["validation"])
     sample = generate_sample(run, params, jax.random.fold_in(key, step))
     run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
     if hosts.is_first():
@@ -192,11 +213,12 @@ def validate(run: OpenRun, state: TrainState, step: int) -> bool:
         workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
         run.checkpoints.record_validation(step, loss)
     described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
+    plan = run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
     run.print(f"\n=== epoch {done:.4g} of {total:.4g}: validation loss {described}\n{sample}\n")
     if step == plan.total_steps:
         return False  # `finish_run` plots.
-    is_over = is_out_of_patience(run.config.patience, run.directory)
+    is_over = is_out_of_patience(run)
     if is_over:
         run.print(
             f"Training ends at step {step} of {plan.total_steps}: the validation loss has not "
@@ -232,7 +254,8 @@ def finish_run(run: OpenRun) -> Run:
     """Measure the best checkpoint on the test split, and return the trained model."""
     run.checkpoints.wait()
     hosts.wait_for_all("all is saved")
-    params, step = workdir.load_params(run.directory, run.model)
+    shapes = model_lib.get_param_shapes(run.model)
+    params, step = workdir.load_params(run.directory, shapes)
     trained = workdir.Trained(run.config, run.vocabulary, run.model, params, step)
     rows = [row for row in run.read_metrics() if (row["split"], row["step"]) == ("test", step)]
     loss = rows[-1]["loss"] if rows else loss_lib.compute_loss(run.model, params, run.ids["test"])

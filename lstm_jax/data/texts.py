@@ -262,12 +262,12 @@ def _find(pattern: str) -> list[Path]:
     if os.path.isdir(pattern):
         inside = Path(pattern, "*")
         raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
-    matches = sorted(set(glob.glob(pattern, recursive=True)))
+    matches = {x for x in glob.glob(pattern, recursive=True) if not os.path.isdir(x)}
     if not matches:
         raise UserError(
             f"there is no text file {pattern}: name an existing one (data.path, --data_path)"
         )
-    return [Path(match) for match in matches if not os.path.isdir(match)]
+    return [*map(Path, sorted(matches))]
 
 
 def make_absolute(paths: str) -> str:

@@ -5,6 +5,7 @@ hidden state at every position of the window.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.ops import choice
@@ -50,13 +52,13 @@ def use_cores(config: Config, least: int = 1) -> None:
 
 def _count_useful_cores(config: Config) -> int:
     """Return the number of CPU devices that train fastest, once there are devices."""
-    model = config.model
-    in_scan = model.recurrence == "scan" or model.block != "none"
-    is_fused = model.cell in ("lstm", "peephole", "gru", "rnn") and not in_scan
-    dtype = choice.choose_dtype(is_fused) if model.dtype == "auto" else model.dtype
-    is_large = model.hidden_size > _LARGEST_HIDDEN_IN_C
-    if is_fused and is_large and choice.runs_in_c("windows", dtype, model.hidden_size):
-        return 1
+    hidden_size, recurrence = config.model.hidden_size, config.model.recurrence
+    if hidden_size > _LARGEST_HIDDEN_IN_C and recurrence in ("auto", "c"):
+        model = model_lib.make_model(dataclasses.replace(config.model, recurrence="auto"), 1)
+        if model.runs_gated_layers and choice.runs_in_c(
+            "windows", model.dtype, hidden_size, gating=model.gating.name
+        ):
+            return 1
     return _limit_cores(config)
 
 

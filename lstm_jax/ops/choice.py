@@ -83,11 +83,12 @@ def choose(
         return "c" if runs_in_c("windows", dtype, size, batch, gating.name) else "xla"
     if name not in ("scan", "xla", "c"):
         raise ValueError(f"implementation is {name!r}: choose auto, scan, xla or c")
-    if name == "c" and (size % LANES or not is_available(dtype)):
+    if name == "c" and size % LANES:
         raise ValueError(
-            f"implementation 'c' needs {dtype} on a CPU with AVX-512, and a multiple of {LANES} "
-            f"hidden units, not {size}: choose auto"
+            f"implementation 'c' needs a multiple of {LANES} hidden units, not {size}: choose auto"
         )
+    if name == "c" and not is_available(dtype):
+        raise ValueError(f"implementation 'c' can't multiply in {dtype} here: choose auto")
     return name
 
 

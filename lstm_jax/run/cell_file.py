@@ -35,7 +35,7 @@ def load_cell(name: str) -> str:
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     file, _, class_name = name.rpartition(":")
     with name_failure(f"can't read the file of the cell {name}"):
-        source = Path(file).read_bytes()
+        source = Path(file).expanduser().read_bytes()
     sha256 = hashlib.sha256(source).hexdigest()
     # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")

@@ -17,7 +17,7 @@ _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n)
 _PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): "\n\n"}
 
 
-def describe_setup(run: OpenRun) -> str:
+def describe_setup(run: OpenRun, is_finished: bool) -> str:
     """Describe the model, the text with its first window, and what the run starts from."""
     config, vocabulary, model = run.config, run.vocabulary, run.model
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
@@ -36,7 +36,7 @@ def describe_setup(run: OpenRun) -> str:
         f"  targets {' '.join(map(str, targets))}\n",
         *run.notes,
     ]
-    if run.is_finished:
+    if is_finished:
         lines.append(
             f"The run in {run.directory} is finished, at step {run.first_step}: to train longer, "
             "raise num_epochs, max_steps or patience"

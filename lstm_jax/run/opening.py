@@ -88,7 +88,6 @@ class OpenRun:
     notes: list[str]  # Lines about what it starts from.
     is_resumed: bool
     is_validated: bool  # Whether the latest checkpoint has been validated.
-    is_finished: bool
     prints: bool  # Whether this process prints: the first one, unless the run is quiet.
 
     def print(self, text: str) -> None:
@@ -120,9 +119,6 @@ def open_run(
         hosts.check_same(f"{lock} {start.is_resumed} {config.to_dict()}")
         ids, sizes = splits.encode(start.vocabulary)
         run = _make_run(start, directory, ids, sizes, mesh, watch, quiet)
-        if hosts.is_first() and not run.is_finished:  # A finished run keeps its config.
-            workdir.restore_history(directory, run.history)
-            workdir.save_fields(directory, run.config, run.vocabulary)
         stack.enter_context(run.checkpoints)
         stack.enter_context(run.writer)
         yield run
@@ -264,7 +260,6 @@ def _make_run(
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None
     is_validated = bool(hosts.max_over_processes(is_recorded))  # Process 0 may just have done so.
-    is_over = step == plan.total_steps or is_out_of_patience(config.patience, directory)
     return OpenRun(
         config=config,
         directory=directory,
@@ -283,7 +278,6 @@ def _make_run(
         notes=start.notes,
         is_resumed=start.is_resumed,
         is_validated=is_validated,
-        is_finished=is_validated and is_over,
         prints=hosts.is_first() and not quiet,
     )
 
@@ -318,15 +312,3 @@ def _restore_state(
             "config.num_epochs or config.max_steps, or use another working directory"
         )
     return TrainState(params=items.params, **items.state), step, items.history
-
-
-def is_out_of_patience(patience: int, directory: Path) -> bool:
-    """Return whether the last `patience` > 0 validations of a run did not improve on those before.
-
-    A run that was stopped or killed and has resumed has the same rows as one that was not, so both
-    end at the same step. Process 0 decides.
-    """
-    rows = metrics.read_metrics(directory / workdir.METRICS) if hosts.is_first() else []
-    losses = [row["loss"] for row in rows if row["split"] == "validation"]
-    is_over = 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-    return bool(hosts.max_over_processes(is_over))

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
-
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
@@ -71,15 +69,17 @@ def load_vocabulary(workdir: Path) -> Vocabulary:
         raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {error}") from None
 
 
-def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
-    """Return the best parameters of `model` in a run, and their step; of a folder, its file's."""
-    abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+def load_params(workdir: Path, shapes: Any) -> tuple[model_lib.Params, int]:
+    """Return the best parameters of a run, and their step; of a folder, those of its file.
+
+    `shapes` is from `model.get_param_shapes`.
+    """
     if (workdir / MODEL).exists():
-        return model_file.read_params(workdir / MODEL, abstract)
+        return model_file.read_params(workdir / MODEL, shapes)
     # A folder does not need Orbax, whose import takes half a second.
     from lstm_jax.run import checkpoints
 
-    return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract)
+    return checkpoints.restore_best_params(workdir / CHECKPOINTS, shapes)
 
 
 class Trained(NamedTuple):
@@ -113,7 +113,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     config = dataclasses.replace(config, model=fields)
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     model_lib.check_model(model)
-    params, step = load_params(workdir, model)
+    params, step = load_params(workdir, model_lib.get_param_shapes(model))
     return Trained(config, vocabulary, model, params, step)
 
 

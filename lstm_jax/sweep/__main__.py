@@ -9,6 +9,7 @@ of the config is a flag, too: `python -m lstm_jax.config` lists them, as docs/co
 """
 
 import shlex
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -49,6 +50,8 @@ def main() -> None:
         import optuna
     except ModuleNotFoundError:
         raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
+    # Heartbeats, and what they need, are experimental.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     import jax
 
     from lstm_jax.devices import memory, parallel

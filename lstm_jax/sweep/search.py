@@ -6,7 +6,6 @@ import math
 import random
 import runpy
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
@@ -49,8 +47,6 @@ BEAT_SECONDS, STALE_SECONDS = 10, 90
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 REASON = "reason"  # Why it can't be trained.
-
-warnings.filterwarnings("ignore", category=ExperimentalWarning)  # Heartbeats are experimental.
 
 # Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
 # dead workers, if their storage has heartbeats.

@@ -47,7 +47,7 @@ def lesson(
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     insert_answers(notebook)
     (imports,) = (cell for cell in notebook.cells if cell.id == "imports")
-    imports.source += "\nconfig.max_steps, config.validation_tokens = 60, 20_000"
+    imports.source += "\nconfig.max_steps = 60"
     folder = tmp_path_factory.mktemp("notebook")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSTM_JAX_LESSON", "small")

@@ -101,14 +101,16 @@ def test_devices_share_only_what_the_library_does_not_share_better(
         settings = config.default()
         settings.batches.batch_size = 32
         settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
-        return parallel._count_useful_cores(settings)
+        return parallel._count_useful_cores(config.complete_config(settings))
 
     simulate(monkeypatch, *AMD)
     assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
     others: Any = {"hidden_size": 256, "cell": "mogrifier", "recurrence": "scan"}
     for field, value in {**others, "block": "residual"}.items():
         assert count(**{field: value}) == 2
-    assert count(hidden_size=500) == 2
+    assert count(hidden_size=500) == count(recurrence="xla") == 2
+    gru: Any = {"cell": "gru", "dtype": "float32"}
+    assert count(**gru) == 1 and count(hidden_size=640, **gru) == 2
     simulate(monkeypatch, *INTEL)
     assert count(hidden_size=640) == 1 and count(hidden_size=640, dtype="bfloat16") == 2
     monkeypatch.setattr(native, "load_library", lambda: None)

@@ -2,10 +2,7 @@
 
 import json
 import os
-import random
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +67,6 @@ def test_the_size_includes_all_tokens(text_file: Path) -> None:
             assert len(found) == size and found.stop == stop
             assert not any(stop in token for token in found.tokens if stop and token != stop)
     assert len(Vocabulary.from_text("ab ab", "bpe")) == 258 + len(["ab", " ab"])
-
-
-def test_ctrl_c_ends_the_learning_of_tokens() -> None:
-    class Words(dict[str, int]):
-        def items(self) -> Any:  # The thread that learns calls it.
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            return super().items()
-
-    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000)
-    counts = Words({"".join(letters[i : i + 16]): 1 for i in range(0, len(letters), 16)})
-    before, handler = set(threading.enumerate()), signal.getsignal(signal.SIGALRM)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            bpe.learn_tokens(counts, 20_000, 1)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-    # The trainer itself can't be interrupted, and ends with the process.
-    (learning,) = set(threading.enumerate()) - before
-    assert learning.daemon
-    learning.join()
 
 
 def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:

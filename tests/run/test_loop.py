@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import config as config_lib
-from lstm_jax import loss as loss_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.devices import hosts
@@ -263,21 +262,3 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     patient_config.patience, patient_config.max_steps = 0, last + 5
     training.train(patient_config, whole)
     assert list_steps(whole)[: len(steps)] == steps and list_steps(whole)[-1] == last + 5
-
-
-@pytest.mark.slow
-def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    tiny_config.max_steps, tiny_config.validation_tokens = 20, 300
-    training.train(tiny_config, tmp_path)
-    trained = workdir.load_trained(tmp_path)
-    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
-    ids = trained.vocabulary.encode(text[18_000:18_300])
-    losses = {step: loss for step, name, loss in runs.read_losses(tmp_path) if name == "validation"}
-    expected = loss_lib.compute_loss(trained.model, trained.params, ids)
-    assert losses[20] == pytest.approx(expected, rel=1e-6)
-    tiny_config.validation_tokens = 0
-    with pytest.raises(UserError, match="validation_tokens was 300 and is 0"):
-        training.train(tiny_config, tmp_path)
-    tiny_config.validation_tokens = 1
-    with pytest.raises(UserError, match="validation_tokens is 1: it needs"):
-        training.train(tiny_config, tmp_path / "other")
