@@ -6,6 +6,7 @@ import math
 import random
 import runpy
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
@@ -50,7 +52,8 @@ REASON = "reason"  # Why it can't be trained.
 
 # Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
 # dead workers, if their storage has heartbeats.
-retry = Retry(max_retry=10, inherit_intermediate_values=True)
+with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    retry = Retry(max_retry=10, inherit_intermediate_values=True)
 
 
 class Sweep(NamedTuple):
