@@ -129,7 +129,7 @@ def make_lstm_jax(
     state = init_state(lstm, updates, key, options.batch_size).place(mesh)
     step = make_train_step(lstm, updates, complete, mesh)
     inputs, targets = _batch(options)
-    return _jax_work(step, state, batches.Batch(inputs, targets, starts=np.bool_(True)))
+    return _jax_work(step, state, batches.Batch(inputs, targets, np.ones(len(inputs), np.bool_)))
 
 
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:

@@ -50,7 +50,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
     feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
     lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
     chain, key = make_optimizer(config, sum(lengths)), jax.random.key(config.seed)
-    rates, rate_of_resets = config.regularization, config.batches.reset_probability
+    rates = config.regularization
 
     def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
         masks = regularization.draw_masks(rates, lstm, keys[0], len(batch.inputs))
@@ -66,9 +66,8 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
 
     @jax.jit(donate_argnums=(0, 1, 2))
     def step(params: Any, opt_state: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
-        key, reset_key, *mask_keys = jax.random.split(key, 4)
-        resets = jax.random.bernoulli(reset_key, rate_of_resets, batch.inputs.shape[:1])
-        carry = restart(lstm, carry, resets | batch.starts)
+        key, *mask_keys = jax.random.split(key, 3)
+        carry = restart(lstm, carry, batch.starts)
         grads, carry = jax.grad(compute_loss, has_aux=True)(params, carry, mask_keys, batch)
         updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, carry, key

@@ -18,61 +18,64 @@ class Batch(NamedTuple):
 
     inputs: Any  # int32 [batch, time].
     targets: Any  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
-    starts: Any  # bool [], whether a new text starts here, from the initial carry.
+    starts: Any  # bool [batch], whether a row reads the initial carry.
     soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
 
 
-# Where the windows of a batch begin in the text, int64 [batch], and its `starts`.
-Place = tuple[np.ndarray, np.bool_]
+class Order:
+    """The places in the text of the windows of each training step.
 
-
-class Windows:
-    """Non-overlapping windows of one text, reshuffled every epoch.
-
-    Window k is ids[k*T : (k+1)*T + 1]: T inputs and their T targets, so that each target of the
-    text is in exactly one window (except for a remainder shorter than a window).
+    An epoch reads the text as a circle, from a random position on; less than a batch is left out.
+    Each of its `batch_size` streams reads the same number of windows, in segments: it starts a
+    segment at each step with probability `reset_probability`, or always (`windows`). The segments
+    are shuffled, so that other parts of the text meet in a batch in each epoch.
     """
 
-    def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
-        self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
-        self._windows = (length - 1) // window_length
-        self.steps_per_epoch = self._windows // batch_size
-        self._shuffled = -1, np.zeros(0, np.uint8)  # An epoch and its order of windows.
+    def __init__(self, length: int, batches: BatchesConfig, seed: int) -> None:
+        """Raise `UserError` if the text, of `length` tokens, is shorter than one batch."""
+        size, self._window_length = batches.batch_size, batches.window_length
+        if length < (needed := size * self._window_length):
+            raise UserError(
+                f"the training text is too short: {size} {batches.kind} of {self._window_length} "
+                f"need {needed} tokens, but it has {length}; lower batches.batch_size or "
+                "batches.window_length"
+            )
+        self.steps_per_epoch = length // needed
+        self._length, self._seed = length, seed
+        self._reset_probability = 1 if batches.kind == "windows" else batches.reset_probability
+        # Windows are numbered by stream, then by step: this is the first one of each stream. In the
+        # smallest dtype, 10 million windows take 80 MB.
+        self._number = size * self.steps_per_epoch
+        dtype = np.min_scalar_type(-self._number)
+        self._first = np.arange(0, self._number, self.steps_per_epoch, dtype=dtype)
+        self._drawn: tuple[int, Any] = -1, ()  # An epoch and its segments.
 
-    def __getitem__(self, step: int) -> Place:
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where windows begin, int64 [batch], and whether they start segments, bool."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        of_epoch, order = self._shuffled
-        if of_epoch != epoch:
-            # In the smallest dtype: 40 MB for 10 million windows.
-            order = np.arange(self._windows, dtype=np.min_scalar_type(self._windows))
-            np.random.default_rng((self._seed, epoch)).shuffle(order)
-            self._shuffled = epoch, order
-        first = step_in_epoch * self._batch_size
-        windows = order[first : first + self._batch_size].astype(np.int64)
-        return windows * self._window_length, np.bool_(True)
+        if self._drawn[0] != epoch:
+            self._drawn = epoch, self._draw_segments(epoch)
+        offset, first, before = self._drawn[1]
+        windows = self._first + step_in_epoch
+        segments = np.searchsorted(first, windows, side="right") - 1
+        since = windows - first[segments]
+        begins = offset + (before[segments] + since).astype(np.int64) * self._window_length
+        return begins % self._length, since == 0
 
+    def _draw_segments(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return the position that an epoch begins at, and its segments in the order of streams.
 
-class Streams:
-    """Contiguous streams of one text, read in parallel.
-
-    The text is cut into `batch_size` streams of equal length. Step k of an epoch reads the k-th
-    window of each stream, so that the next step continues from the carry. Every epoch draws a new
-    offset of the first stream, so that windows begin at other positions and another remainder is
-    left out.
-    """
-
-    def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
-        self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
-        # At least window_length - 1 tokens are left out, so that the offset can vary.
-        self.steps_per_epoch = (length - window_length) // (batch_size * window_length)
-        self._stream_length = self.steps_per_epoch * window_length
-        self._slack = length - 1 - batch_size * self._stream_length
-
-    def __getitem__(self, step: int) -> Place:
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        offset = np.random.default_rng((self._seed, epoch)).integers(self._slack + 1)
-        begins = offset + self._stream_length * np.arange(self._batch_size)
-        return begins + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0)
+        For each segment, return its first window, and the number of windows before it in the text.
+        """
+        rng = np.random.default_rng((self._seed, epoch))
+        is_first = rng.random(self._number, np.float32) < self._reset_probability
+        is_first[self._first] = True
+        first = np.flatnonzero(is_first).astype(self._first.dtype)
+        order = rng.permutation(np.arange(len(first), dtype=first.dtype))
+        lengths = np.diff(first, append=self._number)[order]
+        before = np.empty_like(first)
+        before[order] = np.cumsum(lengths) - lengths
+        return int(rng.integers(self._length)), first, before
 
 
 def cut_batch(
@@ -84,29 +87,18 @@ def cut_batch(
 ) -> Batch:
     """Return the batch whose windows begin at `begins` [batch], on the host or on the device.
 
-    `predictions` are the probabilities that teachers give to each token of the text, [n,
+    After the last token of the text comes the first one. `predictions` are the probabilities that
+    teachers give to each token of the text, and to the first `window_length` ones again, [n,
     vocabulary].
     """
-    windows: Any = ids[begins[..., None] + np.arange(window_length + 1, dtype=np.int32)]
+    positions = begins[..., None] + np.arange(window_length + 1, dtype=np.int32)
+    windows: Any = ids[positions % len(ids)]
     windows = windows.astype(np.int32, copy=False)
     soft_targets = None
     if predictions is not None:  # Slices: to gather rows, a TPU would copy the whole array.
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
         soft_targets = jnp.vectorize(cut, signature="()->(t,v)")(begins + 1)
     return Batch(windows[..., :-1], windows[..., 1:], starts, soft_targets)
-
-
-def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
-    """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
-    size, window = batches.batch_size, batches.window_length
-    order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
-    if order.steps_per_epoch < 1:
-        needed = size * window + (1 if batches.kind == "windows" else window)
-        raise UserError(
-            f"the training text is too short: {size} {batches.kind} of {window} need {needed} "
-            f"tokens, but it has {length}; lower batches.batch_size or batches.window_length"
-        )
-    return order
 
 
 def make_batches(
@@ -120,11 +112,11 @@ def make_batches(
     """
     import grain  # Importing it takes a tenth of a second.
 
-    order, (index, number) = make_order(len(ids), batches, seed), part
+    order, (index, number) = Order(len(ids), batches, seed), part
 
     def read_step(step: int) -> Batch:
-        begins, starts = order[step]
-        return cut_batch(ids, begins.reshape(number, -1)[index], starts, batches.window_length)
+        begins, starts = (rows.reshape(number, -1)[index] for rows in order[step])
+        return cut_batch(ids, begins, starts, batches.window_length)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     steps = grain.MapDataset.range(first_step, 2**31)  # Grain's epochs would be the same.

@@ -104,16 +104,17 @@ class DataConfig:
 class BatchesConfig:
     """The batches of a training step."""
 
-    # The carry and the step of a checkpoint are those of batches of one shape, so kind, batch_size
-    # and window_length can't change when a run resumes.
+    # The carry and the step of a checkpoint belong to one order of batches, so no field can change
+    # when a run resumes.
     kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
-        "zero state. streams: contiguous streams whose carry is kept (truncated BPTT).")
+        "zero state. streams: shuffled segments of many windows, whose carry is kept (truncated "
+        "BPTT).")
     batch_size: int = field(64, "Windows or streams per batch.", _SIZE,
         requires="batches.batch_size % max(mesh.data, 1) == 0")
     window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE,
         also="context bptt seq_len sequence_length")
-    reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
-        "state, as each text does in evaluation.", _SHARE, resume=True)
+    reset_probability: float = field(0.02, "Probability that a stream starts another segment of "
+        "the text at a step, from a zero state.", _SHARE)
 
 
 @dataclasses.dataclass(frozen=True)

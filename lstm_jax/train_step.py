@@ -14,7 +14,7 @@ from lstm_jax import model as model_lib
 from lstm_jax import regularization
 from lstm_jax.batches import Batch
 from lstm_jax.cells.protocol import restart
-from lstm_jax.config import BatchesConfig, Config
+from lstm_jax.config import Config
 from lstm_jax.devices import parallel
 
 
@@ -90,7 +90,7 @@ def make_train_step(
     compute_grads = _make_compute_grads(model, config)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        before = _start_texts(model, config.batches, state, batch)
+        before = restart(model, state.carry, batch.starts)
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
@@ -111,23 +111,11 @@ def make_train_step(
         )
 
     def take_steps(state: TrainState, batch: Batch) -> TrainState:
-        if not batch.starts.ndim:
+        if batch.starts.ndim == 1:
             return train_step(state, batch)
         return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[0]
 
     return jax.jit(take_steps, donate_argnums=0)
-
-
-def _start_texts(
-    model: model_lib.LanguageModel, config: BatchesConfig, state: TrainState, batch: Batch
-) -> model_lib.Carry:
-    """Return the carry before a batch: the initial one for texts that start, or are reset."""
-    starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
-    if config.reset_probability and config.kind == "streams":
-        # A separate key, so that masks are the same whether or not streams are reset.
-        reset_key = jax.random.fold_in(state.key, state.step)
-        starts |= jax.random.bernoulli(reset_key, config.reset_probability, starts.shape)
-    return restart(model, state.carry, starts)
 
 
 def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Callable[..., Any]:

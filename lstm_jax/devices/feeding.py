@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lstm_jax.batches import Batch, cut_batch, make_batches, make_order
+from lstm_jax.batches import Batch, Order, cut_batch, make_batches
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
@@ -18,13 +18,13 @@ _SHARE = 1 / 8  # Fraction of a GPU's or TPU's memory that a text may take.
 
 
 def fits_on_device(ids: Ids) -> bool:
-    """Return whether to keep a text on the devices, where positions are int32.
+    """Return whether to keep a text on the devices, where positions, also past it, are int32.
 
     A CPU keeps it if it is in memory already, another device if it takes at most an eighth of its
     memory.
     """
     device = jax.local_devices()[0]
-    if len(ids) >= 2**31:
+    if len(ids) >= 2**30:
         return False
     if device.platform == "cpu":
         return not isinstance(ids, np.memmap)
@@ -55,15 +55,14 @@ class Feed:
             self._read: Iterator[Any]
             self._read, _ = make_batches(ids, fields, config.seed, part, first_step)
             return
-        order = make_order(len(ids), fields, config.seed)
+        order = Order(len(ids), fields, config.seed)
         places = map(order.__getitem__, itertools.count(first_step))
-        self._read = (
-            (begins.reshape(number, -1)[index].astype(np.int32), starts)
-            for begins, starts in places
-        )
+        parts = (tuple(x.reshape(number, -1)[index] for x in place) for place in places)
+        self._read = ((begins.astype(np.int32), starts) for begins, starts in parts)
         text = parallel.place_local(np.asarray(ids), mesh, parallel.EVERYWHERE)
         if predictions is not None:
-            predictions = parallel.place_local(predictions, mesh, parallel.EVERYWHERE)
+            again = np.concatenate([predictions, predictions[: fields.window_length]])
+            predictions = parallel.place_local(again, mesh, parallel.EVERYWHERE)
         cut = jax.jit(functools.partial(cut_batch, window_length=fields.window_length))
         self._cut = functools.partial(cut, text, predictions=predictions)
 
@@ -73,13 +72,5 @@ class Feed:
         leading = int(steps > 1)
         arrays = jax.tree.map(lambda *x: np.stack(x), *read) if leading else read[0]
         rows = PartitionSpec(*[None] * leading, *parallel.DIVIDED)
-
-        def place(array: Any) -> jax.Array:
-            """Divide the rows of a batch over the devices; `starts` has none."""
-            has_rows = np.ndim(array) > leading
-            return parallel.place_local(
-                array, self._mesh, rows if has_rows else parallel.EVERYWHERE
-            )
-
-        placed = jax.tree.map(place, arrays)
+        placed = jax.tree.map(lambda x: parallel.place_local(x, self._mesh, rows), arrays)
         return self._cut(*placed) if self._cut else placed

@@ -284,7 +284,7 @@ def _make_run(
 
 def _make_plan(config: Config, length: int) -> Plan:
     """Return the steps of a run on a training text of `length` tokens."""
-    order = batches.make_order(length, config.batches, config.seed)
+    order = batches.Order(length, config.batches, config.seed)
     total_steps = config.num_epochs * order.steps_per_epoch
     total_steps = min(total_steps, config.max_steps or total_steps)
     return Plan(

@@ -199,7 +199,7 @@ def test_a_loop_of_your_own_trains_like_the_package(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = [*runs.TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
-    flags += ["--config.batches.reset_probability=0.0", "--config.model.dtype=float32"]
+    flags += ["--config.model.dtype=float32"]
     flags += [f"--config.regularization.{name}_dropout=0.0" for name in ("embedding", "output")]
     losses = train_by_loop(monkeypatch, capsys, *flags)
     done = commands.run("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)

@@ -1,5 +1,7 @@
 """Test how windows and streams cut a text into batches."""
 
+import itertools
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -9,44 +11,44 @@ from lstm_jax.errors import UserError
 
 
 def fields(kind: str, batch_size: int, window_length: int) -> ConfigDict:
-    return ConfigDict({"kind": kind, "batch_size": batch_size, "window_length": window_length})
+    shape = {"batch_size": batch_size, "window_length": window_length}
+    return ConfigDict({"kind": kind, **shape, "reset_probability": 0.1})
 
 
-def test_windows_are_reshuffled_each_epoch_and_cover_the_text_once() -> None:
-    ids = np.arange(1000, dtype=np.int32)  # Each id is its own position.
-    iterator, steps = batches.make_batches(ids, fields("windows", 4, 10), seed=1)
-    assert steps == 24  # 99 windows, 4 in each batch.
-    epochs = []
-    for _ in range(2):
+@pytest.mark.parametrize("kind", ["windows", "streams"])
+def test_an_epoch_reads_the_text_once_in_segments_drawn_anew(kind: str) -> None:
+    length, size, window = 6050, 4, 10
+    ids = np.arange(length, dtype=np.int32)  # Each id is its own position.
+    iterator, steps = batches.make_batches(ids, fields(kind, size, window), seed=1)
+    assert steps == 151
+    boundaries, distances = set(), set()
+    for _ in range(3):
         epoch = [next(iterator) for _ in range(steps)]
         for batch in epoch:
-            assert batch.inputs.shape == batch.targets.shape == (4, 10)
+            assert batch.inputs.shape == batch.targets.shape == (size, window)
             assert batch.inputs.dtype == batch.targets.dtype == np.int32
-            assert batch.starts
-            np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
-        epochs.append(np.concatenate([batch.inputs for batch in epoch]))
-    for windows in epochs:
-        starts = windows[:, 0]
-        assert (starts % 10 == 0).all() and len(set(starts.tolist())) == 96
-        assert not (np.diff(starts) > 0).all()
-    assert not np.array_equal(epochs[0], epochs[1])
+            np.testing.assert_array_equal(batch.targets, (batch.inputs + 1) % length)
+        assert len({*np.ravel([batch.inputs for batch in epoch])}) == steps * size * window
+        starts = np.array([batch.starts for batch in epoch])
+        assert starts[0].all()
+        assert starts.all() if kind == "windows" else 0.05 < starts[1:].mean() < 0.15
+        for before, after in itertools.pairwise(epoch):
+            assert (after.starts | (after.inputs[:, 0] == before.targets[:, -1])).all()
+        boundaries.add(int(epoch[0].inputs[0, 0]) % window)
+        (batch,) = (batch for batch in epoch if 3000 in batch.inputs)
+        distances.add(tuple(sorted(abs(batch.inputs[:, 0] - 3000) // 100)))
+    assert len(boundaries) == len(distances) == 3
 
 
-def test_streams_are_contiguous_and_shift_every_epoch() -> None:
-    ids = np.arange(1000, dtype=np.int32)
-    iterator, steps = batches.make_batches(ids, fields("streams", 4, 10), seed=1)
-    assert steps == 24  # (1000 - 10) // 40
-    first_positions = []
-    for _ in range(6):
-        epoch = [next(iterator) for _ in range(steps)]
-        assert [bool(batch.starts) for batch in epoch] == [True] + [False] * (steps - 1)
-        streams = np.concatenate([batch.inputs for batch in epoch], axis=1)
-        np.testing.assert_array_equal(np.diff(streams), 1)
-        np.testing.assert_array_equal(np.diff(streams[:, 0]), steps * 10)
-        for batch in epoch:
-            np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
-        first_positions.append(int(streams[0, 0]))
-    assert len(set(first_positions)) > 1
+@pytest.mark.parametrize("kind", ["windows", "streams"])
+def test_all_tokens_are_read_equally_often(kind: str) -> None:
+    length, epochs = 70, 1000  # An epoch reads 60 tokens.
+    order = batches.Order(length, fields(kind, 3, 10), seed=0)
+    assert order.steps_per_epoch == 2
+    places = [order[step][0] for step in range(2 * epochs)]
+    positions = (np.array(places)[..., None] + np.arange(10)) % length
+    counts = np.bincount(positions.ravel(), minlength=length)
+    np.testing.assert_allclose(counts, epochs * 60 / 70, atol=60)  # Five standard deviations.
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -72,9 +74,10 @@ def test_processes_read_parts_of_the_same_batches(kind: str) -> None:
         batches.make_batches(ids, fields(kind, 6, 7), seed=5, part=(k, 2))[0] for k in range(2)
     ]
     for _ in range(3):
-        expected = next(whole)
-        rows = np.concatenate([next(part).inputs for part in parts])
-        np.testing.assert_array_equal(rows, expected.inputs)
+        for expected, *rows in zip(
+            next(whole)[:3], *(next(part)[:3] for part in parts), strict=True
+        ):
+            np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])

@@ -46,7 +46,7 @@ def set_up(
 def make_batch(batch_size: int, time: int, seed: int = 0, starts: bool = True) -> batches.Batch:
     """Return a batch of random ids below 11."""
     ids = np.random.default_rng(seed).integers(0, 11, (batch_size, time + 1)).astype(np.int32)
-    return batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(starts))
+    return batches.Batch(ids[:, :-1], ids[:, 1:], np.full(batch_size, starts))
 
 
 @pytest.mark.parametrize("max_gradient_norm", [0.0, 0.01])
@@ -173,26 +173,3 @@ def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
     fresh, again, kept = map(jax.tree.leaves, carries)
     jax.tree.map(np.testing.assert_array_equal, fresh, again)
     assert not np.allclose(fresh[0], kept[0], rtol=1e-2, atol=0)
-
-
-def test_streams_are_reset_at_random_and_independently() -> None:
-    config = make_config(40)
-    config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
-    model = model_lib.make_model(config.model, 11)
-    carries = {}
-    for kind, chance in (("windows", 0.5), ("streams", 0.0), ("streams", 0.5)):
-        config.batches.kind, config.batches.reset_probability = kind, chance
-        state, step = set_up(model, config)
-        state = step(step(state, make_batch(40, 8, 0)), make_batch(40, 8, 1, starts=False))
-        carries[kind, chance] = np.asarray(state.carry[0].hidden)
-    kept = carries["streams", 0.0]
-    later = np.asarray(step(state, make_batch(40, 8, 1, starts=False)).carry[0].hidden)
-    state, step = set_up(model, config)
-    reset = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
-    by_chance = carries["streams", 0.5]
-    is_kept = np.isclose(by_chance, kept, atol=1e-6).all(axis=1)
-    is_reset = np.isclose(by_chance, reset, atol=1e-6).all(axis=1)
-    assert (is_kept != is_reset).all() and 8 < is_reset.sum() < 32
-    is_reset_later = np.isclose(later, reset, atol=1e-6).all(axis=1)
-    assert (is_reset_later != is_reset).any(), "others in the next step"
-    np.testing.assert_allclose(carries["windows", 0.5], kept, atol=1e-6)

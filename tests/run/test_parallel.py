@@ -42,7 +42,7 @@ def train(mesh):
     rng, losses = np.random.default_rng(0), []
     for k in range(30):
         ids = rng.integers(0, 30, (16, 13)).astype(np.int32)
-        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
+        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.full(16, k % 10 == 0)))
         losses.append(float(state.loss_sum))
         state = state._replace(loss_sum=0 * state.loss_sum)
     return losses, parallel.get_local_copy(state.params)
