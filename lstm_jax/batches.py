@@ -26,9 +26,10 @@ class Order:
     """The places in the text of the windows of each training step.
 
     An epoch reads the text as a circle, from a random position on; less than a batch is left out.
-    Each of its `batch_size` streams reads the same number of windows, in segments: it starts a
-    segment at each step with probability `reset_probability`, or always (`windows`). The segments
-    are shuffled, so that other parts of the text meet in a batch in each epoch.
+    Each of the `batch_size` streams reads the same number of windows. At each step, a stream starts
+    another segment of the text with probability `reset_probability`, or always (`windows`), and
+    otherwise continues. The segments are shuffled, so that other parts of the text meet in a batch
+    in each epoch.
     """
 
     def __init__(self, length: int, batches: BatchesConfig, seed: int) -> None:
@@ -44,14 +45,14 @@ class Order:
         self._length, self._seed = length, seed
         self._reset_probability = 1 if batches.kind == "windows" else batches.reset_probability
         # Windows are numbered by stream, then by step: this is the first one of each stream. In the
-        # smallest dtype, 10 million windows take 80 MB.
-        self._number = size * self.steps_per_epoch
-        dtype = np.min_scalar_type(-self._number)
-        self._first = np.arange(0, self._number, self.steps_per_epoch, dtype=dtype)
+        # smallest dtype, the two arrays of an epoch take 80 MB for 10 million windows.
+        self._num_windows = size * self.steps_per_epoch
+        dtype = np.min_scalar_type(-self._num_windows)
+        self._first = np.arange(0, self._num_windows, self.steps_per_epoch, dtype=dtype)
         self._drawn: tuple[int, Any] = -1, ()  # An epoch and its segments.
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where windows begin, int64 [batch], and whether they start segments, bool."""
+        """Return where in the text windows begin, int64 [batch], and which start segments, bool."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._drawn[0] != epoch:
             self._drawn = epoch, self._draw_segments(epoch)
@@ -68,11 +69,11 @@ class Order:
         For each segment, return its first window, and the number of windows before it in the text.
         """
         rng = np.random.default_rng((self._seed, epoch))
-        is_first = rng.random(self._number, np.float32) < self._reset_probability
+        is_first = rng.random(self._num_windows, np.float32) < self._reset_probability
         is_first[self._first] = True
         first = np.flatnonzero(is_first).astype(self._first.dtype)
         order = rng.permutation(np.arange(len(first), dtype=first.dtype))
-        lengths = np.diff(first, append=self._number)[order]
+        lengths = np.diff(first, append=self._num_windows)[order]
         before = np.empty_like(first)
         before[order] = np.cumsum(lengths) - lengths
         return int(rng.integers(self._length)), first, before

@@ -124,22 +124,24 @@ def take_steps(run: OpenRun) -> None:
             if saves:
                 save(run, state, step)
             if code:
-                run.checkpoints.wait()
-                plot_curves(run)
-                run.print(
-                    f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
-                    f"{run.directory}: the same command resumes."
-                )
-                raise Stopped(code)
+                break
             if validates:  # After the save: a run that is killed in it resumes from here.
                 is_over = validate(run, state, step)
                 progress.stop_clock()
+        if code := hosts.max_over_processes(stop.code):
+            run.checkpoints.wait()
+            plot_curves(run)
+            run.print(
+                f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
+                f"{run.directory}: the same command resumes."
+            )
+            raise Stopped(code)
 
 
 def make_feed(run: OpenRun) -> feeding.Feed:
     """Return the training batches from the run's first step, on the devices of its mesh."""
     ids, config, predictions = run.ids["train"], run.config, None
-    on_devices = feeding.fits_on_device(ids)
+    on_devices = not hosts.max_over_processes(not feeding.fits_on_device(ids))
     if config.distill.teachers:
         run.print("The teachers predict the training text")
         teachers = distillation.load_teachers(config, run.vocabulary)
@@ -246,7 +248,8 @@ def generate_sample(run: OpenRun, params: model_lib.Params, key: jax.Array) -> s
 def plot_curves(run: OpenRun, seconds: float = 0) -> None:
     """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
     path = run.directory / workdir.CURVES
-    if hosts.is_first() and not (path.exists() and time.time() - path.stat().st_mtime < seconds):
+    age = time.time() - path.stat().st_mtime if path.exists() else seconds
+    if hosts.is_first() and not 0 <= age < seconds:
         metrics.plot_metrics(run.read_metrics(), path)
 
 

@@ -171,16 +171,16 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
     Raise `UserError` if files of the run are missing, a field can't change, or the model that it
     starts from has other sizes.
     """
-    names = (workdir.CONFIG, workdir.CHECKPOINTS, workdir.METRICS, workdir.MODEL)
-    has_config, has_checkpoints, *others = ((directory / name).exists() for name in names)
-    if any(others) and not (has_config and has_checkpoints):
+    names = (workdir.CONFIG, workdir.METRICS, workdir.MODEL)
+    has_config, *others = ((directory / name).exists() for name in names)
+    is_resumed, notes = bool(list_steps(directory / workdir.CHECKPOINTS)), list[str]()
+    if (is_resumed or any(others)) and not (is_resumed and has_config):
         missing = workdir.CHECKPOINTS if has_config else workdir.CONFIG
         raise UserError(
             f"{directory} holds no complete run: restore {missing}, or use another working "
             "directory"
         )
-    is_resumed, notes = bool(list_steps(directory / workdir.CHECKPOINTS)), list[str]()
-    if has_config:
+    if is_resumed:
         before = workdir.load_config(directory)
         config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
         changes = _list_changes(before, config)
@@ -191,7 +191,6 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
             )
         cell_file.warn_if_changed(config.model, before.model, directory)
         notes = [f"{field} is now {now!r}; it was {was!r}" for field, was, now in changes]
-    if is_resumed:
         return _Start(config, workdir.load_vocabulary(directory), None, True, notes)
     if not config.init_from:
         return _Start(config, text.make_vocabulary(config.data), None, False, notes)

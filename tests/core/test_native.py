@@ -423,7 +423,7 @@ for settings.mesh.data, used, settings.model.dtype in (
     state = train_step.init_state(lstm, adam, jax.random.key(0), 12).place(mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
     for k in range(40):
-        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k == 0)))
+        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.full(12, k == 0)))
         if k % 16 == 0 or k == 39:
             loss = float(state.loss_sum)  # Wait, as the training loop does.
         if k in (0, 39):

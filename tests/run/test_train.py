@@ -5,7 +5,7 @@ import math
 import platform
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,22 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     training.train(tiny_config, stopped)
     runs.assert_same(whole, stopped)
+
+
+def test_a_signal_in_the_last_validation_stops_before_the_test(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.max_steps = 5
+
+    def stop(row: Mapping[str, Any]) -> None:
+        if (row["split"], row["step"]) == ("validation", 5):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        training.train(tiny_config, tmp_path, stop)
+    assert not any(split == "test" for _, split, _ in runs.read_losses(tmp_path))
+    training.train(tiny_config, tmp_path)
+    assert any(split == "test" for _, split, _ in runs.read_losses(tmp_path))
 
 
 def test_a_run_writes_all_its_files(trained: Path) -> None:
