@@ -1,7 +1,7 @@
 """Train on the characters of Penn Treebank, in a quarter of an hour on two CPU cores."""
 # python -m lstm_jax.main --config experiments/penn_treebank.py
 #
-# Downloads the text. Validation 1.410 ± 0.003, test 1.369 ± 0.004 bits per character.
+# Downloads the text. Validation 1.400 ± 0.002, test 1.364 ± 0.002 bits per character.
 
 from ml_collections import ConfigDict
 
