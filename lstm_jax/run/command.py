@@ -4,7 +4,6 @@ import ast
 import functools
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -40,7 +39,6 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def _run(main: Callable[[], int | None]) -> None:
     import jax
-    from tqdm import tqdm
 
     from lstm_jax.devices import compilation_cache
 
@@ -48,8 +46,6 @@ def _run(main: Callable[[], int | None]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)  # For a GPU that can't be used.
     # Coroutines of Orbax fail after a save has failed, which is reported.
     sys.unraisablehook = lambda unraisable: None
-    # Its own lock is one of processes, which exits of this package would seem to leak.
-    tqdm.set_lock(threading.RLock())
     try:
         code = main()
         sys.stdout.flush()
