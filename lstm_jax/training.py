@@ -85,9 +85,11 @@ def is_out_of_patience(run: OpenRun) -> bool:
     A run that was stopped or killed and has resumed has the same rows as one that was not, so both
     end at the same step. Process 0 decides.
     """
-    number, rows = run.config.patience, run.read_metrics() if hosts.is_first() else []
+    if not (number := run.config.patience):
+        return False  # Without reading the file.
+    rows = run.read_metrics() if hosts.is_first() else []
     losses = [row["loss"] for row in rows if row["split"] == "validation"]
-    is_over = 0 < number < len(losses) and min(losses[-number:]) >= min(losses[:-number])
+    is_over = number < len(losses) and min(losses[-number:]) >= min(losses[:-number])
     return bool(hosts.max_over_processes(is_over))
 
 
