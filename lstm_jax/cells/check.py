@@ -148,7 +148,7 @@ def _compare(cell: Any, message: str, actual: Any, expected: Any) -> None:
             raise _failure(cell, f"{message} in shapes or dtypes")
         # In float64: booleans can't be subtracted, and unsigned integers wrap.
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        difference, scale = abs(a - e).max(initial=0), abs(e).max(initial=0)
+        difference, scale = (float(abs(x).max(initial=0)) for x in (a - e, e))
         if not difference <= _TOLERANCE * max(scale, 1):
             raise _failure(cell, f"{message}: by {difference:.2g}, of values up to {scale:.2g}")
 
