@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, generation, loss, model, optimizer, train_step
 from lstm_jax.config import Config, complete_config
-from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
+from lstm_jax.generation import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.ops import layer
 
 # What XLA needs to know of a GPU.

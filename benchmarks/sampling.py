@@ -19,7 +19,7 @@ import numpy as np
 import peers
 import side_by_side
 from lstm_jax import generation, model
-from lstm_jax.controls import Controls
+from lstm_jax.generation import Controls
 from side_by_side import Make, Work
 
 TEMPERATURE = 0.8

@@ -18,8 +18,8 @@ import optax
 from absl import flags
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from lstm_jax import batches, loss, model, optimizer, regularization
-from lstm_jax.cells.protocol import restart
+from lstm_jax import batches, loss, model, optimizer, train_step
+from lstm_jax.cells.base import restart
 from lstm_jax.config import Config, complete_config
 from lstm_jax.data import texts
 from lstm_jax.run import cell_file, command
@@ -53,8 +53,8 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
     rates = config.regularization
 
     def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
-        masks = regularization.draw_masks(rates, lstm, keys[0], len(batch.inputs))
-        dropped = regularization.drop_parameters(rates, params["lstm"], keys[1])
+        masks = train_step.draw_masks(rates, lstm, keys[0], len(batch.inputs))
+        dropped = train_step.drop_parameters(rates, params["lstm"], keys[1])
         outputs, carry = lstm.bind({"params": dropped}).run(batch.inputs, carry, masks)
         logits = lstm.bind({"params": params["lstm"]}).predict(model.apply_mask(outputs, masks[-1]))
         losses = cross_entropy(logits, batch.targets)

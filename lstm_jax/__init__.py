@@ -8,8 +8,8 @@ from lstm_jax.version import __version__ as __version__
 if TYPE_CHECKING:
     from lstm_jax import config
     from lstm_jax.cells.check import check_cell
-    from lstm_jax.controls import Controls
     from lstm_jax.errors import UserError
+    from lstm_jax.generation import Controls
     from lstm_jax.run.library import Run, load
     from lstm_jax.training import train
 

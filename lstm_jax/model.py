@@ -10,7 +10,7 @@ import importlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from lstm_jax import ops, step
+from lstm_jax import ops
 from lstm_jax.cells import CELLS, LOADED
-from lstm_jax.cells.protocol import (
+from lstm_jax.cells.base import (
     Gates,
     get_activation,
     get_gates,
@@ -35,23 +35,21 @@ from lstm_jax.cells.protocol import (
 )
 from lstm_jax.config import ModelConfig, Option
 from lstm_jax.cross_entropy import compute_cross_entropy
-from lstm_jax.matmul import matmul
-from lstm_jax.ops import choice
+from lstm_jax.matmul import matmul, multiply_columns, round_factor
+from lstm_jax.ops import choice, in_c
 from lstm_jax.ops.gates import Gating
 from lstm_jax.ops.layer import GATINGS
-from lstm_jax.step import StepArrays
 
 Ids = Integer[Array, "batch time"]
 Tokens = Integer[Array, " batch"]
 Hidden = Float[Array, "batch time features"]
 Logits = Float[Array, "batch time vocabulary"]
 Params = dict[str, Any]
-Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
 Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 
 # Dropout masks, the same at every step, or None, for the inputs of each layer and, last, for the
-# outputs of the last layer. `regularization.draw_masks` draws them.
+# outputs of the last layer. `train_step.draw_masks` draws them.
 Masks = Sequence[Float[Array, "batch _"] | None]
 
 # The gates, activations and outputs of a layer after a step.
@@ -62,6 +60,21 @@ _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process
 _LARGEST = 1e18
 # The number of tokens from which `compute_cross_entropy` is faster than logits and their gradient.
 _LARGE_VOCABULARY = 512
+
+
+class StepArrays(NamedTuple):
+    """The parameters of a model of gated layers, prepared for single steps; kernels are rounded."""
+
+    tokens: Float[Array, "vocabulary sums"]  # Each token's term in the first layer's sums.
+    # [sums * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
+    kernels: list[Array]
+    biases: list[Float[Array, "1 sums"]]  # Of each layer but the first.
+    peepholes: list[Float[Array, "3 hidden"] | None]  # Of each layer.
+    head: Float[Array, "vocabulary features"]  # The dense layer's kernel.
+    head_bias: Float[Array, " vocabulary"]
+
+
+Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
 
 class Dense(nn.Module):
@@ -276,14 +289,23 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def prepare_step(self, params: Params) -> Prepared:
-        """Prepare the parameters for `apply_step`; call it once, before the first step."""
+        """Compute what is the same at every step of `apply_step`; call it before the first."""
         if not self.runs_gated_layers or self.recurrence == "scan":
             return params
         bound = self.bind({"params": params})
-        head = bound.head_kernel(), bound.dense.bias
-        layers = [get_layer_params(cell) for cell in bound.layers]
-        table = bound.embedding.embedding
-        return step.prepare_step(self.gating, table, layers, *head, self.dtype)
+        gating, layers = self.gating, [get_layer_params(cell) for cell in bound.layers]
+        parts = [gating.spread_kernels(layer) for layer in layers]
+        first_bias, *biases = [gating.join_biases(layer) for layer in layers]
+        (first, recurrent), *others = parts
+        kernels = [recurrent, *map(jnp.concatenate, others)]
+        return StepArrays(
+            tokens=matmul(bound.embedding.embedding, first, self.dtype, first_bias),
+            kernels=[_prepare_kernel(gating, kernel, self.dtype) for kernel in kernels],
+            biases=[bias[None] for bias in biases],
+            peepholes=[getattr(layer, "peepholes", None) for layer in layers],
+            head=round_factor(bound.head_kernel().T, self.dtype),
+            head_bias=bound.dense.bias,
+        )
 
     @nn.nowrap
     def apply_step(
@@ -294,9 +316,7 @@ class LanguageModel(nn.Module):
         Return logits and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            before = restart(self, carry, self.find_starts(ids))
-            options = self.dtype, self.skip_connections
-            return step.apply_step(self.gating, arrays, ids, before, *options)
+            return _run_gated_step(self, arrays, ids, restart(self, carry, self.find_starts(ids)))
         bound = self.bind({"params": arrays})
         outputs, carry, _ = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
@@ -313,6 +333,39 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
     return (x.transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
+
+
+def _prepare_kernel(gating: Gating, kernel: Array, dtype: str) -> Array:
+    depth, width = kernel.shape
+    fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
+    if fits and choice.runs_in_c("steps", dtype, width // gating.num_sums, gating=gating.name):
+        return in_c.pack_gates(gating, kernel.astype(dtype))
+    return round_factor(kernel.T, dtype)
+
+
+def _run_gated_step(
+    model: LanguageModel, arrays: StepArrays, ids: Tokens, carry: Carry
+) -> tuple[Float[Array, "batch vocabulary"], Carry]:
+    """Return logits and the next carry, computed feature-major or by the library in C."""
+    gating, added = model.gating, [arrays.tokens[ids], *arrays.biases]
+    states: list[Any] = []
+    below: list[Array] = []  # The outputs of the layer below, if there is one.
+    layers = zip(arrays.kernels, arrays.peepholes, carry, added, strict=True)
+    for kernel, peepholes, before, term in layers:
+        inputs = [*below, before.hidden]
+        if kernel.ndim == 5:
+            states.append(in_c.run_step(gating, kernel, inputs, before, term, peepholes))
+        else:
+            columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
+            sums = jnp.split(multiply_columns(kernel, columns) + term.T, gating.num_sums)
+            state = jax.tree.map(jnp.transpose, before)
+            weights = None if peepholes is None else peepholes[:, :, None]
+            _, after = gating.activate(tuple(sums), state, weights)
+            states.append(jax.tree.map(jnp.transpose, after))
+        hidden = states[-1].hidden
+        below = [sum(below, hidden) if model.skip_connections else hidden]
+    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias[None]
+    return logits, tuple(states)
 
 
 def make_model(
@@ -360,8 +413,8 @@ def check_model(model: LanguageModel) -> None:
     def run(key: Array) -> Any:
         ids, carry = jnp.zeros((1, 2), jnp.int32), model.initial_carry(1)
         params = model.init(key, ids, carry)["params"]
-        step_result = model.apply_step(params, ids[:, 0], carry)
-        return step_result, model.apply({"params": params}, ids, carry)
+        bound = model.bind({"params": params})
+        return bound.run_step(ids[:, 0], carry), bound(ids, carry)
 
     if not isinstance(model.cell, str):
         with name_cell_error(model.cell_class):

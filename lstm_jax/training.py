@@ -17,14 +17,14 @@ from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
-from lstm_jax.controls import Controls
-from lstm_jax.devices import feeding, hosts, parallel
+from lstm_jax.devices import parallel
 from lstm_jax.errors import NotFiniteError, name_setting
+from lstm_jax.generation import Controls
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
+from lstm_jax.run.messages import Pacer, Progress
 from lstm_jax.run.opening import OpenRun, open_run
-from lstm_jax.run.progress import Pacer, Progress
 from lstm_jax.train_step import TrainState, make_train_step
 
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
@@ -74,7 +74,7 @@ def train(
 
 def write_files(run: OpenRun) -> None:
     """Write config and vocabulary, and remove what is later than the checkpoint, in process 0."""
-    if hosts.is_first():
+    if parallel.is_first():
         workdir.restore_history(run.directory, run.history)
         workdir.save_fields(run.directory, run.config, run.vocabulary)
 
@@ -87,10 +87,10 @@ def is_out_of_patience(run: OpenRun) -> bool:
     """
     if not (number := run.config.patience):
         return False  # Without reading the file.
-    rows = run.read_metrics() if hosts.is_first() else []
+    rows = run.read_metrics() if parallel.is_first() else []
     losses = [row["loss"] for row in rows if row["split"] == "validation"]
     is_over = number < len(losses) and min(losses[-number:]) >= min(losses[:-number])
-    return bool(hosts.max_over_processes(is_over))
+    return bool(parallel.max_over_processes(is_over))
 
 
 def take_steps(run: OpenRun) -> None:
@@ -116,7 +116,7 @@ def take_steps(run: OpenRun) -> None:
             step += steps
             progress.after_step(step)
             is_synchronized = pacer.wait(step, state)
-            code = hosts.max_over_processes(stop.code) if is_synchronized else 0
+            code = parallel.max_over_processes(stop.code) if is_synchronized else 0
             logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
             saves = validates or code or (is_synchronized and is_save_due(run))
             if logs or saves:
@@ -130,7 +130,7 @@ def take_steps(run: OpenRun) -> None:
             if validates:  # After the save: a run that is killed in it resumes from here.
                 is_over = validate(run, state, step)
                 progress.stop_clock()
-        if code := hosts.max_over_processes(stop.code):
+        if code := parallel.max_over_processes(stop.code):
             run.checkpoints.wait()
             plot_curves(run)
             run.print(
@@ -140,22 +140,22 @@ def take_steps(run: OpenRun) -> None:
             raise Stopped(code)
 
 
-def make_feed(run: OpenRun) -> feeding.Feed:
+def make_feed(run: OpenRun) -> parallel.Feed:
     """Return the training batches from the run's first step, on the devices of its mesh."""
     ids, config, predictions = run.ids["train"], run.config, None
-    on_devices = not hosts.max_over_processes(not feeding.fits_on_device(ids))
+    on_devices = not parallel.max_over_processes(not parallel.fits_on_device(ids))
     if config.distill.teachers:
         run.print("The teachers predict the training text")
         teachers = distillation.load_teachers(config, run.vocabulary)
         predictions, on_devices = distillation.predict_text(teachers, ids), True
-    return feeding.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
+    return parallel.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
 
 
 def is_save_due(run: OpenRun) -> bool:
     """Return whether the last save is old; each process has its own clock, so they agree on it."""
     age = time.monotonic() - run.checkpoints.last_time
     is_due = age >= run.config.checkpoint_every_seconds and not run.checkpoints.is_saving
-    return bool(hosts.max_over_processes(is_due))
+    return bool(parallel.max_over_processes(is_due))
 
 
 def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
@@ -192,7 +192,7 @@ def record(
     if split != "train":
         bits = loss_lib.compute_bits_per_character(loss, [run.sizes[split]])
         extra["bits_per_character"] = bits
-    if hosts.is_first():
+    if parallel.is_first():
         run.writer.write(step, run.plan.count_epochs(step), split, loss, **extra)
 
 
@@ -212,7 +212,7 @@ def validate(run: OpenRun, state: TrainState, step: int) -> bool:
     loss = loss_lib.compute_loss(run.model, params, run.ids["validation"])
     sample = generate_sample(run, params, jax.random.fold_in(key, step))
     run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
-    if hosts.is_first():
+    if parallel.is_first():
         record(run, step, "validation", loss, sample=sample)
         workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
         run.checkpoints.record_validation(step, loss)
@@ -251,20 +251,20 @@ def plot_curves(run: OpenRun, seconds: float = 0) -> None:
     """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
     path = run.directory / workdir.CURVES
     age = time.time() - path.stat().st_mtime if path.exists() else seconds
-    if hosts.is_first() and not 0 <= age < seconds:
+    if parallel.is_first() and not 0 <= age < seconds:
         metrics.plot_metrics(run.read_metrics(), path)
 
 
 def finish_run(run: OpenRun) -> Run:
     """Measure the best checkpoint on the test split, and return the trained model."""
     run.checkpoints.wait()
-    hosts.wait_for_all("all is saved")
+    parallel.wait_for_all("all is saved")
     shapes = model_lib.get_param_shapes(run.model)
     params, step = workdir.load_params(run.directory, shapes)
     trained = workdir.Trained(run.config, run.vocabulary, run.model, params, step)
     rows = [row for row in run.read_metrics() if (row["split"], row["step"]) == ("test", step)]
     loss = rows[-1]["loss"] if rows else loss_lib.compute_loss(run.model, params, run.ids["test"])
-    if hosts.is_first():
+    if parallel.is_first():
         if not rows:
             record(run, step, "test", loss)
         plot_curves(run)

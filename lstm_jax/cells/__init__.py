@@ -1,6 +1,6 @@
 """Define recurrent cells: each computes one step, in plain equations; a scan runs it over time.
 
-A cell is a flax module in its own file, here or anywhere; `cells.protocol` defines its methods.
+A cell is a flax module in its own file, here or anywhere; `cells.base` defines its methods.
 docs/cells.md has a table of the cells here, with their numbers of parameters and their sources.
 """
 

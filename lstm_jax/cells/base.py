@@ -1,20 +1,146 @@
-"""Bases of cells: common fields, and the kernels of gates that read inputs and hidden state.
+"""The protocol of a cell, the functions by which the model makes and calls one, and base classes.
 
-Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
-[hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
+A cell is a flax module with the fields `input_size` and `hidden_size`, and the methods
+`initial_carry(batch_size)`, a pytree of arrays [batch_size, ...] that depends on the fields alone,
+and `__call__(carry, inputs)`, which returns the next carry, of the same types, and the outputs. It
+may also have a field `dtype`; other fields with a default, which are options; and the methods
+
+- `run_parallel(carry, inputs, starts)`, which returns the last carry and the outputs of all steps.
+  `starts` is true at the steps that read the initial carry because a document begins, or None;
+- `gates(carry, inputs)`, which returns the gates of a step by name, and `activation(carry)`, the
+  activations of the hidden units in [-1, 1], for `lstm_jax.export`.
+
+The base classes are optional. Their gates are side by side in `input_kernel` [in, gates *
+hidden_size], `recurrent_kernel` [hidden_size, gates * hidden_size] and `bias` [gates *
+hidden_size].
 """
 
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float
 
-from lstm_jax.cells.protocol import Inputs, Outputs
+from lstm_jax import ops
+from lstm_jax.errors import UserError, one_line
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
+
+# The inputs and outputs of one step, and of all steps.
+Inputs = Float[Array, "batch inputs"]
+Outputs = Float[Array, "batch hidden"]
+AllInputs = Float[Array, "batch time inputs"]
+AllOutputs = Float[Array, "batch time hidden"]
+Starts = Bool[Array, "batch time"]
+# Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
+Gates = dict[str, Float[Array, "*batch hidden"]]
+
+
+def make_cell(
+    cell: type[nn.Module],
+    input_size: int,
+    hidden_size: int,
+    dtype: str = "float32",
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Make a cell with these sizes and options; raise `UserError` if that fails."""
+    fields = [field.name for field in dataclasses.fields(cell)]
+    given = dict(options or {})
+    known = [x for x in fields if x not in ("input_size", "hidden_size", "dtype", "parent", "name")]
+    if others := [name for name in given if name not in known]:
+        listed = ", ".join(known) or "none"
+        raise UserError(
+            f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
+        )
+    if "dtype" in fields:
+        given["dtype"] = dtype
+    elif dtype != "float32":
+        raise UserError(f"the cell {cell.__name__} has no field dtype: it must be 'float32'")
+    with name_cell_error(cell):
+        return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
+
+
+@contextlib.contextmanager
+def name_cell_error(cell: type[nn.Module]) -> Iterator[None]:
+    """Raise any exception as a `UserError` with the name of this cell, and its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{describe_cell(cell)}: {one_line(error)[:400]}") from error
+
+
+def describe_cell(cell: type[nn.Module]) -> str:
+    """Return the name of a cell with its file, or with its module, typed in a session."""
+    file = getattr(sys.modules.get(cell.__module__), "__file__", cell.__module__)
+    return f"the cell {cell.__name__} ({file})"
+
+
+def run_cell(
+    cell: Any,
+    carry: Any,
+    inputs: Float[ArrayLike, "batch time features"],
+    starts: Bool[ArrayLike, "batch time"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Any, AllOutputs]:
+    """Run a cell over inputs; return the last carry and all outputs.
+
+    With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
+    that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
+    where `starts` is true read the initial carry.
+    """
+    if implementation != "scan" and (params := get_layer_params(cell)):
+        options: Any = {"dtype": cell.dtype, "implementation": implementation}
+        return ops.run(params, inputs, carry, reset=starts, **options)
+    if implementation != "scan" and hasattr(cell, "run_parallel"):
+        return cell.run_parallel(carry, inputs, starts)
+    return _scan(cell, carry, (inputs, starts))
+
+
+def get_layer_params(cell: Any) -> Any:
+    """Return the parameters of a cell that `lstm_jax.ops` can run; None for another one."""
+    if "layer_params" not in vars(type(cell)):  # A subclass may have other equations.
+        return None
+    return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
+
+
+def restart(cell: Any, carry: Any, starts: Bool[Array, " batch"] | None) -> Any:
+    """Return the carry of a cell or model: the initial one where `starts` is true."""
+    if starts is None:
+        return carry
+    return jax.tree.map(
+        lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+        cell.initial_carry(len(starts)),
+        carry,
+    )
+
+
+_scan = nn.scan(
+    lambda cell, carry, read: cell(restart(cell, carry, read[1]), read[0]),
+    variable_broadcast="params",
+    split_rngs={"params": False},
+    in_axes=1,
+    out_axes=1,
+)
+
+
+def get_gates(cell: Any, carry: Any, inputs: Float[ArrayLike, "batch inputs"]) -> Gates:
+    """Return the gates of a step; none for a cell without the method."""
+    return cell.gates(carry, inputs) if hasattr(type(cell), "gates") else {}
+
+
+def get_activation(cell: Any, carry: Any, outputs: Outputs) -> Outputs:
+    """Return the activations after a step; without the method, the tanh of its outputs."""
+    has_activation = hasattr(type(cell), "activation")  # `setup` may set an attribute.
+    return cell.activation(carry) if has_activation else jnp.tanh(outputs)
 
 
 class SizedCell(nn.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.protocol import (
+from lstm_jax.cells.base import (
     AllInputs,
     AllOutputs,
     Gates,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.test_util import check_grads
 
-from lstm_jax.cells.protocol import (
+from lstm_jax.cells.base import (
     describe_cell,
     get_activation,
     get_gates,
@@ -31,7 +31,7 @@ def check_cell(
     hidden_size: int = 8,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a cell follows `lstm_jax.cells.protocol`, with random parameters and inputs.
+    """Check that a cell follows `lstm_jax.cells.base`, with random parameters and inputs.
 
     Check shapes and dtypes; single steps, and the parallel form, against a scan; a sequence against
     its two parts with the carry kept; that texts of a batch are independent; and gradients against

@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell
-from lstm_jax.cells.protocol import Gates, Inputs, Outputs
+from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs
 from lstm_jax.ops.gates import GRUParams, HiddenCarry
 
 

@@ -3,8 +3,7 @@
 from jaxtyping import Array, Float
 
 from lstm_jax import ops
-from lstm_jax.cells.base import SizedCell
-from lstm_jax.cells.protocol import AllInputs, AllOutputs, Inputs, Outputs, Starts
+from lstm_jax.cells.base import AllInputs, AllOutputs, Inputs, Outputs, SizedCell, Starts
 from lstm_jax.ops.gates import HiddenCarry
 
 # a and b.

@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, forget_bias
-from lstm_jax.cells.protocol import Gates, Inputs, Outputs
+from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, forget_bias
 from lstm_jax.ops.gates import LSTMCarry, LSTMParams
 
 

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lstm_jax.cells.base import Gates
 from lstm_jax.cells.linear import Coefficients, LinearCell
-from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 

@@ -5,8 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lstm_jax import ops
-from lstm_jax.cells.base import SizedCell, forget_bias
-from lstm_jax.cells.protocol import AllInputs, AllOutputs, Gates, Inputs, Outputs, Starts
+from lstm_jax.cells.base import (
+    AllInputs,
+    AllOutputs,
+    Gates,
+    Inputs,
+    Outputs,
+    SizedCell,
+    Starts,
+    forget_bias,
+)
 from lstm_jax.cells.slstm import count_per_head
 from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm, stabilize, step_mlstm
 

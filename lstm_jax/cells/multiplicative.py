@@ -2,8 +2,8 @@
 
 import flax.linen as nn
 
+from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import LSTMCarry
 

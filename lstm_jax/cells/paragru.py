@@ -6,8 +6,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax import ops
-from lstm_jax.cells.base import SizedCell, forget_bias
-from lstm_jax.cells.protocol import AllInputs, AllOutputs, Gates, Inputs, Outputs, Starts
+from lstm_jax.cells.base import (
+    AllInputs,
+    AllOutputs,
+    Gates,
+    Inputs,
+    Outputs,
+    SizedCell,
+    Starts,
+    forget_bias,
+)
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 

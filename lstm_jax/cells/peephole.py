@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.ops.gates import LSTMCarry, PeepholeLSTMParams
 
 

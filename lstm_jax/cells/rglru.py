@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.linear import Coefficients, LinearCell
-from lstm_jax.cells.protocol import Gates, Inputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 

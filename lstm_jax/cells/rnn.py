@@ -4,8 +4,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell
-from lstm_jax.cells.protocol import Gates, Inputs, Outputs
+from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs
 from lstm_jax.ops.gates import HiddenCarry, RNNParams
 
 

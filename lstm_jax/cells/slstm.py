@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import SizedCell, forget_bias
-from lstm_jax.cells.protocol import Gates, Inputs, Outputs
+from lstm_jax.cells.base import Gates, Inputs, Outputs, SizedCell, forget_bias
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.matrix_lstm import NEVER, stabilize

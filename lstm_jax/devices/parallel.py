@@ -1,23 +1,37 @@
-"""Train on many devices, which share the batch; each holds all parameters.
+"""Train on many devices, of one process or several, on one machine or more.
 
-This suits recurrent layers of any kind: with tensor parallelism, devices would have to exchange the
-hidden state at every position of the window.
+Devices share the batch, and each holds all parameters. This suits recurrent layers of any kind:
+with tensor parallelism, devices would have to exchange the hidden state at every position of the
+window. `Feed` gives them batches: it cuts these there from a text that fits, or else copies them in
+advance.
+
+All processes call the same functions in the same order. Process 0 writes the files of a run; all
+take part in saving checkpoints.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+import functools
+import itertools
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax import model as model_lib
+from lstm_jax.batches import Batch, Order, cut_batch, make_batches
 from lstm_jax.config import Config
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, make_visible, one_line
 from lstm_jax.ops import choice
 from lstm_jax.ops.processor import count_cores
+from lstm_jax.vocabulary import Ids
 
 T = TypeVar("T")
 
@@ -30,6 +44,7 @@ EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec(DATA)
 # a layer itself, so that devices need not exchange gradients.
 _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
+_SHARE = 1 / 8  # Fraction of a GPU's or TPU's memory that a text may take.
 
 
 def use_cores(config: Config, least: int = 1) -> None:
@@ -148,3 +163,166 @@ def divide_over_devices(compute_grads: Callable[..., Any], mesh: Mesh) -> Callab
         out_specs=(EVERYWHERE, DIVIDED),
         check_vma=False,  # Without its check of which results are replicated.
     )
+
+
+def fits_on_device(ids: Ids) -> bool:
+    """Return whether to keep a text on the devices, where positions, also past it, are int32.
+
+    A CPU keeps it if it is in memory already, another device if it takes at most an eighth of its
+    memory.
+    """
+    device = jax.local_devices()[0]
+    if len(ids) >= 2**30:
+        return False
+    if device.platform == "cpu":
+        return not isinstance(ids, np.memmap)
+    return ids.nbytes <= _SHARE * (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+class Feed:
+    """The batches of a training text, on the devices of a mesh, from one step on.
+
+    JAX dispatches steps asynchronously, so a batch is copied or cut while the devices still compute
+    the steps before it.
+    """
+
+    def __init__(
+        self,
+        ids: Ids,
+        config: Config,
+        mesh: Mesh,
+        first_step: int = 0,
+        on_devices: bool = True,
+        predictions: np.ndarray | None = None,
+    ) -> None:
+        """Copy the text, and the predictions of teachers (`cut_batch`), if they are cut there."""
+        fields, index, number = config.batches, jax.process_index(), jax.process_count()
+        self._mesh, self._cut = mesh, None
+        if not on_devices:
+            part = index, number
+            self._read: Iterator[Any]
+            self._read, _ = make_batches(ids, fields, config.seed, part, first_step)
+            return
+        order = Order(len(ids), fields, config.seed)
+        places = map(order.__getitem__, itertools.count(first_step))
+        parts = (tuple(x.reshape(number, -1)[index] for x in place) for place in places)
+        self._read = ((begins.astype(np.int32), starts) for begins, starts in parts)
+        text = place_local(np.asarray(ids), mesh, EVERYWHERE)
+        if predictions is not None:
+            again = np.concatenate([predictions, predictions[: fields.window_length]])
+            predictions = place_local(again, mesh, EVERYWHERE)
+        cut = jax.jit(functools.partial(cut_batch, window_length=fields.window_length))
+        self._cut = functools.partial(cut, text, predictions=predictions)
+
+    def next(self, steps: int = 1) -> Batch:
+        """Return the next batch, or the batches of several steps stacked along a leading axis."""
+        read = [next(self._read) for _ in range(steps)]
+        leading = int(steps > 1)
+        arrays = jax.tree.map(lambda *x: np.stack(x), *read) if leading else read[0]
+        rows = PartitionSpec(*[None] * leading, *DIVIDED)
+        placed = jax.tree.map(lambda x: place_local(x, self._mesh, rows), arrays)
+        return self._cut(*placed) if self._cut else placed
+
+
+@contextlib.contextmanager
+def join_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> Iterator[None]:
+    """Join the other processes of a run with `jax.distributed`, and leave together with them.
+
+    Process 0 listens at `coordinator_address`, HOST:PORT. What is None, JAX gets from SLURM, Open
+    MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX but `use_cores`. An
+    exception within the block ends this process immediately, so that no other process waits for it.
+
+    Raises:
+      UserError: if an argument is missing, or the processes don't find each other.
+    """
+    # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
+            shutdown_timeout_seconds=60,
+        )
+    except Exception as error:  # Detecting a cluster may raise anything.
+        raise UserError(f"can't join the other processes: {one_line(error)}") from None
+    try:
+        if jax.default_backend() == "gpu":
+            # One that has a program in its cache would not take part in autotuning it, and the
+            # others would wait for its results.
+            jax.config.update("jax_enable_compilation_cache", False)
+        yield
+        _wait_for_devices()
+    except BaseException as error:
+        _leave(error)
+    jax.distributed.shutdown()
+
+
+def _wait_for_devices() -> None:
+    """Wait until each device of each process has finished its work.
+
+    `sync_global_devices` waits for the first device of each process only. If another one is behind,
+    it may wait for a process that has left, and then Python can't end.
+    """
+    divided = NamedSharding(Mesh(jax.devices(), "all"), PartitionSpec("all"))
+    ones = jax.make_array_from_process_local_data(divided, np.ones(jax.local_device_count()))
+    jax.block_until_ready(jax.jit(jax.numpy.sum)(ones))
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process without waiting for the others, which detect that it has ended."""
+    message = str(error)
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        message = (
+            f"process {jax.process_index()} failed ({one_line(error)[:300]}): if another process "
+            "has ended, see its output; start all with the same command to resume"
+        )
+    print("error:", make_visible(message), file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def is_first() -> bool:
+    """Return whether this process writes the files of the run."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has called this with the same name."""
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def main_process_first(name: str) -> Iterator[None]:
+    """Let process 0 run the block, which may take long, before all other processes do."""
+    if jax.process_count() > 1:
+        # On CPUs, processes connect when they first wait for each other, for at most 30 seconds;
+        # later they wait for at most 30 minutes.
+        _wait_for_devices()
+        wait_for_all(f"{name}, connected")
+    if not is_first():
+        wait_for_all(name)
+    yield
+    if is_first():
+        wait_for_all(name)
+
+
+def max_over_processes(value: int) -> int:
+    """Return the maximum of a value over all processes, which call this at the same step."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def check_same(run: str) -> None:
+    """Raise `UserError` in all processes if they describe their runs differently."""
+    checksum = np.int32(zlib.crc32(run.encode("utf-8", "surrogateescape")) >> 1)
+    if (multihost_utils.process_allgather(checksum) != checksum).any():
+        raise UserError(
+            "the processes don't have the same config, text or working directory: start all with "
+            "the same command"
+        )

@@ -46,9 +46,9 @@ def main() -> None:
     from lstm_jax.dynamic import Settings
     from lstm_jax.evaluate import measurement
     from lstm_jax.loss import compute_loss
-    from lstm_jax.run import ensemble
+    from lstm_jax.run import workdir
 
-    trained, steps = ensemble.load_ensemble(directories, _DTYPE.value)
+    trained, steps = workdir.load_models(directories, _DTYPE.value)
     vocabulary, splits = trained.vocabulary, dict[str, texts.Text]()
     if not _TEXT.value or _DYNAMIC.value:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)

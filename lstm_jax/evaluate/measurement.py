@@ -10,8 +10,9 @@ from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import texts
 from lstm_jax.data.texts import Text
+from lstm_jax.ensemble import list_members
 from lstm_jax.errors import UserError
-from lstm_jax.run import ensemble, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, TextSize, Vocabulary
 
 
@@ -67,7 +68,7 @@ def measure_dynamic_loss(
     trained: workdir.Trained, ids: Ids, train_ids: Ids, settings: dynamic.Settings
 ) -> float:
     """Return the mean loss in nats per token with dynamic evaluation."""
-    members = ensemble.list_members(trained.model, trained.params)
+    members = list_members(trained.model, trained.params)
     parts = dynamic.adapt_to_text(members, train_ids, ids, settings)
     return sum(float(part.sum(dtype=np.float64)) for part in parts) / (len(ids) - 1)
 

@@ -9,7 +9,7 @@ import optax
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.protocol import Gates
+from lstm_jax.cells.base import Gates
 
 # The number of tokens for one compiled call, which bounds the memory for gates.
 _CHUNK = 1024

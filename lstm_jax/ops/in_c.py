@@ -17,9 +17,8 @@ from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native
-from lstm_jax.ops.arguments import align
-from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.scan import Layer, Marks, make_gradients
+from lstm_jax.ops.gates import Gating, Layer, Marks, make_gradients
+from lstm_jax.ops.recurrence import align
 
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2

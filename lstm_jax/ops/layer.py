@@ -1,8 +1,8 @@
 """The public functions: gated recurrent layers over arrays.
 
 Each checks its arguments, chooses an implementation, and handles lengths and direction. `gates.py`
-has the equations of a step and their derivatives, `scan.py` the reference implementation,
-`xla.py` the loops forwards and backwards in time; `recurrence.py` makes them differentiable.
+has the equations of a step and their derivatives, `xla.py` the reference implementation and the
+loops forwards and backwards in time; `recurrence.py` makes these differentiable.
 """
 
 import functools
@@ -12,10 +12,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer, Shaped, jaxtyped
 
-from lstm_jax.ops import choice, in_c, recurrence, scan, xla
-from lstm_jax.ops.arguments import check, choose_dtypes
+from lstm_jax.ops import choice, in_c, recurrence, xla
 from lstm_jax.ops.gates import (
     GRU,
     LSTM,
@@ -24,13 +23,14 @@ from lstm_jax.ops.gates import (
     Gating,
     GRUParams,
     HiddenCarry,
+    Layer,
     LSTMCarry,
     LSTMParams,
+    Marks,
     PeepholeLSTMParams,
     RNNParams,
 )
 from lstm_jax.ops.recurrence import Implementation
-from lstm_jax.ops.scan import Layer, Marks
 
 Name = Literal["auto", "scan", "xla", "c"]
 
@@ -222,7 +222,7 @@ def _run(
 def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any, Array]]:
     """Return the function that runs a layer on a kind of device."""
     if name == "scan":
-        return scan.run
+        return xla.scan
     if name == "c":
         made = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, batch_axis=1)
     else:
@@ -261,6 +261,50 @@ def _compute(
     last, outputs = run_in_order(run, inputs, reset, lengths, reverse)
     last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
     return last, outputs.astype(inputs.dtype)
+
+
+def check(**arguments: tuple[Any, Any]) -> list[Any]:
+    """Return arguments as arrays or NamedTuples of arrays; None stays.
+
+    Each is given with its annotation of jaxtyping, or with a NamedTuple whose fields have some.
+    Sizes of the same name must be the same in all.
+
+    Raises:
+      ValueError: if a shape, a dtype or a number of fields does not fit.
+    """
+    checked: list[Any] = []
+    with jaxtyped("context"):
+        for name, (value, kind) in arguments.items():
+            if value is None:
+                checked.append(None)
+                continue
+            fields = getattr(kind, "_fields", ())
+            if fields and not (isinstance(value, tuple) and len(value) == len(fields)):
+                raise ValueError(
+                    f"{name} is a {type(value).__name__}: it must be {kind.__name__}"
+                    f"({', '.join(fields)})"
+                )
+            parts = dict(zip(fields, value, strict=True)) if fields else {"": value}
+            # The recurrent kernel first: its annotation has the hidden size alone.
+            for field in sorted(parts, key=lambda field: field != "recurrent_kernel"):
+                annotation = kind.__annotations__[field] if fields else kind
+                array = parts[field] = jnp.asarray(parts[field])
+                if not isinstance(array, annotation):
+                    dtype, shape = annotation.__name__.split("[")[0], annotation.dim_str.strip()
+                    raise ValueError(
+                        f"{name}{field and '.'}{field} is {array.dtype} {list(array.shape)}: it "
+                        f"must be {dtype.lower()} [{shape}], with the sizes of the other arrays"
+                    )
+            checked.append(kind(**parts) if fields else parts[""])
+    return checked
+
+
+def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:
+    """Return the dtype that factors of matmuls are rounded to, and that of all other arrays."""
+    if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
+        raise ValueError(f"dtype is {jnp.dtype(dtype).name}: matmuls are in bfloat16 or float32")
+    low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
+    return low, jnp.promote_types(jnp.result_type(inputs, *jax.tree.leaves(others)), "float32")
 
 
 def run_in_order(

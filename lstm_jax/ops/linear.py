@@ -8,10 +8,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
-from lstm_jax.ops.arguments import check
-from lstm_jax.ops.gates import HiddenCarry
-from lstm_jax.ops.layer import run_in_order
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.gates import HiddenCarry, Marks
+from lstm_jax.ops.layer import check, run_in_order
 
 
 def linear_scan(

@@ -10,9 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.arguments import check, choose_dtypes
-from lstm_jax.ops.layer import run_in_order
-from lstm_jax.ops.scan import Marks
+from lstm_jax.ops.gates import Marks
+from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
 # The stabilizer before the first step, at which nothing is kept: its exponential is 0.

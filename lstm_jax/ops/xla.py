@@ -21,10 +21,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lstm_jax.matmul import matmul_rounded, multiply_columns, round_factor
-from lstm_jax.ops.gates import Arrays
-from lstm_jax.ops.processor import is_faster_in_bfloat16
-from lstm_jax.ops.scan import (
+from lstm_jax.matmul import matmul, matmul_rounded, multiply_columns, round_factor
+from lstm_jax.ops.gates import (
+    Arrays,
     Layer,
     Marks,
     add_hidden,
@@ -34,8 +33,27 @@ from lstm_jax.ops.scan import (
     keep,
     make_gradients,
 )
+from lstm_jax.ops.processor import is_faster_in_bfloat16
 
 _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
+
+
+def scan(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
+    """Run the reference, which JAX can transform in any way; return the last carry and outputs."""
+    gating, params, inputs, carry, marks, dtype = layer
+    from_inputs = matmul(inputs, params.input_kernel, dtype, params.bias)
+    peepholes = get_peepholes(params)
+
+    def step(carry: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
+        from_inputs, mark = read
+        before = clear(carry, mark.reset)
+        from_hidden = matmul(before.hidden, params.recurrent_kernel, dtype)
+        sums = add_sums(gating, params, from_inputs, from_hidden)
+        _, after = gating.activate(sums, before, peepholes)
+        after = keep(carry, after, mark.frozen)
+        return after, after.hidden
+
+    return lax.scan(step, carry, (from_inputs, marks))
 
 
 def forward(

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lstm_jax.data import files
-from lstm_jax.devices import hosts
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.model import Params
 
@@ -49,11 +49,11 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
     def __init__(self, directory: Path) -> None:
         """Make the directory and remove unfinished checkpoints of killed processes."""
         self._directory = directory.resolve()
-        if hosts.is_first():
+        if parallel.is_first():
             self._directory.mkdir(exist_ok=True)
             for path in self._directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
-        hosts.wait_for_all("checkpoints")
+        parallel.wait_for_all("checkpoints")
         self.last_step = max(list_steps(self._directory), default=-1)
         self.last_time = time.monotonic()
         options = ocp.CompositeOptions(async_options=_OPTIONS)
@@ -89,7 +89,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
     def _finish(self, path: Path, step: int) -> None:
         self._orbax.wait_until_finished()
-        if not hosts.is_first():
+        if not parallel.is_first():
             return
         seal_checkpoint(path)
         path.rename(self._directory / str(step))
@@ -182,7 +182,7 @@ def restore_latest(
         state=ocp.args.StandardRestore(_abstract(state)),
         history=ocp.args.JsonRestore(),
     )
-    for path, damage in damaged.items() if hosts.is_first() else ():
+    for path, damage in damaged.items() if parallel.is_first() else ():
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)  # That of an earlier time.
         path.rename(aside)

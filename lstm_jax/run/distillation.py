@@ -10,7 +10,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import ensemble, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 
@@ -20,7 +20,7 @@ def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
     Raise `UserError` if one can't be loaded, or their text differs, or their vocabulary is another.
     """
     teachers = config.distill.teachers
-    trained, _ = ensemble.load_ensemble(teachers.split(","))
+    trained, _ = workdir.load_models(teachers.split(","))
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
             f"{teachers}, in config.distill.teachers, has another vocabulary than this run: train "

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 import jax
 import numpy as np
 
-from lstm_jax import controls, generation
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import DTYPES
+from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError
-from lstm_jax.run import cell_file, ensemble, workdir
+from lstm_jax.run import cell_file, workdir
 
 if TYPE_CHECKING:
     from lstm_jax.run.metrics import Row
@@ -115,7 +116,7 @@ class Run:
           UserError: if a value is not allowed.
         """
         self._warn_of_unknown(prompt)
-        controls.check_number("piece_length", piece_length)
+        generation.check_number("piece_length", piece_length)
         return self._stream(prompt, piece_length, **options)
 
     def _stream(
@@ -130,10 +131,10 @@ class Run:
         **options: Any,
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
-        values = controls.Controls(**{"temperature": 0.8, **options})
-        controls.make_control_arrays(values)
-        controls.check_number("length", length)
-        controls.check_number("seed", seed)
+        values = generation.Controls(**{"temperature": 0.8, **options})
+        generation.make_control_arrays(values)
+        generation.check_number("length", length)
+        generation.check_number("seed", seed)
         pieces = generation.stream_texts(
             self.model,
             self.params,
@@ -199,7 +200,7 @@ class Run:
         Raises:
           UserError: if this is an ensemble.
         """
-        if isinstance(self.model, ensemble.Ensemble):
+        if isinstance(self.model, Ensemble):
             raise UserError("an ensemble has no hidden states of its own: load one of its models")
         ids = self.vocabulary.encode(text)
         padding = generation.round_length(len(ids)) - len(ids)
@@ -208,7 +209,7 @@ class Run:
 
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """Return the n most probable tokens after a text, with their probabilities."""
-        controls.check_number("n", n)
+        generation.check_number("n", n)
         self._warn_of_unknown(text)
         state = self.read(generation.encode_prompt(self.vocabulary, text)[None])
         probabilities = np.asarray(jax.nn.softmax(state.logits[0]))
@@ -248,7 +249,7 @@ def load(
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
     with jax.enable_x64(False):  # Parameters are float32.
         single = workdir.find_model(paths[0]) if len(paths) == 1 else None
-        return Run(ensemble.load_ensemble(paths, dtype)[0], single)
+        return Run(workdir.load_models(paths, dtype)[0], single)
 
 
 @jax.jit(static_argnames="model")

@@ -19,9 +19,8 @@ from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import CHANGEABLE, Config, flatten
 from lstm_jax.data import files, texts
-from lstm_jax.devices import hosts, parallel
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.regularization import drop_parameters
 from lstm_jax.run import cell_file, metrics, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
@@ -29,7 +28,7 @@ from lstm_jax.run.checkpoints import (
     read_validation_loss,
     restore_latest,
 )
-from lstm_jax.train_step import TrainState, init_state
+from lstm_jax.train_step import TrainState, drop_parameters, init_state
 from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 
 _LOCK = ".lock"  # A file in the working directory.
@@ -111,12 +110,12 @@ def open_run(
     config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
     mesh = parallel.make_mesh(config)
     with contextlib.ExitStack() as stack:
-        with hosts.main_process_first("text and lock"):
+        with parallel.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
             lock = stack.enter_context(_hold_lock(directory))
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         start = _find_start(config, directory, splits.texts["train"])
-        hosts.check_same(f"{lock} {start.is_resumed} {config.to_dict()}")
+        parallel.check_same(f"{lock} {start.is_resumed} {config.to_dict()}")
         ids, sizes = splits.encode(start.vocabulary)
         run = _make_run(start, directory, ids, sizes, mesh, watch, quiet)
         stack.enter_context(run.checkpoints)
@@ -133,7 +132,7 @@ def _hold_lock(directory: Path) -> Iterator[str]:
     directory can't be written.
     """
     path = directory / _LOCK
-    if not hosts.is_first():
+    if not parallel.is_first():
         yield path.read_text() if path.exists() else ""
         return
     try:
@@ -258,7 +257,9 @@ def _make_run(
     checkpoints = directory / workdir.CHECKPOINTS
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None
-    is_validated = bool(hosts.max_over_processes(is_recorded))  # Process 0 may just have done so.
+    is_validated = bool(
+        parallel.max_over_processes(is_recorded)
+    )  # Process 0 may just have done so.
     return OpenRun(
         config=config,
         directory=directory,
@@ -277,7 +278,7 @@ def _make_run(
         notes=start.notes,
         is_resumed=start.is_resumed,
         is_validated=is_validated,
-        prints=hosts.is_first() and not quiet,
+        prints=parallel.is_first() and not quiet,
     )
 
 

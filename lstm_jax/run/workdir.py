@@ -8,7 +8,7 @@ a folder in the package.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
+from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
@@ -115,6 +116,30 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     model_lib.check_model(model)
     params, step = load_params(workdir, model_lib.get_param_shapes(model))
     return Trained(config, vocabulary, model, params, step)
+
+
+def load_models(
+    workdirs: Sequence[Path | str], dtype: str | None = None
+) -> tuple[Trained, list[int]]:
+    """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
+
+    For `dtype`, see `load_trained`.
+
+    Raises:
+      UserError: as `load_trained`, or if the vocabulary, the text or its splits differ.
+    """
+    first, *others = members = [load_trained(path, dtype) for path in workdirs]
+    for path, other in zip(workdirs[1:], others, strict=True):
+        ours, theirs = ((t.vocabulary.to_fields(), t.config.data.sha256) for t in (first, other))
+        if ours != theirs:
+            raise UserError(
+                f"{workdirs[0]} and {path} have different texts, splits or vocabularies: the "
+                "models of an ensemble must be trained on one text, with one vocabulary"
+            )
+    if others:
+        models, params = zip(*((member.model, member.params) for member in members), strict=True)
+        first = first._replace(model=Ensemble(models), params=params)
+    return first, [member.step for member in members]
 
 
 def save_fields(workdir: Path, config: Config, vocabulary: Vocabulary) -> None:

@@ -30,14 +30,14 @@ def main() -> None:
     import jax
 
     from lstm_jax import generation
-    from lstm_jax.controls import Controls, check_number
-    from lstm_jax.run import ensemble
+    from lstm_jax.generation import Controls, check_number
+    from lstm_jax.run import workdir
     from lstm_jax.run.messages import make_printable
 
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
 
-    trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
+    trained, _ = workdir.load_models(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if named := vocabulary.name_unknown(prompt):

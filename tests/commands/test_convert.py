@@ -17,9 +17,9 @@ import models
 import runs
 from lstm_jax import config, generation, training
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls
 from lstm_jax.convert import torch_weights, transfer
 from lstm_jax.errors import UserError
+from lstm_jax.generation import Controls
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 

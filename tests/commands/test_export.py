@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 import commands
 import models
 from lstm_jax import generation
-from lstm_jax.controls import Controls, adjust_logits, make_control_arrays
 from lstm_jax.errors import UserError
 from lstm_jax.export import activations, features, page
+from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary

@@ -20,8 +20,8 @@ from lstm_jax import __main__ as package
 from lstm_jax import config, dynamic, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
+from lstm_jax.generation import Controls
 from lstm_jax.run import command, interrupts, metrics, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 

@@ -20,8 +20,8 @@ import runs
 from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax.cells.base import make_cell, restart
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import make_cell, restart
 from lstm_jax.errors import UserError
 from lstm_jax.export import activations
 from lstm_jax.matmul import matmul

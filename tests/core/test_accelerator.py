@@ -14,9 +14,8 @@ import accelerators
 import commands
 from lstm_jax import config, matmul, ops
 from lstm_jax.ops import choice, in_c, xla
-from lstm_jax.ops.gates import GRU, PEEPHOLE_LSTM, RNN, Gating
+from lstm_jax.ops.gates import GRU, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from lstm_jax.ops.layer import find_implementation
-from lstm_jax.ops.scan import Layer, Marks
 from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
 from test_recurrence import (
     SIZES,

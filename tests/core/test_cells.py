@@ -15,12 +15,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import models
-from lstm_jax import cells, config, regularization
+from lstm_jax import cells, config, train_step
 from lstm_jax import model as model_lib
 from lstm_jax.cells import rglru as rglru_lib
+from lstm_jax.cells.base import make_cell, run_cell
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.cells.protocol import make_cell, run_cell
 from lstm_jax.errors import UserError
 from lstm_jax.model import check_recurrence
 
@@ -369,9 +369,9 @@ def test_no_cell_ignores_recurrent_dropout(name: str, block: str) -> None:
     rates.recurrent_dropout = 0.5
     if name in ("minlstm", "mingru", "rglru", "paragru", "mlstm"):
         with pytest.raises(UserError, match="needs a cell with a parameter recurrent_kernel"):
-            regularization.drop_parameters(rates, plain, jax.random.key(0))
+            train_step.drop_parameters(rates, plain, jax.random.key(0))
         return
-    dropped = regularization.drop_parameters(rates, plain, jax.random.key(0))
+    dropped = train_step.drop_parameters(rates, plain, jax.random.key(0))
     ids, carry = np.arange(8)[None], model.initial_carry(1)
     outputs = [models.apply(model, params, ids, carry)[0] for params in (plain, dropped)]
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-4

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax.controls import Controls, adjust_logits, make_control_arrays
 from lstm_jax.errors import UserError
+from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
 
 adjusted = jax.jit(adjust_logits)
 

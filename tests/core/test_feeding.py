@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import batches, config, training
-from lstm_jax.devices import feeding, parallel
+from lstm_jax.devices import parallel
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -21,8 +21,8 @@ def test_batches_cut_on_the_devices_are_those_of_the_host(kind: str) -> None:
     predictions = np.eye(300, dtype=np.float16)[ids]  # Row i is for ids[i].
     _, steps = batches.make_batches(ids, complete.batches, seed=0)
     feeds = [
-        feeding.Feed(ids, complete, mesh, 3, predictions=predictions),
-        feeding.Feed(ids, complete, mesh, 3, on_devices=False),
+        parallel.Feed(ids, complete, mesh, 3, predictions=predictions),
+        parallel.Feed(ids, complete, mesh, 3, on_devices=False),
     ]
     for number in (1,) * (steps + 5) + (3,):
         there, here = (feed.next(number) for feed in feeds)
@@ -54,10 +54,10 @@ def test_several_steps_in_one_call_give_the_same_losses(
 def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_on_host(self: feeding.Feed, steps: int = 1) -> Any:
+    def read_on_host(self: parallel.Feed, steps: int = 1) -> Any:
         return next(iter(batches.make_batches(ids, complete.batches, 0)[0]))
 
     ids, complete = np.zeros(20_000, np.uint8), config.complete_config(tiny_config)
-    monkeypatch.setattr(feeding.Feed, "next", read_on_host)
+    monkeypatch.setattr(parallel.Feed, "next", read_on_host)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         training.train(tiny_config, tmp_path)

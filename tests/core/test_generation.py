@@ -10,7 +10,7 @@ import pytest
 
 import models
 from lstm_jax import generation, loss
-from lstm_jax.controls import Controls, adjust_logits, make_control_arrays
+from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import Vocabulary
 

@@ -20,8 +20,7 @@ import models
 import test_cross_entropy
 from lstm_jax import model
 from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
-from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
-from lstm_jax.ops.scan import Layer, Marks
+from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
 

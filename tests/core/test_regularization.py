@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax import regularization
+from lstm_jax import train_step
 from test_cells import lstm
 
 
@@ -26,16 +26,16 @@ DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
 
 def test_regularization_is_off_by_default() -> None:
     rates = make_rates()
-    assert not regularization.is_random(rates)
-    assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
+    assert not train_step.is_random(rates)
+    assert train_step.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
     params = {"embedding": {"embedding": jnp.ones((2, 2))}}
-    assert regularization.drop_parameters(rates, params, jax.random.key(0)) == params
+    assert train_step.drop_parameters(rates, params, jax.random.key(0)) == params
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_masks_keep_the_expectation(rate: float) -> None:
     rates = make_rates(**dict.fromkeys(DROPOUTS, rate))
-    masks = regularization.draw_masks(rates, MODEL, jax.random.key(0), 500)
+    masks = train_step.draw_masks(rates, MODEL, jax.random.key(0), 500)
     assert [mask.shape for mask in masks if mask is not None] == [
         (500, size) for size in (50, 60, 60, 60)
     ]
@@ -55,7 +55,7 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence, skip_connections=skip)
     params = models.draw_params(model)
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
-    masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
+    masks = train_step.draw_masks(rates, model, jax.random.key(1), 3)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
 
     @jax.jit
@@ -88,7 +88,7 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
 def test_embedding_dropout_drops_whole_tokens() -> None:
     params = models.draw_params(MODEL)
     rates = make_rates(embedding_dropout=0.3)
-    dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
+    dropped = train_step.drop_parameters(rates, params, jax.random.key(1))
     table, before = dropped["embedding"]["embedding"], params["embedding"]["embedding"]
     factors = np.asarray(table / before)
     np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1], factors.shape), rtol=1e-5)
@@ -100,7 +100,7 @@ def test_embedding_dropout_drops_whole_tokens() -> None:
 def test_recurrent_dropout_drops_single_weights() -> None:
     params = models.draw_params(MODEL)
     rates = make_rates(recurrent_dropout=0.3)
-    dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
+    dropped = train_step.drop_parameters(rates, params, jax.random.key(1))
     kept = []
     for name in ("lstm_0", "lstm_1", "lstm_2"):
         kernel, before = dropped[name]["recurrent_kernel"], params[name]["recurrent_kernel"]
@@ -115,7 +115,7 @@ def test_recurrent_dropout_drops_single_weights() -> None:
 def test_weights_are_dropped_independently(rate: float) -> None:
     params = {"lstm_0": {"recurrent_kernel": jnp.ones((301, 400))}}
     rates = make_rates(recurrent_dropout=rate)
-    dropped = regularization.drop_parameters(rates, params, jax.random.key(2))
+    dropped = train_step.drop_parameters(rates, params, jax.random.key(2))
     mask = np.asarray(dropped["lstm_0"]["recurrent_kernel"], np.float64) * (1 - rate)
     np.testing.assert_allclose(np.unique(mask), [0, 1], atol=1e-4)
 

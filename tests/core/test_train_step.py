@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import models
-from lstm_jax import batches, regularization, train_step
+from lstm_jax import batches, train_step
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -147,7 +147,7 @@ def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
     compute = train_step._make_compute_grads(model, config_lib.Config(regularization=rates))
     read = jnp.asarray(batch.inputs), jnp.asarray(batch.targets), None
     (_, loss), _ = compute(params, key, read, model.initial_carry(2), None)
-    dropped = regularization.drop_parameters(rates, params, key)
+    dropped = train_step.drop_parameters(rates, params, key)
     bound, inputs = model.bind({"params": dropped}), jnp.asarray(batch.inputs)
     outputs, _ = bound.run(inputs, model.initial_carry(2), None)
     table, bias = map(np.asarray, (params["embedding"]["embedding"], params["dense"]["bias"]))

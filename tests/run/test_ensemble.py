@@ -13,14 +13,14 @@ import commands
 import lstm_jax
 import models
 from lstm_jax import config as config_lib
-from lstm_jax import dynamic, generation
+from lstm_jax import dynamic, ensemble, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
+from lstm_jax.generation import Controls
 from lstm_jax.model import LanguageModel
-from lstm_jax.run import ensemble, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Vocabulary
 
 SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
@@ -135,7 +135,7 @@ def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
     for options in ("", " --temperature=0"):
         text = run("sample", trained, other, options=f"--prompt=ROMEO: --length=30{options}")
         assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
-    loaded, _ = ensemble.load_ensemble([trained, other])
+    loaded, _ = workdir.load_models([trained, other])
     ids = generation.encode_prompt(loaded.vocabulary, "")
     carry = loaded.model.initial_carry(1)
     logits, _ = models.apply(loaded.model, loaded.params, ids[None], carry)
@@ -154,4 +154,4 @@ def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> 
             other = Vocabulary([*tokens, last + "\u0301"], "words")
             workdir.save_fields(run, workdir.load_config(run), other)
         with pytest.raises(UserError, match=f"{trained} and {run} have different texts"):
-            ensemble.load_ensemble([trained, run])
+            workdir.load_models([trained, run])

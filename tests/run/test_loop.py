@@ -16,10 +16,10 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
-from lstm_jax.devices import hosts
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, opening, workdir
-from lstm_jax.run.progress import Pacer, Progress
+from lstm_jax.run.messages import Pacer, Progress
 from lstm_jax.train_step import TrainState
 
 
@@ -156,7 +156,7 @@ def test_processes_agree_only_when_they_have_waited_for_the_device(
 ) -> None:
     pacer, state = Pacer(0), make_state()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "max_over_processes", lambda value: max(value, 250))
+    monkeypatch.setattr(parallel, "max_over_processes", lambda value: max(value, 250))
     agreed = [step for step in range(1, 14) if pacer.wait(step, state)]
     assert agreed == [1, 5], "a step took 250 ms, then 4 steps 250 ms"
     monkeypatch.setattr(jax, "process_count", lambda: 1)
@@ -169,7 +169,7 @@ def test_few_steps_are_in_flight_on_several_cpu_devices(
     waits: list[int] = []
     step = 0
     monkeypatch.setattr(jax, "block_until_ready", lambda array: waits.append(step))
-    monkeypatch.setattr(hosts, "max_over_processes", lambda value: 1)
+    monkeypatch.setattr(parallel, "max_over_processes", lambda value: 1)
     device, state = jax.devices("cpu")[0], make_state()
     for devices, expected in (([device], [1, 1001]), ([device, device], [1, 17, 33, 49])):
         waits.clear()

@@ -2,16 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.errors import UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
-from lstm_jax.run import workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +58,6 @@ class Ensemble:
         """Run the members over one token of each text, ids [batch]."""
         parts = zip(self.members, arrays, carry, strict=True)
         return _mix(member.apply_step(part, ids, before) for member, part, before in parts)
-
-
-def load_ensemble(
-    workdirs: Sequence[Path | str], dtype: str | None = None
-) -> tuple[workdir.Trained, list[int]]:
-    """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
-
-    For `dtype`, see `workdir.load_trained`.
-
-    Raises:
-      UserError: as `workdir.load_trained`, or if the vocabulary, the text or its splits differ.
-    """
-    first, *others = members = [workdir.load_trained(path, dtype) for path in workdirs]
-    for path, other in zip(workdirs[1:], others, strict=True):
-        ours, theirs = ((t.vocabulary.to_fields(), t.config.data.sha256) for t in (first, other))
-        if ours != theirs:
-            raise UserError(
-                f"{workdirs[0]} and {path} have different texts, splits or vocabularies: the "
-                "models of an ensemble must be trained on one text, with one vocabulary"
-            )
-    if others:
-        models, params = zip(*((member.model, member.params) for member in members), strict=True)
-        first = first._replace(model=Ensemble(models), params=params)
-    return first, [member.step for member in members]
 
 
 def list_members(model: Any, params: Any) -> list[tuple[LanguageModel, Params]]:
