@@ -122,11 +122,11 @@ class Gating(NamedTuple):
     activate: Callable[[Arrays, Any, Any], tuple[Arrays, Any]]
     # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
     derive: Callable[[Arrays, Any, Any, Any], Arrays]
-    # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, without
-    # what reaches the hidden state through h U; None if nothing else does).
+    # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, whose
+    # hidden state is without the part through h U: None unless `keeps_hidden`).
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
     num_factors: int
-    keeps_hidden: bool = False  # Whether something else does: a step keeps a part of h.
+    keeps_hidden: bool = False  # Whether a step keeps a part of the hidden state.
 
     @property
     def num_sums(self) -> int:
@@ -168,6 +168,22 @@ class Gating(NamedTuple):
             return x, x
         r, z, q, n = jnp.split(x, 4, axis=1)
         return jnp.concatenate([r, z, n], axis=1), jnp.concatenate([r, z, q], axis=1)
+
+    def add_sums(
+        self,
+        params: Any,
+        from_inputs: Float[Array, "..."],
+        from_hidden: Float[Array, "..."],
+        axis: int = 1,
+    ) -> Arrays:
+        """Return the sums of a step, from x W + b and h U, with features along an axis."""
+        of_inputs, of_hidden = (
+            jnp.split(x, self.num_gates, axis) for x in (from_inputs, from_hidden)
+        )
+        if self.params is not GRUParams:
+            return tuple(h + x for x, h in zip(of_inputs, of_hidden, strict=True))
+        (xr, xz, xn), (hr, hz, hn) = of_inputs, of_hidden
+        return hr + xr, hz + xz, hn + jnp.expand_dims(params.recurrent_bias, 1 - axis), xn
 
     def spread_kernels(
         self, params: Any
@@ -316,7 +332,7 @@ class Layer(NamedTuple):
     dtype: str  # What factors of matmuls are rounded to, "float32" or "bfloat16".
 
 
-# `axis` is that of the features in an array of a step: 1, or 0 if the batch is last.
+# `axis` is that of the features in an array of a step: the last, or 0 if the batch is last.
 
 
 def clear(tree: Any, reset: Bool[Array, "..."] | None, axis: int = -1) -> Any:
@@ -343,23 +359,6 @@ def get_peepholes(params: Any, axis: int = 1) -> Float[Array, "3 ..."] | None:
     """Return the peephole weights [3, hidden], if there are any, with an axis for the batch."""
     peepholes = getattr(params, "peepholes", None)
     return None if peepholes is None else jnp.expand_dims(peepholes, 2 - axis)
-
-
-def add_sums(
-    gating: Gating,
-    params: Any,
-    from_inputs: Float[Array, "..."],
-    from_hidden: Float[Array, "..."],
-    axis: int = 1,
-) -> Arrays:
-    """Return the sums of a step, from x W + b and h U."""
-    of_inputs, of_hidden = (
-        jnp.split(x, gating.num_gates, axis) for x in (from_inputs, from_hidden)
-    )
-    if gating.num_sums == gating.num_gates:
-        return tuple(h + x for x, h in zip(of_inputs, of_hidden, strict=True))
-    (xr, xz, xn), (hr, hz, hn) = of_inputs, of_hidden
-    return hr + xr, hz + xz, hn + jnp.expand_dims(params.recurrent_bias, 1 - axis), xn
 
 
 def make_gradients(

@@ -1,8 +1,9 @@
 """The public functions: gated recurrent layers over arrays.
 
-Each checks its arguments, chooses an implementation, and handles lengths and direction. `gates.py`
-has the equations of a step and their derivatives, `xla.py` the reference implementation and the
-loops forwards and backwards in time; `recurrence.py` makes these differentiable.
+Each checks its arguments, chooses an implementation (`choice.py`), and handles lengths and
+direction. `gates.py` has the equations of a step and their derivatives, `xla.py` the reference
+implementation and the loops forwards and backwards in time, and `in_c.py` those in C;
+`recurrence.py` makes these differentiable.
 """
 
 import functools
