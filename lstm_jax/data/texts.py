@@ -232,7 +232,8 @@ def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
     """
     stop = SEPARATORS[separator]
     windows = stop.replace("\n", "\r\n")
-    return windows if stop != windows and not contains(stop) and contains(windows) else stop
+    is_windows = contains(windows) and (stop in windows or not contains(stop))
+    return windows if is_windows else stop
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:

@@ -116,7 +116,8 @@ def open_run(
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         start = _find_start(config, directory, splits.texts["train"])
         parallel.check_same(f"{lock} {start.is_resumed} {config.to_dict()}")
-        ids, sizes = splits.encode(start.vocabulary)
+        with parallel.main_process_first("ids"):
+            ids, sizes = splits.encode(start.vocabulary)
         run = _make_run(start, directory, ids, sizes, mesh, watch, quiet)
         stack.enter_context(run.checkpoints)
         stack.enter_context(run.writer)
@@ -170,7 +171,7 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
     Raise `UserError` if files of the run are missing, a field can't change, or the model that it
     starts from has other sizes.
     """
-    names = (workdir.CONFIG, workdir.METRICS, workdir.MODEL)
+    names = (workdir.CONFIG, *workdir.HISTORY, workdir.MODEL)
     has_config, *others = ((directory / name).exists() for name in names)
     is_resumed, notes = bool(list_steps(directory / workdir.CHECKPOINTS)), list[str]()
     if (is_resumed or any(others)) and not (is_resumed and has_config):
@@ -205,9 +206,10 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
     own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
     vocabulary = source.vocabulary.extend(own)
     new = vocabulary.tokens[len(source.vocabulary) :]
+    listed = f": {', '.join(map(repr, new[:10]))}" if new else ""
     notes.append(
         f"The initial weights are those of step {source.step} in {config.init_from}; "
-        f"{len(new)} new tokens: {', '.join(map(repr, new[:10]))}"
+        f"{len(new)} new tokens{listed}"
     )
     return _Start(config, vocabulary, source.params, False, notes)
 

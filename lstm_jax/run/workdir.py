@@ -1,8 +1,8 @@
 """Read and write the working directory of a run: config, vocabulary, model and history.
 
 Commands that only read a model also accept its folder: config, vocabulary, and one file with the
-parameters instead of checkpoints and history (`lstm_jax.convert` writes it); or the name of
-a folder in the package.
+parameters instead of checkpoints and history (`lstm_jax.convert` writes it); or the name of a
+folder in the package.
 """
 
 import contextlib
@@ -75,7 +75,8 @@ def load_params(workdir: Path, shapes: Any) -> tuple[model_lib.Params, int]:
 
     `shapes` is from `model.get_param_shapes`.
     """
-    if (workdir / MODEL).exists():
+    # A run may hold weights for another program under this name.
+    if (workdir / MODEL).exists() and not (workdir / CHECKPOINTS).exists():
         return model_file.read_params(workdir / MODEL, shapes)
     # A folder does not need Orbax, whose import takes half a second.
     from lstm_jax.run import checkpoints

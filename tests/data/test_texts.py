@@ -280,6 +280,10 @@ def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> 
     data.units, data.document_separator = "characters", "blank_line"
     data.path = f"{tmp_path}/text/b.txt"
     assert_same(data)
+    data.document_separator = "line"
+    assert_same(data)
+    vocabulary = texts.load_texts(data).texts["train"].make_vocabulary(data)
+    assert vocabulary.stop == "\r\n" and "\r" not in vocabulary
 
 
 def test_a_text_is_encoded_once_for_each_vocabulary(

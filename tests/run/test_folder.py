@@ -55,6 +55,16 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
 
 
+def test_a_run_may_hold_weights_of_the_name_of_a_folder_s_file(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    transfer.export_weights(run, run / workdir.MODEL)
+    before, after = workdir.load_trained(trained), workdir.load_trained(run)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
 def test_the_file_is_one_of_safetensors(folder: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     arrays = library.load_file(folder / workdir.MODEL)
@@ -86,6 +96,9 @@ def test_a_run_starts_from_a_folder_but_not_in_it(
 ) -> None:
     with pytest.raises(UserError, match="holds no complete run: restore checkpoints"):
         training.train(tiny_config, folder)
+    (tmp_path / workdir.SAMPLES).write_text("A text of the user's.")
+    with pytest.raises(UserError, match="holds no complete run: restore config.json"):
+        training.train(tiny_config, tmp_path)
     tiny_config.init_from, tiny_config.max_steps = str(folder), 1
     training.train(tiny_config, tmp_path / "run", quiet=True)
     assert workdir.load_config(tmp_path / "run").init_from == str(folder)
