@@ -1,4 +1,7 @@
-"""Generate text: one jitted loop reads the prompt, another draws tokens and feeds them back."""
+"""Generate text: one jitted loop reads the prompt, another draws tokens and feeds them back.
+
+`Controls` say which tokens may be drawn, and how probable they are.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -15,12 +18,6 @@ from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 Prompts = Integer[np.ndarray, "batch time"]
-
-# Tokens per call of the compiled function: few at first, so that text appears soon.
-_FIRST_CHUNK, _CHUNK = 16, 1024
-# The longest chunk of a text that is streamed in pieces. Not shorter, because XLA prepares the
-# kernels anew in each call of the compiled function.
-_STREAMED_CHUNK = 256
 
 
 class Controls(NamedTuple):
@@ -72,6 +69,82 @@ def make_control_arrays(controls: Controls) -> Controls:
     """
     checked = Controls(*map(check_number, Controls._fields, controls))
     return Controls(*(np.float32(x) if isinstance(x, float) else np.int32(x) for x in checked))
+
+
+def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
+    """Apply the controls, of `make_control_arrays`, to logits, float32 [batch, vocabulary].
+
+    Returns:
+      The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for tokens
+      that are never drawn. At temperature 0 only the first of the most probable tokens is left.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < len(SPECIAL_IDS), -jnp.inf, logits)
+    greedy = controls.temperature == 0
+    gaps = logits.max(axis=-1, keepdims=True) - logits  # To the most probable token.
+    gaps /= jnp.where(greedy, 1.0, controls.temperature)
+
+    def filter_top() -> jax.Array:
+        """Return a mask of the tokens that top-k and then top-p keep."""
+        top_k = jnp.where(controls.top_k > 0, controls.top_k, logits.shape[-1])
+        keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
+        weights = jnp.where(keep, jnp.exp(-gaps), 0)
+        limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
+        return keep & _filter_until(gaps, weights, limit)
+
+    filtered = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
+    keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
+    keep &= gaps <= -jnp.log(controls.min_p)
+    first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)
+    return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
+
+
+def _filter_until(distances: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """Return where the weights of all tokens with smaller `distances` sum to less than `limit`.
+
+    Distances are not negative. Bisection finds the largest such distance, with one sum for each bit
+    of a float: XLA's CPU backend is slow at sorting, which took 8 to 15 times as long for
+    vocabularies of 7,552 and 33,000 tokens.
+    """
+    # The bits of non-negative floats are ordered like the floats.
+    bits = jax.lax.bitcast_convert_type(distances, jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        below = jnp.where(bits < middle[:, None], weights, 0).sum(axis=-1)
+        return jnp.where(below < limit, middle, low), jnp.where(below < limit, high, middle)
+
+    # The largest bits with less than `limit` below them are in [low, high).
+    start = jnp.zeros(len(bits), jnp.int32), jnp.full(len(bits), 2**31 - 1, jnp.int32)
+    last, _ = jax.lax.fori_loop(0, 31, halve, start)
+    return bits <= last[:, None]
+
+
+def draw_uniform(
+    key: Array, batch_size: int, positions: Int[Array, " n"]
+) -> Float[Array, "batch n"]:
+    """Draw the uniform random numbers that determine the tokens at `positions`.
+
+    They are in [0, 1). Each depends only on the key, its index in the batch, and its position,
+    counted from the start of the prompt.
+    """
+    fold_all = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(fold_all, (0, None))(fold_all(key, jnp.arange(batch_size)), positions)
+    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys)
+
+
+def draw_tokens(
+    logits: Float[Array, "batch vocabulary"], uniform: Float[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """Draw tokens by inverse transform sampling.
+
+    The logits are those of `adjust_logits`; the uniform random numbers are in [0, 1).
+    """
+    probabilities = jnp.exp(logits)
+    # A parallel sum may not be monotonic: it could pass the number at a token of probability 0.
+    cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0)
+    passed = cumulative > uniform[:, None] * cumulative.max(axis=-1, keepdims=True)
+    return jnp.argmax(passed, axis=-1).astype(jnp.int32)
 
 
 class State(NamedTuple):
@@ -179,80 +252,11 @@ def _generate(
     return jax.lax.while_loop(is_unfinished, generate_one, start)
 
 
-def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
-    """Apply the controls, of `make_control_arrays`, to logits, float32 [batch, vocabulary].
-
-    Returns:
-      The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for tokens
-      that are never drawn. At temperature 0 only the first of the most probable tokens is left.
-    """
-    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < len(SPECIAL_IDS), -jnp.inf, logits)
-    greedy = controls.temperature == 0
-    gaps = logits.max(axis=-1, keepdims=True) - logits  # To the most probable token.
-    gaps /= jnp.where(greedy, 1.0, controls.temperature)
-
-    def filter_top() -> jax.Array:
-        """Return a mask of the tokens that top-k and then top-p keep."""
-        top_k = jnp.where(controls.top_k > 0, controls.top_k, logits.shape[-1])
-        keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
-        weights = jnp.where(keep, jnp.exp(-gaps), 0)
-        limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
-        return keep & _filter_until(gaps, weights, limit)
-
-    filtered = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
-    keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
-    keep &= gaps <= -jnp.log(controls.min_p)
-    first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)
-    return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
-
-
-def _filter_until(distances: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Return where the weights of all tokens with smaller `distances` sum to less than `limit`.
-
-    Distances are not negative. Bisection finds the largest such distance, with one sum for each bit
-    of a float: XLA's CPU backend is slow at sorting, which took 8 to 15 times as long for
-    vocabularies of 7,552 and 33,000 tokens.
-    """
-    # The bits of non-negative floats are ordered like the floats.
-    bits = jax.lax.bitcast_convert_type(distances, jnp.int32)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        below = jnp.where(bits < middle[:, None], weights, 0).sum(axis=-1)
-        return jnp.where(below < limit, middle, low), jnp.where(below < limit, high, middle)
-
-    # The largest bits with less than `limit` below them are in [low, high).
-    start = jnp.zeros(len(bits), jnp.int32), jnp.full(len(bits), 2**31 - 1, jnp.int32)
-    last, _ = jax.lax.fori_loop(0, 31, halve, start)
-    return bits <= last[:, None]
-
-
-def draw_uniform(
-    key: Array, batch_size: int, positions: Int[Array, " n"]
-) -> Float[Array, "batch n"]:
-    """Draw the uniform random numbers that determine the tokens at `positions`.
-
-    They are in [0, 1). Each depends only on the key, its index in the
-    batch, and its position, counted from the start of the prompt.
-    """
-    fold_all = jax.vmap(jax.random.fold_in, (None, 0))
-    keys = jax.vmap(fold_all, (0, None))(fold_all(key, jnp.arange(batch_size)), positions)
-    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys)
-
-
-def draw_tokens(
-    logits: Float[Array, "batch vocabulary"], uniform: Float[Array, " batch"]
-) -> Int[Array, " batch"]:
-    """Draw tokens by inverse transform sampling.
-
-    The logits are those of `adjust_logits`; the uniform random numbers are in [0, 1).
-    """
-    probabilities = jnp.exp(logits)
-    # A parallel sum may not be monotonic: it could pass the number at a token of probability 0.
-    cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0)
-    passed = cumulative > uniform[:, None] * cumulative.max(axis=-1, keepdims=True)
-    return jnp.argmax(passed, axis=-1).astype(jnp.int32)
+# Tokens per call of the compiled function: few at first, so that text appears soon.
+_FIRST_CHUNK, _CHUNK = 16, 1024
+# The longest chunk of a text that is streamed in pieces. Not shorter, because XLA prepares the
+# kernels anew in each call of the compiled function.
+_STREAMED_CHUNK = 256
 
 
 def generate_chunks(
@@ -305,14 +309,14 @@ def generate_chunks(
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> Int[np.ndarray, " n"]:
     """Return the ids of a prompt.
 
-    For a model of documents, the prompt begins one, after a stop token. For another model, an empty
-    prompt becomes a token that can precede a text: a line break, or else the first token of the
-    vocabulary.
+    For a model of documents, the prompt begins one, after a stop token. For another model, a
+    prompt without tokens becomes one that can precede a text: a line break, or else the first token
+    of the vocabulary.
     """
     if vocabulary.stop_id is not None:
         return np.array([vocabulary.stop_id, *vocabulary.encode(prompt)], np.int32)
-    if prompt:
-        return vocabulary.encode(prompt)
+    if len(ids := vocabulary.encode(prompt)):
+        return ids
     start = vocabulary.encode("\n")
     return start if start[0] not in SPECIAL_IDS else np.array([len(SPECIAL_IDS)], np.int32)
 

@@ -155,6 +155,7 @@ def test_a_prompt_begins_a_text() -> None:
     assert generation.encode_prompt(Vocabulary.from_text("ab\n"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
+    assert len(generation.encode_prompt(Vocabulary.from_text("a b", "tokens"), " ")) == 1
     vocabulary = Vocabulary.from_text("a\nb\n\nc", "words", stop="\n\n")
     assert generation.encode_prompt(vocabulary, "").tolist() == [vocabulary.stop_id]
     ids = [vocabulary.stop_id, *vocabulary.encode("b")]
