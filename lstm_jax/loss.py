@@ -93,8 +93,8 @@ def count_streams(ids: Ids) -> int:
 def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
-    With a `length`, chunks have one stream of that length; without, they are cut as
-    by `compute_loss`.
+    With a `length`, chunks are of one stream and have that length; without, they are cut as by
+    `compute_loss`.
     """
     streams = 1 if length else count_streams(ids)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)

@@ -23,7 +23,7 @@ from lstm_jax.generation import Controls
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
-from lstm_jax.run.messages import Pacer, Progress
+from lstm_jax.run.messages import Progress
 from lstm_jax.run.opening import OpenRun, open_run
 from lstm_jax.train_step import TrainState, make_train_step
 
@@ -41,9 +41,9 @@ def train(
     Args:
       config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes share.
-      watch: called with each recorded loss, as a row of metrics.jsonl, for
-        example to plot it in a notebook; rows of validations also have the generated text, as
-        `sample`. If it raises an exception, the run ends, and can be resumed.
+      watch: called with each recorded loss, as a row of metrics.jsonl, for example to plot it in a
+        notebook; rows of validations also have the generated text, as `sample`. If it raises an
+        exception, the run ends, and can be resumed.
       quiet: whether to print nothing.
 
     Returns:
@@ -101,7 +101,7 @@ def take_steps(run: OpenRun) -> None:
     config, plan = run.config, run.plan
     state, step, is_over = run.first_state, run.first_step, False
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
-    feed, pacer, progress = make_feed(run), Pacer(step), Progress(plan, run.prints)
+    feed, pacer, progress = make_feed(run), parallel.Pacer(step), Progress(plan, run.prints)
     with StopRequest() as stop:
         if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
             save(run, state, step)
@@ -115,7 +115,7 @@ def take_steps(run: OpenRun) -> None:
                 state = train_step(state, batch)
             step += steps
             progress.after_step(step)
-            is_synchronized = pacer.wait(step, state)
+            is_synchronized = pacer.wait(step, state.loss_sum)
             code = parallel.max_over_processes(stop.code) if is_synchronized else 0
             logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
             saves = validates or code or (is_synchronized and is_save_due(run))

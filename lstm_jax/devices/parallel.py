@@ -2,7 +2,7 @@
 
 Devices share the batch, and each holds all parameters. This suits recurrent layers of any kind:
 with tensor parallelism, devices would have to exchange the hidden state at every position of the
-window. `Feed` gives them batches: it cuts these there from a text that fits, or else copies them in
+window. `Feed` gives them batches, cut on the devices from a text that fits, or else copied there in
 advance.
 
 All processes call the same functions in the same order. Process 0 writes the files of a run; all
@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -107,9 +108,9 @@ def make_mesh(config: Config) -> Mesh:
         number = processes * next(fitting, 1)
     if number > len(devices) or number % processes or rows % number:
         raise UserError(
-            f"config.mesh.data is {number}: it must be a multiple of the number of processes, "
-            f"{processes}; at most the number of devices, {len(devices)}; and divide "
-            f"batches.batch_size / optimizer.microbatches, {rows}"
+            f"{number} devices can't share a batch: config.mesh.data must be a multiple of the "
+            f"number of processes, {processes}; at most the number of devices, {len(devices)}; and "
+            f"divide batches.batch_size / optimizer.microbatches, {rows}"
         )
     return Mesh(by_process[:, : number // processes].reshape(-1), DATA)
 
@@ -316,6 +317,39 @@ def max_over_processes(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+# In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
+# if a step is dispatched while 32 computations are in flight on one of the devices.
+_MOST_STEPS_AHEAD = 16
+
+
+class Pacer:
+    """Waits for the devices about once a second.
+
+    JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
+    wait for all of them. Between the waits, processes may be at different steps. So they agree on
+    signals and on checkpoints only after one. If a process has several CPU devices, the waits are
+    at most 16 steps apart.
+    """
+
+    def __init__(self, step: int) -> None:
+        """Start when `step` steps are done; wait for the next one."""
+        self._step, self._steps, self._clock = step, 1, time.monotonic()
+        devices = jax.local_devices()
+        shared = len(devices) > 1 and devices[0].platform == "cpu"
+        self._most = _MOST_STEPS_AHEAD if shared else sys.maxsize
+
+    def wait(self, step: int, result: jax.Array) -> bool:
+        """Wait for a result of the step if it is time to; return whether all processes did."""
+        if step - self._step < self._steps:
+            return jax.process_count() == 1
+        jax.block_until_ready(result)
+        milliseconds = max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
+        steps = int(self._steps / max(milliseconds, 1) * 1e3)
+        self._steps = min(max(steps, 1), self._most)
+        self._step, self._clock = step, time.monotonic()
+        return True
 
 
 def check_same(run: str) -> None:

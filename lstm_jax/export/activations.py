@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     """A record of a model that read a text of n tokens from start to end."""
 
     # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
-    # `protocol.get_activation` defines it; layer by layer.
+    # `cells.base.get_activation` defines it; layer by layer.
     activations: np.ndarray
     # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
     # which it was below `CLOSED`, and above `OPEN`.

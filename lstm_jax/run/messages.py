@@ -1,7 +1,6 @@
 """What training and the commands print: a model, its text, its loss, the progress of training."""
 
 import math
-import sys
 import time
 
 import jax
@@ -9,15 +8,10 @@ from flax.traverse_util import flatten_dict
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.devices import parallel
 from lstm_jax.run.opening import OpenRun, Plan
-from lstm_jax.train_step import TrainState
 from lstm_jax.vocabulary import FILE_END, TextSize
 
 _SECONDS_BETWEEN_LINES = 10
-# In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
-# if a step is dispatched while 32 computations are in flight on one of the devices.
-_MOST_STEPS_AHEAD = 16
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
 # Control characters, which a terminal executes, as escapes; bytes that are not UTF-8 as U+FFFD.
@@ -63,7 +57,9 @@ def make_printable(text: str) -> str:
 def format_parameters(params: model_lib.Params) -> str:
     """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
     rows: list[tuple[str, str, int]] = []
-    for layer in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
+    for layer in sorted(
+        params, key=lambda name: (name != "embedding", name == "dense", len(name), name)
+    ):
         arrays = flatten_dict(params[layer], sep="/")
         rows.append((layer, "", sum(array.size for array in arrays.values())))
         rows += [(f"  {name}", str([*array.shape]), array.size) for name, array in arrays.items()]
@@ -82,34 +78,6 @@ def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
     return described if is_character else f"{described}, {bits:.4f} bits per character"
-
-
-class Pacer:
-    """Waits for the devices about once a second.
-
-    JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
-    wait for all of them. Between the waits, processes may be at different steps. So they agree on
-    signals and on checkpoints only after one. If a process has several CPU devices, the waits are
-    at most 16 steps apart.
-    """
-
-    def __init__(self, step: int) -> None:
-        """Start when `step` steps are done; wait for the next one."""
-        self._step, self._steps, self._clock = step, 1, time.monotonic()
-        devices = jax.local_devices()
-        shared = len(devices) > 1 and devices[0].platform == "cpu"
-        self._most = _MOST_STEPS_AHEAD if shared else sys.maxsize
-
-    def wait(self, step: int, state: TrainState) -> bool:
-        """Wait if it is time to; return whether all processes are at this step now."""
-        if step - self._step < self._steps:
-            return jax.process_count() == 1
-        jax.block_until_ready(state.loss_sum)
-        milliseconds = parallel.max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
-        steps = int(self._steps / max(milliseconds, 1) * 1e3)
-        self._steps = min(max(steps, 1), self._most)
-        self._step, self._clock = step, time.monotonic()
-        return True
 
 
 class Progress:

@@ -17,9 +17,10 @@ from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.devices import parallel
+from lstm_jax.devices.parallel import Pacer
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, opening, workdir
-from lstm_jax.run.messages import Pacer, Progress
+from lstm_jax.run.messages import Progress
 from lstm_jax.train_step import TrainState
 
 
@@ -154,13 +155,13 @@ def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock) -> No
 def test_processes_agree_only_when_they_have_waited_for_the_device(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    pacer, state = Pacer(0), make_state()
+    pacer, result = Pacer(0), jnp.zeros(())
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel, "max_over_processes", lambda value: max(value, 250))
-    agreed = [step for step in range(1, 14) if pacer.wait(step, state)]
+    agreed = [step for step in range(1, 14) if pacer.wait(step, result)]
     assert agreed == [1, 5], "a step took 250 ms, then 4 steps 250 ms"
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    assert pacer.wait(14, state), "one process agrees with itself"
+    assert pacer.wait(14, result), "one process agrees with itself"
 
 
 def test_few_steps_are_in_flight_on_several_cpu_devices(
@@ -170,13 +171,13 @@ def test_few_steps_are_in_flight_on_several_cpu_devices(
     step = 0
     monkeypatch.setattr(jax, "block_until_ready", lambda array: waits.append(step))
     monkeypatch.setattr(parallel, "max_over_processes", lambda value: 1)
-    device, state = jax.devices("cpu")[0], make_state()
+    device, result = jax.devices("cpu")[0], jnp.zeros(())
     for devices, expected in (([device], [1, 1001]), ([device, device], [1, 17, 33, 49])):
         waits.clear()
         monkeypatch.setattr(jax, "local_devices", functools.partial(list, devices))
         pacer = Pacer(0)
         for step in range(1, expected[-1] + 10):
-            pacer.wait(step, state)
+            pacer.wait(step, result)
         assert waits == expected
 
 
