@@ -34,6 +34,7 @@ from lstm_jax.ops.gates import (
 )
 from lstm_jax.ops.processor import is_faster_in_bfloat16
 
+Saved = Array | list[Array]  # By `forward`, of all steps or of one.
 _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
 
 
@@ -57,11 +58,11 @@ def scan(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
 
 def forward(
     layer: Layer, axis: int, differentiable: bool = True
-) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], tuple[Array]]:
+) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], Saved]:
     """Return the last carry and the outputs, and what each step saves for the backward pass.
 
-    That is one array, [time, n * hidden, batch] or [time, batch, n * hidden]: the derivatives if
-    `differentiable`, the cell state if gates see it, and the hidden state.
+    That is the derivatives if `differentiable`, the cell state if gates see it, and the hidden
+    state: on CPUs a list of arrays [time, hidden, batch], otherwise one, [time, batch, n * hidden].
     """
     gating, params, inputs, carry, marks, _ = layer
     kernel = _swap_layout(_round(layer, params.recurrent_kernel, axis), axis)
@@ -78,7 +79,7 @@ def forward(
         """Return the factor of the next matmul, if it is not the hidden state itself."""
         return None if layer.dtype == "float32" else _round(layer, state.hidden, axis)
 
-    def step(before: tuple[Any, Array | None], read: tuple[Array, Marks]) -> tuple[Any, Array]:
+    def step(before: tuple[Any, Array | None], read: tuple[Array, Marks]) -> tuple[Any, Saved]:
         (state, rounded), (added, mark) = before, read
         if not axis:
             added = multiply_columns(input_kernel, added) + params.bias[:, None]
@@ -89,22 +90,19 @@ def forward(
         factors = gating.derive(gates, read_state, after, peepholes) if differentiable else ()
         after = keep(state, after, mark.frozen, axis)
         cell = [after.cell] if gating.has_peepholes else []
-        saved = jnp.concatenate([*factors, *cell, after.hidden], axis)
-        return (after, round_hidden(after)), saved
+        saved = [*factors, *cell, after.hidden]
+        # XLA's CPU backend would compute all of them twice to concatenate them.
+        return (after, round_hidden(after)), jnp.concatenate(saved, axis) if axis else saved
 
     first = jax.tree.map(lambda x: _swap_layout(x, axis), carry)
     (last, _), saved = lax.scan(step, (first, round_hidden(first)), (added, marks))
     outputs = _swap_layout(_split(saved, layer, axis)[-1], axis)
     last = jax.tree.map(lambda x: _swap_layout(x, axis), last)
-    return (last._replace(hidden=outputs[-1]), outputs), (saved,)
+    return (last._replace(hidden=outputs[-1]), outputs), saved
 
 
 def backward(
-    layer: Layer,
-    saved: tuple[Array],
-    d_last: Any,
-    d_outputs: Float[Array, "time batch hidden"],
-    axis: int,
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"], axis: int
 ) -> tuple[Float[Array, "time batch sums"], Any]:
     """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
 
@@ -115,7 +113,7 @@ def backward(
     kernel = _round(layer, layer.params.recurrent_kernel, axis)
     d_last, d_outputs = jax.tree.map(lambda x: _swap_layout(x, axis), (d_last, d_outputs))
 
-    def step(d_after: Any, read: tuple[Array, Marks, Array]) -> tuple[Any, Array]:
+    def step(d_after: Any, read: tuple[Any, Marks, Array]) -> tuple[Any, Array]:
         saved, mark, d_output = read
         d_after = add_hidden(d_after, d_output)
         d_sums, d_before = _pull_back(layer, saved, mark, d_after, axis)
@@ -123,12 +121,12 @@ def backward(
         product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]], axis))
         return add_hidden(d_before, clear(product, mark.reset, axis)), row
 
-    d_first, rows = lax.scan(step, d_last, (*saved, layer.marks, d_outputs), reverse=True)
+    d_first, rows = lax.scan(step, d_last, (saved, layer.marks, d_outputs), reverse=True)
     return _swap_layout(rows, axis), jax.tree.map(lambda x: _swap_layout(x, axis), d_first)
 
 
 def _pull_back(
-    layer: Layer, saved: Array, mark: Marks, d_after: Any, axis: int
+    layer: Layer, saved: Saved, mark: Marks, d_after: Any, axis: int
 ) -> tuple[Arrays, Any]:
     """Return the cotangents of a step's sums, and of its carry without the part through h U."""
     factors = _split(saved, layer, axis)[: layer.gating.num_factors]
@@ -141,7 +139,7 @@ def _pull_back(
 
 
 def _run_back_in_rows(
-    layer: Layer, saved: tuple[Array], d_last: Any, d_outputs: Float[Array, "time batch hidden"]
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"]
 ) -> tuple[Float[Array, "time batch sums"], Any]:
     """Run backwards on GPUs and TPUs, whose steps make one array each."""
     gating, params, _, _, marks, _ = layer
@@ -183,28 +181,29 @@ def _run_back_in_rows(
 
     last = make_row((zeros,) * gating.num_sums, kept)
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
-    read = jnp.arange(steps), *saved, marks, d_outputs
+    read = jnp.arange(steps), saved, marks, d_outputs
     (rows, product), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
     return rows[:-1, :, :width], add_hidden(read_kept(rows[0]), product)
 
 
 def differentiate_params(
-    layer: Layer, saved: tuple[Array], d_sums: Float[Array, "time batch sums"], axis: int
+    layer: Layer, saved: Saved, d_sums: Float[Array, "time batch sums"], axis: int
 ) -> tuple[Any, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
     gating, params, inputs, carry, marks, _ = layer
-    states = [_swap_layout(x, axis) for x in _split(saved[0], layer, axis)[gating.num_factors :]]
-    before = clear(jnp.concatenate([carry.hidden[None], states[-1][:-1]]), marks.reset)
+    states = _split(saved, layer, axis)[gating.num_factors :]
+    first = _swap_layout(carry.hidden, axis)[None]
+    before = clear(jnp.concatenate([first, states[-1][:-1]]), marks.reset, axis + 1)
     rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]), axis)
     by_inputs, by_hidden = gating.split_columns(rows)
-    d_kernels = []
-    for factor, d in (inputs, by_inputs), (before, by_hidden):
-        columns = _round(layer, factor, axis).reshape(len(d), -1).T
-        if not axis:  # XLA's CPU backend is slow at bfloat16 matmuls that transpose this factor.
-            columns = lax.optimization_barrier(columns)
-        d_kernels.append(matmul_rounded(columns, d))
+    # Features first, before they are rounded: otherwise XLA's CPU backend multiplies in float32.
+    columns = [
+        _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], -1), axis)
+        for x in (_swap_layout(inputs, axis), before)
+    ]
+    d_kernels = [*map(matmul_rounded, columns, (by_inputs, by_hidden))]
     d_bias = d_sums.sum(axis=(0, 1), dtype=before.dtype)
-    d_params = make_gradients(layer, d_kernels, d_bias, d_sums, states[0])
+    d_params = make_gradients(layer, d_kernels, d_bias, d_sums, _swap_layout(states[0], axis))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
     d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T, axis))
     return d_params, d_inputs.reshape(inputs.shape)
@@ -215,8 +214,10 @@ def _swap_layout(x: Array, axis: int) -> Array:
     return x if axis else x.swapaxes(-1, -2)
 
 
-def _split(x: Array, layer: Layer, axis: int) -> list[Array]:
+def _split(x: Saved, layer: Layer, axis: int) -> list[Array]:
     """Divide saved arrays, or those of one step, into arrays with the features of hidden units."""
+    if isinstance(x, list):
+        return x
     at = axis + x.ndim - 2
     return jnp.split(x, x.shape[at] // len(layer.params.recurrent_kernel), at)
 
