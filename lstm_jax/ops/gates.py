@@ -85,7 +85,10 @@ def draw_params(
     keys, width = jax.random.split(key), gates * hidden
     glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
     input_kernel = glorot(keys[0], (features, width), dtype)
-    return input_kernel, orthogonal(keys[1], (hidden, width), dtype), jnp.zeros(width, dtype)
+    # LAPACK has no orthogonal matrices in half precision.
+    wide = jnp.promote_types(dtype, "float32")
+    recurrent_kernel = orthogonal(keys[1], (hidden, width), wide).astype(dtype)
+    return input_kernel, recurrent_kernel, jnp.zeros(width, dtype)
 
 
 class LSTMCarry(NamedTuple):
@@ -198,7 +201,7 @@ class Gating(NamedTuple):
 
 
 def sigmoid(x: Array) -> Array:
-    """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: no exponential and no division."""
+    """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: without an exponential."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 

@@ -80,8 +80,8 @@ def lstm(
         AVX-512) are faster; "auto" chooses.
 
     Returns:
-      The last carry, and the outputs [batch, time, hidden], which are the hidden states, in the
-      dtype of the inputs.
+      The last carry, in the dtypes of the carry or else that of states; and the outputs [batch,
+      time, hidden], which are the hidden states, in the dtype of the inputs.
 
     Raises:
       ValueError: if a shape or dtype does not fit, or the implementation can't run this here.
@@ -205,8 +205,8 @@ def _run(
         lengths=(lengths, Integer[Array, " batch"]),
     )
     (batch, time, _), hidden = inputs.shape, len(params.recurrent_kernel)
-    first = gating.carry.zeros(batch, hidden, inputs.dtype) if carry is None else carry
-    low, wide = choose_dtypes(dtype, inputs, params, first)
+    low, wide = choose_dtypes(dtype, inputs, params, carry)
+    first = gating.carry.zeros(batch, hidden, wide) if carry is None else carry
     name = choice.choose(
         implementation if time else "scan",
         gating,
@@ -328,7 +328,7 @@ def run_in_order(
         inputs, reset = jax.tree.map(lambda x: reverse_time(x, lengths), (inputs, reset))
     if lengths is not None:
         time = jax.tree.leaves(inputs)[0].shape[1]
-        frozen = jnp.arange(time) >= lengths[:, None]
+        frozen = jnp.arange(time)[None] >= lengths[:, None]
         # What is there may not be finite.
         inputs = jax.tree.map(lambda x: jnp.where(frozen[..., None], 0, x), inputs)
         reset = None if reset is None else reset & ~frozen
@@ -344,6 +344,6 @@ def reverse_time(
     """Return x with the steps, those within each length, in reverse order."""
     if lengths is None:
         return jnp.flip(x, axis=1)
-    time = jnp.arange(x.shape[1])
+    time = jnp.arange(x.shape[1])[None]
     order = jnp.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)

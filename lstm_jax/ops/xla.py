@@ -7,8 +7,8 @@
 - On CPUs, the loops have feature-major arrays, [features, batch]: XLA's matmuls are fastest there
   as [n, features] @ [features, batch].
 - On GPUs, the time of a small layer depends mostly on how many GPU kernels each step launches: here
-  at most six, the loop counter included (`benchmarks/accelerators.py` counts them). A step reads
-  and writes one array each, and no array is padded or converted in a loop.
+  at most five, the loop counter included (`benchmarks/accelerators.py` counts them). A step reads
+  and writes one array each, and none of the kernels only pads or converts an array.
 
 `axis` is that of the features in an array of a step: 0 on CPUs, otherwise 1.
 """
@@ -119,7 +119,8 @@ def backward(
         d_sums, d_before = _pull_back(layer, saved, mark, d_after, axis)
         row = jnp.concatenate(d_sums)  # Not in bfloat16, which XLA's CPU backend stores slowly.
         product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]], axis))
-        return add_hidden(d_before, clear(product, mark.reset, axis)), row
+        product = clear(product.astype(row.dtype), mark.reset, axis)
+        return add_hidden(d_before, product), row
 
     d_first, rows = lax.scan(step, d_last, (saved, layer.marks, d_outputs), reverse=True)
     return _swap_layout(rows, axis), jax.tree.map(lambda x: _swap_layout(x, axis), d_first)
@@ -177,7 +178,8 @@ def _run_back_in_rows(
         row = make_row(*_pull_back(layer, saved, mark, d_after, 1))
         row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
-        return (rows, clear(matmul_rounded(row, padded), mark.reset)), None
+        product = matmul_rounded(row, padded).astype(zeros.dtype)
+        return (rows, clear(product, mark.reset)), None
 
     last = make_row((zeros,) * gating.num_sums, kept)
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)

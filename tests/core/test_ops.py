@@ -179,6 +179,29 @@ def test_arrays_of_every_floating_point_dtype(name: str, dtype: str) -> None:
     assert_close(found, expected, 1e-5 if dtype == "float64" else 5e-2)
 
 
+def test_parameters_and_states_of_half_precision() -> None:
+    params = ops.LSTMParams.init(jax.random.key(0), FEATURES, HIDDEN, jnp.bfloat16)
+    assert {x.dtype.name for x in params} == {"bfloat16"}
+    inputs = make_inputs("lstm").astype(jnp.bfloat16)
+    carry, outputs = ops.lstm(params, inputs)
+    assert (carry.cell.dtype, outputs.dtype) == (jnp.float32, jnp.bfloat16)
+    half, _ = ops.lstm(params, inputs[:, :5])
+    rest, _ = ops.lstm(params, inputs[:, 5:], half)
+    assert_close(rest, carry, 1e-6)
+
+
+def test_gradients_of_float64_arrays_with_matmuls_in_bfloat16() -> None:
+    with jax.enable_x64(True):
+        arrays = make_params("lstm"), make_inputs("lstm")
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+
+        def compute(implementation: Any) -> Any:
+            options: Any = {"dtype": "bfloat16", "implementation": implementation}
+            return jax.grad(lambda p, x: (ops.lstm(p, x, **options)[1] ** 2).sum(), (0, 1))(*arrays)
+
+        assert_close(compute("xla"), compute("scan"), 3e-2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")])
 def test_matmuls_have_the_dtype_that_is_given(dtype: Any) -> None:
     params, inputs = make_params("gru"), make_inputs("gru")
