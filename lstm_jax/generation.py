@@ -211,7 +211,8 @@ def _read_one(
 ) -> State:
     """Read one token of each text."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
-    return State(logits.astype(jnp.float32), carry, state.position + 1, state.ended)
+    logits = logits.astype(jnp.float32)
+    return state._replace(logits=logits, carry=carry, position=state.position + 1)
 
 
 # Ids, the number of tokens generated, the state.

@@ -259,9 +259,7 @@ def _make_run(
     checkpoints = directory / workdir.CHECKPOINTS
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None
-    is_validated = bool(
-        parallel.max_over_processes(is_recorded)
-    )  # Process 0 may just have done so.
+    is_validated = bool(parallel.max_over_processes(is_recorded))  # All must agree.
     return OpenRun(
         config=config,
         directory=directory,

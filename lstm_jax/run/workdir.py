@@ -127,8 +127,11 @@ def load_models(
     For `dtype`, see `load_trained`.
 
     Raises:
-      UserError: as `load_trained`, or if the vocabulary, the text or its splits differ.
+      UserError: as `load_trained`, or if there is no directory, or the vocabulary, the text or its
+        splits differ.
     """
+    if not workdirs:
+        raise UserError("no model is given: name the directory of one")
     first, *others = members = [load_trained(path, dtype) for path in workdirs]
     for path, other in zip(workdirs[1:], others, strict=True):
         ours, theirs = ((t.vocabulary.to_fields(), t.config.data.sha256) for t in (first, other))
