@@ -19,8 +19,8 @@ from lstm_jax.run import opening, workdir
 
 NAME = "tiny-shakespeare"
 # `make pretrained` writes another model: change both with it.
-SHA256 = "250c4358fdf4620a60bf9cf2cd020ac3970b55b9f6a5137a66432ad9b8bb9cdd"
-SAMPLE = "ROMEO:\nI would not stay to the court of the world,\nAnd then the se"
+SHA256 = "b31c150a3751fbe41b97e419f8d7e82f07b91a51d893322a47fedf7e04b7a242"
+SAMPLE = "ROMEO:\nI will not speak to the prince and the prince,\nAnd then the"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[
     (stored,) = re.findall(r"Losses as stored, .*, test (\d\.\d+) nats", card)
     ids = run.vocabulary.encode(shakespeare["test"])
     loss = loss_lib.compute_loss(run.model, run.params, ids)
-    assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.49
+    assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.43
 
 
 @pytest.mark.process
