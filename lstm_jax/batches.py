@@ -32,8 +32,14 @@ class Order:
     in each epoch.
     """
 
-    def __init__(self, length: int, batches: BatchesConfig, seed: int) -> None:
-        """Raise `UserError` if the text, of `length` tokens, is shorter than one batch."""
+    def __init__(
+        self, length: int, batches: BatchesConfig, seed: int, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Prepare the order of a text of `length` tokens, or of a part of each batch.
+
+        `part` is (k, n) for the k-th of n equal parts. Raise `UserError` if the text is shorter
+        than one batch.
+        """
         size, self._window_length = batches.batch_size, batches.window_length
         if length < (needed := size * self._window_length):
             raise UserError(
@@ -49,6 +55,7 @@ class Order:
         self._num_windows = size * self.steps_per_epoch
         dtype = np.min_scalar_type(-self._num_windows)
         self._first = np.arange(0, self._num_windows, self.steps_per_epoch, dtype=dtype)
+        self._first_of_part = self._first.reshape(part[1], -1)[part[0]]
         self._drawn: tuple[int, Any] = -1, ()  # An epoch and its segments.
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +64,7 @@ class Order:
         if self._drawn[0] != epoch:
             self._drawn = epoch, self._draw_segments(epoch)
         offset, first, before = self._drawn[1]
-        windows = self._first + step_in_epoch
+        windows = self._first_of_part + step_in_epoch
         segments = np.searchsorted(first, windows, side="right") - 1
         since = windows - first[segments]
         begins = offset + (before[segments] + since).astype(np.int64) * self._window_length
@@ -113,11 +120,10 @@ def make_batches(
     """
     import grain  # Importing it takes a tenth of a second.
 
-    order, (index, number) = Order(len(ids), batches, seed), part
+    order = Order(len(ids), batches, seed, part)
 
     def read_step(step: int) -> Batch:
-        begins, starts = (rows.reshape(number, -1)[index] for rows in order[step])
-        return cut_batch(ids, begins, starts, batches.window_length)
+        return cut_batch(ids, *order[step], batches.window_length)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     steps = grain.MapDataset.range(first_step, 2**31)  # Grain's epochs would be the same.

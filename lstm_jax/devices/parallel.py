@@ -197,17 +197,15 @@ class Feed:
         predictions: np.ndarray | None = None,
     ) -> None:
         """Copy the text, and the predictions of teachers (`cut_batch`), if they are cut there."""
-        fields, index, number = config.batches, jax.process_index(), jax.process_count()
+        fields, part = config.batches, (jax.process_index(), jax.process_count())
         self._mesh, self._cut = mesh, None
         if not on_devices:
-            part = index, number
             self._read: Iterator[Any]
             self._read, _ = make_batches(ids, fields, config.seed, part, first_step)
             return
-        order = Order(len(ids), fields, config.seed)
+        order = Order(len(ids), fields, config.seed, part)
         places = map(order.__getitem__, itertools.count(first_step))
-        parts = (tuple(x.reshape(number, -1)[index] for x in place) for place in places)
-        self._read = ((begins.astype(np.int32), starts) for begins, starts in parts)
+        self._read = ((begins.astype(np.int32), starts) for begins, starts in places)
         text = place_local(np.asarray(ids), mesh, EVERYWHERE)
         if predictions is not None:
             again = np.concatenate([predictions, predictions[: fields.window_length]])
