@@ -41,6 +41,9 @@ def main() -> None:
     directories, own_text = _RUN(), _TEXT_OF_RUN()
     if _CONTEXT.value and _DYNAMIC.value:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
+    given = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT) if flag.present]
+    if given and not _DYNAMIC.value:
+        raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
     # Here, because they import JAX.
     from lstm_jax.data import texts
     from lstm_jax.dynamic import Settings

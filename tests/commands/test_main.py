@@ -320,6 +320,7 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
         (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "segment_length=0"),
+        (["evaluate", "--workdir=.", "--dynamic_decay=0.01"], "add --dynamic"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
         (["sample"], "specify the trained model: --workdir DIR"),
         (["sample", "--workdir=."], "no trained model in ."),
