@@ -383,3 +383,15 @@ def make_gradients(
         terms = d_i * before, d_f * before, d_o * cells
         d_params.append(jnp.stack([term.sum(axis=(0, 1)) for term in terms]))
     return gating.params(*d_params)
+
+
+def align(arrays: Any) -> Any:
+    """Let all arrays vary over the same axes of a mesh, in a `shard_map` that checks them."""
+    leaves, structure = jax.tree.flatten(arrays)
+    axes = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    union = frozenset().union(*axes)
+    aligned = [
+        jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
+        for x, own in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, aligned)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
-from lstm_jax.ops.gates import HiddenCarry, Marks
+from lstm_jax.ops.gates import HiddenCarry, Marks, align
 from lstm_jax.ops.layer import check, run_in_order
 
 
@@ -60,12 +60,12 @@ def linear_scan(
         is_scan = jax.default_backend() == "cpu"
 
     def run(inputs: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
-        a, b = inputs
+        (a, b), before, marks = align((inputs, first.hidden, marks))
         if marks.reset is not None:
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
             a = jnp.where(marks.frozen[..., None], 1, a)
-        outputs = (_scan if is_scan else _compose)(a, b, first.hidden)
+        outputs = (_scan if is_scan else _compose)(a, b, before)
         return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
 
     return run_in_order(run, (a, b), reset, lengths, reverse)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import Marks
+from lstm_jax.ops.gates import Marks, align
 from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
@@ -84,6 +84,7 @@ def mlstm(
 
     def run(inputs: Array, marks: Marks) -> tuple[MLSTMCarry, Array]:
         arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
+        *arrays, marks = align((*arrays, marks))
         q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
         if marks.frozen is not None:  # A frozen step writes nothing, and keeps everything.
             frozen = marks.frozen[:, None]

@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lstm_jax.ops.gates import Gating, Layer
+from lstm_jax.ops.gates import Gating, Layer, align
 
 
 class Implementation(NamedTuple):
@@ -84,18 +84,6 @@ def _run_backward(
 
 
 _run.defvjp(_run_forward, _run_backward)
-
-
-def align(arrays: Any) -> Any:
-    """Let all arrays vary over the same axes of a mesh, in a `shard_map` that checks them."""
-    leaves, structure = jax.tree.flatten(arrays)
-    axes = [jax.typeof(x).manual_axis_type.varying for x in leaves]
-    union = frozenset().union(*axes)
-    aligned = [
-        jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
-        for x, own in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(structure, aligned)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -27,6 +27,7 @@ from lstm_jax.ops.gates import (
     Layer,
     Marks,
     add_hidden,
+    align,
     clear,
     get_peepholes,
     keep,
@@ -40,7 +41,8 @@ _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
 
 def scan(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
     """Run the reference, which JAX can transform in any way; return the last carry and outputs."""
-    gating, params, inputs, carry, marks, dtype = layer
+    gating, *arrays, dtype = layer
+    params, inputs, carry, marks = align(arrays)
     from_inputs = matmul(inputs, params.input_kernel, dtype, params.bias)
     peepholes = get_peepholes(params)
 

@@ -1,6 +1,8 @@
 """Test the public recurrences: numbers, arguments, dtypes, and the transformations of JAX."""
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import commands
 from lstm_jax import ops
 from lstm_jax.ops import choice
 from lstm_jax.ops.gates import LSTM
@@ -333,6 +336,8 @@ TRANSFORMATIONS = {
     "vmap": use_vmap,
     "vmap of grad": use_vmap_of_grad,
     "vmap of parameters": use_vmap_of_params,
+}
+ON_TWO_DEVICES = {
     "pmap": use_pmap,
     "shard_map": use_shard_map,
     "sharded batch": use_sharded_batch,
@@ -340,21 +345,37 @@ TRANSFORMATIONS = {
 }
 
 
+def check_gradients(name: str, transform: Callable[..., Any], implementation: str) -> None:
+    params, inputs = make_params(name), make_inputs(name)
+    loss = functools.partial(compute_loss, name, implementation=implementation)
+    expected = jax.grad(loss)(params, inputs)
+    with jax.numpy_rank_promotion("allow"):
+        found = transform(loss, params, inputs)
+    assert_close(found, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("name", [*GATED, "mlstm"])
 def test_gradients_under_transformations(name: str, transformation: str) -> None:
-    if transformation in ("pmap", "shard_map", "sharded batch", "explicit mesh"):
-        if jax.device_count() < 2:
-            pytest.skip("there is one device")
-        if name == "mlstm" and transformation in ("sharded batch", "explicit mesh"):
-            pytest.skip("a scan over chunks of a sharded batch is JAX's own matter")
-    params, inputs = make_params(name), make_inputs(name)
-    loss = functools.partial(compute_loss, name)
-    expected = jax.grad(loss)(params, inputs)
-    with jax.numpy_rank_promotion("allow"):
-        found = TRANSFORMATIONS[transformation](loss, params, inputs)
-    assert_close(found, expected)
+    check_gradients(name, TRANSFORMATIONS[transformation], "auto")
+
+
+@pytest.mark.process
+def test_gradients_on_two_devices() -> None:
+    code = "import test_ops; test_ops.check_gradients_on_two_devices()"
+    env = {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = commands.run_python("-c", code, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def check_gradients_on_two_devices() -> None:
+    """Check each layer; the scans of JAX need a carry that is sharded like the inputs."""
+    for transformation, transform in ON_TWO_DEVICES.items():
+        is_manual = transformation in ("pmap", "shard_map")
+        for name in NAMES if is_manual else GATED:
+            for implementation in ("auto", "scan") if is_manual else ("auto",):
+                check_gradients(name, transform, implementation)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "auto"])
