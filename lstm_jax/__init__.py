@@ -18,7 +18,7 @@ __all__ = ["Controls", "Run", "UserError", "check_cell", "config", "load", "trai
 # The modules of the public names. They are imported on first use, because importing JAX takes
 # seconds.
 _MODULES = {
-    "Controls": "controls",
+    "Controls": "generation",
     "Run": "run.library",
     "UserError": "errors",
     "check_cell": "cells.check",

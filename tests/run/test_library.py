@@ -62,6 +62,8 @@ def test_importing_the_package_imports_nothing_else() -> None:
     first, second, third = done.stdout.splitlines()
     assert first == "False True" and second.startswith("<function train at ") and third == "True"
     assert second.endswith("20 lstm_jax.run.library")
+    for name in lstm_jax.__all__:
+        assert getattr(lstm_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lstm_jax.nothing  # type: ignore[attr-defined]
 
@@ -70,6 +72,7 @@ _UNCHANGED = """
 import logging, os, signal, sys, warnings
 # What these packages set when they are imported is not of this one.
 import flax, jax, matplotlib.figure, optax, orbax.checkpoint, requests, tensorboardX, threadpoolctl
+logging.getLogger("absl").setLevel("ERROR")  # Orbax warns if one of its threads is late.
 
 def describe():
     loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
@@ -97,7 +100,9 @@ assert before == after, [(before[key], after[key]) for key in before if before[k
 
 @pytest.mark.process
 def test_training_and_loading_leave_the_process_as_it_was(text_file: Path, tmp_path: Path) -> None:
-    done = commands.run_python("-c", _UNCHANGED, text_file, tmp_path / "run")
+    # Of the cache of all tests, another process may be writing an entry, of which JAX warns.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    done = commands.run_python("-c", _UNCHANGED, text_file, tmp_path / "run", env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
