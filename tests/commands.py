@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import runpy
 import signal
@@ -15,7 +16,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from lstm_jax import cells
 from lstm_jax.run import interrupts
@@ -94,7 +96,8 @@ def keep_process_state() -> Any:
     cells.LOADED.clear()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
+    verbosity, hook = absl_logging.get_verbosity(), sys.unraisablehook
+    log_handlers = logging.root.handlers[:]  # Absl adds one.
     try:
         yield
     finally:
@@ -108,7 +111,8 @@ def keep_process_state() -> Any:
         cells.LOADED.update(loaded)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
+        logging.root.handlers[:] = log_handlers
         sys.unraisablehook = hook
 
 

@@ -41,6 +41,8 @@ _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY
 _MOST_BYTES = 2**31
 _TEXT = _COMPILED.with_name("input.txt")  # The name that a user's copy must have.
 _SETTINGS = {
+    # JAX warns of a GPU for which it isn't installed.
+    "jax_platforms": os.environ.get("JAX_PLATFORMS", "cpu"),
     "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,

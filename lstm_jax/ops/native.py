@@ -93,7 +93,8 @@ def build_library() -> Path:
 def _compile(path: Path) -> None:
     command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(path)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        env = os.environ | {"LC_ALL": "C"}  # For messages in English.
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
     except FileNotFoundError:
         raise UserError("there is no C compiler named cc: install gcc or clang") from None
     if result.returncode:

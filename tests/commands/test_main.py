@@ -69,21 +69,6 @@ def test_a_model_is_trained_further_on_another_text(
     assert again.returncode == 0 and "is finished, at step 4" in again.stdout
 
 
-def test_a_cell_that_only_the_model_names_is_not_run(
-    trained: Path, text_file: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(trained, tmp_path / "run")
-    evil = tmp_path / "evil.py"
-    evil.write_text(f"open({str(tmp_path / 'seen')!r}, 'w')")
-    before = workdir.load_config(trained)
-    cell = {"model.cell": f"{evil}:Evil", "model.cell_sha256": "0" * 64}
-    changed, vocabulary = config.complete_config(before, cell), workdir.load_vocabulary(trained)
-    workdir.save_fields(tmp_path / "run", changed, vocabulary)
-    done = run("main", "--init_from=run", f"--config.data.path={text_file}", cwd=tmp_path)
-    assert done.returncode == 2 and f"only if you name it: --cell {evil}:Evil" in done.stderr
-    assert not (tmp_path / "seen").exists()
-
-
 def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "moved.txt"
     other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
@@ -137,13 +122,6 @@ def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None
     assert stopped.returncode == on.returncode == 0 and stopped.stderr == on.stderr == ""
     assert "[UNK]" not in on.stdout
     assert on.stdout.startswith(stopped.stdout.removesuffix("\n") + "\n\n")
-
-
-def test_an_unknown_token_of_the_prompt_gives_a_warning(trained: Path) -> None:
-    options = ["--workdir", str(trained), "--length=3", "--prompt=日"]
-    result = run("sample", *options, "--top_k=20", "--top_p=0.9", "--min_p=0.01", cwd=ROOT)
-    assert result.returncode == 0
-    assert "does not know '日' in the prompt" in result.stderr
 
 
 def test_sample_passes_its_flags_and_prints_each_piece(

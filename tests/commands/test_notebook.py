@@ -60,7 +60,11 @@ def lesson(
 
 @pytest.mark.process
 def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
-    assert not [o for c in lesson.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+    outputs = [output for cell in lesson.cells for output in cell.get("outputs", [])]
+    errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    # Warnings of JAX and Orbax, if another test is writing what they read, or a thread is late.
+    known = ("persistent compilation cache", "Metadata file does not exist")
+    assert not [line for line in errors.splitlines() if not any(map(line.count, known))]
     assert len(list_images(lesson)) == 12
     text = get_printed_text(lesson)
     assert "agree: True" in text["run-lstm"]

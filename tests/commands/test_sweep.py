@@ -44,7 +44,7 @@ def get_overrides(trial):
 WORKER = """
 import runpy
 from lstm_jax.sweep import search
-search.BEAT_SECONDS, search.STALE_SECONDS = 1, 15
+search.BEAT_SECONDS, search.STALE_SECONDS = 1, 30
 runpy.run_module("lstm_jax.sweep", run_name="__main__", alter_sys=True)
 """
 
@@ -90,6 +90,8 @@ def test_trials_of_killed_workers_are_resumed(flags: list[str], tmp_path: Path) 
             return any(text.startswith(f"process {worker.pid} on ") for text in locks)
         return False
 
+    directory.mkdir()
+    search.open_study(directory.name, f"sqlite:///{directory}/study.db")
     workers, chance = [start() for _ in range(2)], random.Random(draws.SEED)
     for _ in range(draws.TIMES):
         place = chance.randrange(2)
@@ -100,7 +102,7 @@ def test_trials_of_killed_workers_are_resumed(flags: list[str], tmp_path: Path) 
         workers[place] = start()
     for worker in workers:
         finish(worker)
-    time.sleep(15)  # Until the last dead worker is detected.
+    time.sleep(30)  # Until the last dead worker is detected.
     finish(start())
     found = load_trials(directory)
     assert len(found) in (number, number + 1), "both workers may start the last one"

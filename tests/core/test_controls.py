@@ -39,7 +39,7 @@ ALL = {
     "one": Controls(top_k=1),
     "top_p": Controls(top_p=0.7),
     "small top_p": Controls(top_p=1e-6),
-    "large top_p": Controls(top_p=0.999),
+    "large top_p": Controls(top_p=0.99),
     "min_p": Controls(min_p=0.3),
     "min_p 1": Controls(min_p=1.0),
     "all": Controls(0.7, 9, 0.9, 0.05),

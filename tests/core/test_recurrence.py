@@ -10,7 +10,7 @@ import pytest
 
 from lstm_jax import matmul, ops
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.ops import LSTMCarry, LSTMParams, choice, processor, xla
+from lstm_jax.ops import LSTMCarry, LSTMParams, processor, xla
 
 
 def run_layer(
@@ -123,19 +123,6 @@ def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyP
         results.append(value_and_gradients(low, cotangents, *arguments))
     jax.clear_caches()
     assert_close(results[0], results[1], 1e-2)
-
-
-def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_intel = ["avx512_bf16", "GenuineIntel"]
-    for features, expected in (
-        (["avx2", "avx512f"], "float32"),
-        (["avx512_bf16", "AuthenticAMD"], "bfloat16"),
-        (on_intel, "float32"),
-        ([*on_intel, "amx_bf16"], "bfloat16"),
-    ):
-        monkeypatch.setattr(processor, "read_cpu_features", lambda names=features: {*names})
-        assert choice.choose_dtype(True) == expected
-        assert choice.choose_dtype(False) == "float32"
 
 
 def test_one_column_is_multiplied_like_several_with_any_version_of_jax(

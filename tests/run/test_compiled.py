@@ -18,7 +18,7 @@ jax.jit(lambda x: x + 1)(1).block_until_ready()
 
 
 def compile_with(**env: str) -> None:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPIL", "XDG_"))}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**kept, **env}
     )

@@ -4,7 +4,6 @@ import random
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import jax
@@ -38,7 +37,7 @@ def start(
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Wait for all processes, and return their exit codes and standard errors."""
-    return [(p.returncode, errors) for p in processes for _, errors in [p.communicate(timeout=150)]]
+    return [(p.returncode, errors) for p in processes for _, errors in [p.communicate(timeout=300)]]
 
 
 def assert_succeeds(processes: list[subprocess.Popen[str]]) -> None:
@@ -84,9 +83,8 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
         processes = start(text_file, directory, 2)
         wait(processes[0])
         processes[victim].kill()
-        began = time.monotonic()
-        processes[1 - victim].communicate(timeout=60)
-        assert time.monotonic() - began < 60 and processes[1 - victim].returncode != 0
+        processes[1 - victim].communicate(timeout=150)  # The heartbeat's timeout is 30 s.
+        assert processes[1 - victim].returncode != 0
         processes[victim].communicate()
     processes = start(text_file, directory, 2)
     wait(processes[0])

@@ -28,7 +28,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
     """Wait until the run has written `number` lines of metrics."""
     path = directory / workdir.METRICS
-    commands.wait_until(lambda: len(metrics.read_metrics(path)) >= number, process, 100)
+    commands.wait_until(lambda: len(metrics.read_metrics(path)) >= number, process, 300)
 
 
 def list_undamaged(directory: Path) -> list[int]:

@@ -18,7 +18,6 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.devices import parallel
 from lstm_jax.devices.parallel import Pacer
-from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, opening, workdir
 from lstm_jax.run.messages import Progress
 from lstm_jax.train_step import TrainState
@@ -212,9 +211,6 @@ def test_max_steps_ends_the_run_and_its_schedule(
     training.train(tiny_config, tmp_path)
     output = capsys.readouterr().out
     assert "is finished, at step 103: to train longer" in output
-    tiny_config.max_steps = 50
-    with pytest.raises(UserError, match="trained 103 steps already: raise"):
-        training.train(tiny_config, tmp_path)
     tiny_config.max_steps = 0
     training.train(tiny_config, tmp_path)
     assert list_steps(tmp_path) == [0, 70, 103, 140]
