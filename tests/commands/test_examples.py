@@ -1,6 +1,7 @@
 """Run the files of examples/ with a tiny model, as their docstrings say."""
 
 import ast
+import copy
 import http.client
 import io
 import os
@@ -156,28 +157,60 @@ def test_the_compressor_writes_what_the_loss_promises_and_detects_damage(
             pack(run, unknown)
 
 
-def interpolate(text: str, context: str, character: str) -> float:
+def interpolate(text: str, context: str, character: str, size: int) -> float:
     """Return the probability of a character after a context, by the equation of ngrams.py."""
     ends = range(len(context), len(text))
     after = [text[i] for i in ends if text[i - len(context) : i] == context]
     types = len(set(after))
-    # One character more than those of the text is any other.
-    shorter = interpolate(text, context[1:], character) if context else 1 / (len(set(text)) + 1)
+    shorter = interpolate(text, context[1:], character, size) if context else 1 / size
     return (after.count(character) + types * shorter) / (len(after) + types) if after else shorter
 
 
 def test_the_probabilities_of_n_grams_sum_to_one() -> None:
     from ngrams import NGrams
 
-    text, read = "abracadabra cabbage abba", "abbr zcab"
-    ngrams = NGrams(text)
-    expected = [
-        [interpolate(text, read[max(0, i - n) : i], read[i]) for i in range(len(read))]
-        for n in range(4)
-    ]
-    np.testing.assert_allclose(ngrams.predict(read, 4), expected, rtol=1e-12)
-    ends = [ngrams.predict(f"abba{end}", 4)[:, -1] for end in [*ngrams.alphabet, "?"]]
-    np.testing.assert_allclose(np.sum(ends, axis=0), 1, rtol=1e-12)
+    text, read = "abracadabra cabbage abba", "abbr abcab"
+    size = len(set(text)) + 1  # One character is any other.
+    for n in range(1, 5):
+        ngrams, whole = NGrams(size, n), text + read
+        places = range(len(text), len(whole))
+        ngrams.read(text)
+        expected = [interpolate(whole[:i], whole[i - n + 1 : i], whole[i], size) for i in places]
+        np.testing.assert_allclose(ngrams.read(read)[0], expected, rtol=1e-12)
+        ends = [copy.deepcopy(ngrams).read(end)[0] for end in [*set(text), "?"]]
+        np.testing.assert_allclose(np.sum(ends), 1, rtol=1e-12)
+
+
+def test_the_weights_of_a_mixture_are_the_best() -> None:
+    from ngrams import fit_weights
+
+    rng = np.random.default_rng(0)
+    experts, lengths = rng.uniform(0.01, 1, [2, 400]), rng.integers(2, size=400)
+    weights = fit_weights(experts, lengths)
+    share = np.linspace(0, 1, 101)[:, None]
+    for length in range(2):
+        first, second = experts[:, lengths == length]
+        grid = -np.log(share * first + (1 - share) * second).mean(axis=1)
+        mixed = weights[length] @ experts[:, lengths == length]
+        assert -np.log(mixed).mean() == pytest.approx(grid.min(), abs=1e-4)
+    np.testing.assert_array_equal(weights[2], [1, 0])
+
+
+def test_n_grams_are_mixed_with_a_model(
+    trained: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, paths = text_file.read_text(encoding="utf-8"), [tmp_path / name for name in "abc"]
+    for path, part in zip(paths, (text[:9000], text[9000:9500], text[9500:9900]), strict=True):
+        path.write_text(part, encoding="utf-8")
+    for more in ([], ["--dynamic", "1e-3", "0.003", "50"]):
+        run_example(monkeypatch, "ngrams.py", f"{trained},{trained}", *map(str, paths), *more)
+        for line in capsys.readouterr().out.splitlines():
+            model, *ngrams, mixed = map(float, re.findall(r"\d\.\d{4}", line))
+            assert mixed < min(model, *ngrams)
 
 
 def train_by_loop(
