@@ -2,9 +2,9 @@
 
     python examples/chat.py tiny-shakespeare --length 100 --temperature 0.7
 
-The model continues everything that was read and generated so far; after an empty line, without new
-input. /next shows the five most likely next tokens, /undo removes the last line and its answer, and
-/reset removes all. Ctrl-C ends an answer or, at the start of a line, the chat.
+The model continues the whole text so far, yours and its own; after an empty line, its own. /next
+shows the five most likely next tokens, /undo removes the last line and its answer, and /reset
+removes all. Ctrl-C ends an answer or, at the start of a line, the chat.
 """
 
 import argparse

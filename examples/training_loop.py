@@ -3,9 +3,9 @@
     python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
 
 It trains on one device, saves nothing, and prints the losses. The optimizer is Optax's scale_by_x
-with the config's schedule, clipping and weight decay; its other fields, microbatches, teachers and
-max_steps have no effect. --batches 32x48x2,64x48x4: 32 windows of 48 tokens for 2 epochs, then 64
-for 4. --decode_past 0.01: past decode regularization (Brahma 2019).
+with the config's schedule, clipping and weight decay; the other fields of the optimizer, teachers
+and max_steps have no effect. --batches 32x48x2,64x48x4: 32 windows of 48 tokens for 2 epochs, then
+64 for 4. --decode_past 0.01: past decode regularization (Brahma 2019).
 """
 
 import functools

@@ -188,7 +188,7 @@ class RegularizationConfig:
 class DistillConfig:
     """Teachers, whose probabilities the model learns beside the text (Hinton et al. 2015)."""
 
-    teachers: str = field("", "Working directories of trained models, separated by commas: the "
+    teachers: str = field("", "Directories or names of trained models, separated by commas: the "
         "model also learns the mean of their probabilities.", resume=True)
     weight: float = field(0.8, "Share of the teachers in the loss.", "0 <= x <= 1", resume=True)
 
@@ -197,8 +197,8 @@ class DistillConfig:
 class MeshConfig:
     """The devices that a batch is divided over."""
 
-    data: int = field(0, "The number of devices. 0: all GPUs or TPUs; on a CPU, the fastest number "
-        "of cores.", _SIZE_OR_ZERO, resume=True)
+    data: int = field(0, "The number of devices. 0: as many GPUs or TPUs as divide the batch; on "
+        "a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ import optuna
 def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
     """Return the optimizer, the dropout, and the shape of a batch of 3,072 characters.
 
-    Model and epochs stay the same, so that a trial takes the same time as quick.py. Layer
-    normalization, another cell or another size would take longer.
+    Model and epochs stay the same, so that a trial takes the same time as quick.py.
     """
     batch_size = trial.suggest_categorical("batch_size", [32, 64, 128])
     return {

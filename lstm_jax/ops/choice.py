@@ -25,8 +25,8 @@ class Row(NamedTuple):
 
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured at 256,
-# 512 and 1,024 hidden units on two cores of Zen 4, of Emerald Rapids without AMX, and of Sapphire
-# Rapids (docs/speed.md, docs/layers.md). Rows in float32 hold for older processors of Intel, too.
+# 512 and 1,024 hidden units on two cores of Zen 4 and of Emerald Rapids without AMX (docs/speed.md,
+# docs/layers.md); rows with AMX were not timed. Rows in float32 hold for Intel's older processors.
 TABLE = (
     Row("AMD", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
     Row("AMD", "windows steps", "float32", "lstm peephole_lstm rnn", 1024),

@@ -15,9 +15,10 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 
 
 def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
-    """Load the teachers of a run as one model, and warn if their text is another one.
+    """Load the teachers of a run as one model; warn if they were trained on another text.
 
-    Raise `UserError` if one can't be loaded, or their text differs, or their vocabulary is another.
+    Raise `UserError` if one can't be loaded, if they were not all trained on one text, or if their
+    vocabulary is not that of the run.
     """
     teachers = config.distill.teachers
     trained, _ = workdir.load_models(teachers.split(","))

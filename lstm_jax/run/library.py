@@ -52,7 +52,7 @@ class Scores(NamedTuple):
 
 
 class Run:
-    """A trained model, from a working directory, or an ensemble of several.
+    """A trained model, or an ensemble of several.
 
     Texts that contain tokens that the model does not know are read with [UNK] in their place; all
     methods but `score` and `hidden_states` warn.
@@ -228,11 +228,11 @@ def load(
     dtype: str | None = None,
     cell: str | Sequence[str] = (),
 ) -> Run:
-    """Load the trained model in a working directory, or an ensemble.
+    """Load a trained model, or an ensemble.
 
     Args:
-      directory: the working directory; or several, whose models are an ensemble: it averages their
-        probabilities at every step.
+      directory: a working directory, the folder of a model, or the name of one in the package; or
+        several, whose models are an ensemble: it averages their probabilities at every step.
       dtype: that of the matmuls, "float32" or "bfloat16", or with "auto" the one in which this
         machine trains faster; by default that of the config.
       cell: FILE.py:CLASS of the run's cell, if it has your own, or several. The file is code, and
