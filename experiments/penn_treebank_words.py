@@ -1,7 +1,8 @@
-"""Train on the words of Penn Treebank, within an hour on two CPU cores."""
+"""Train on the words of Penn Treebank, within two hours on two CPU cores."""
 # python -m lstm_jax.main --config experiments/penn_treebank_words.py
 #
-# Downloads the text. Perplexity, validation 86.4, test 81.5 (one run).
+# Downloads the text. 100 minutes on two cores of an AMD EPYC (Zen 4). Perplexity, validation 76.5,
+# test 72.6 (one run).
 
 from ml_collections import ConfigDict
 
@@ -9,7 +10,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Return a config of two layers with 512 hidden units, and one table for inputs and outputs."""
+    """Return a config of two layers with 640 hidden units, and one table for inputs and outputs."""
     config: ConfigDict = config_lib.load("experiments/quick.py")
 
     config.data.dataset = "penn_treebank"
@@ -19,20 +20,20 @@ def get_config() -> ConfigDict:
     config.batches.window_length = 35
 
     config.model.num_layers = 2
-    config.model.hidden_size = 512
-    config.model.embedding_size = 512
+    config.model.hidden_size = 640
+    config.model.embedding_size = 640
     config.model.tie_embeddings = True
     config.model.initial_embedding = 0.1
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
 
-    config.regularization.embedding_dropout = 0.05
-    config.regularization.input_dropout = 0.3
-    config.regularization.hidden_dropout = 0.2
-    config.regularization.output_dropout = 0.3
-    config.regularization.recurrent_dropout = 0.1
+    config.regularization.embedding_dropout = 0.1
+    config.regularization.input_dropout = 0.4
+    config.regularization.hidden_dropout = 0.3
+    config.regularization.output_dropout = 0.4
+    config.regularization.recurrent_dropout = 0.3
 
-    config.num_epochs = 10
+    config.num_epochs = 25
     config.sample.length = 60
     return config
