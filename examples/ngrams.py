@@ -76,16 +76,17 @@ def fit_weights(experts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads; several: an ensemble")
-    parser.add_argument("texts", type=Path, nargs="+", help="the training text, and others")
+    parser.add_argument("train", type=Path, help="the training text")
+    parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
     parser.add_argument("--dynamic", type=float, nargs=3, help="RATE DECAY LENGTH")
-    options = parser.parse_args()
-    train_text, *texts = (path.read_bytes().decode() for path in options.texts)
-    run, size, weights = lstm_jax.load(options.model.split(",")), len({*train_text}) + 1, None
+    args = parser.parse_args()
+    train_text, *texts = (p.read_bytes().decode("utf-8-sig") for p in [args.train, *args.texts])
+    run, size, weights = lstm_jax.load(args.model.split(",")), len({*train_text}) + 1, None
     (trained := NGrams(size)).read(train_text)
-    for path, text in zip(options.texts[1:], texts, strict=True):
-        if options.dynamic:
+    for path, text in zip(args.texts, texts, strict=True):
+        if args.dynamic:
             ids, train_ids = (np.array(run.vocabulary.encode(t)) for t in (text, train_text))
-            members, (rate, decay, length) = list_members(run.model, run.params), options.dynamic
+            members, (rate, decay, length) = list_members(run.model, run.params), args.dynamic
             settings = dynamic.Settings(rate, decay, int(length))
             losses = np.concatenate([*dynamic.adapt_to_text(members, train_ids, ids, settings)])
         else:
@@ -94,5 +95,5 @@ if __name__ == "__main__":
         experts, lengths = np.stack([np.exp(-losses), both[1:], own[1:]]), lengths[1:]
         weights = fit_weights(experts, lengths) if weights is None else weights
         mixed = (weights[lengths].T * experts).sum(axis=0)
-        means = (-float(np.log(p).mean()) for p in (*experts, mixed))
+        means = (-np.log(p).mean() for p in (*experts, mixed))
         print("{}: model {:.4f}, n-grams {:.4f} and {:.4f}, mixed {:.4f}".format(path, *means))
