@@ -114,8 +114,8 @@ def differentiate_params(
     _, cells, rows, outputs = saved
     time, batch, hidden = outputs.shape
     bias = hidden + inputs.shape[2]
-    flat = d_sums.reshape(time * batch, -1)
-    d_kernel = _matmul(rows.reshape(time * batch, -1).T, flat)
+    flat, read = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows))
+    d_kernel = _matmul(read.T, flat)
     d_input_kernel, _ = gating.split_columns(d_kernel[hidden:bias])
     _, d_recurrent_kernel = gating.split_columns(d_kernel[:hidden])
     d_kernels = d_input_kernel, d_recurrent_kernel
@@ -135,7 +135,7 @@ def _get_cell(carry: Any) -> Array:
 
 
 def _get_peepholes(params: Any) -> Array:
-    zeros = jnp.zeros((0, len(params.recurrent_kernel)))
+    zeros = jnp.zeros((0, len(params.recurrent_kernel)), jnp.float32)
     peepholes: Array = getattr(params, "peepholes", zeros)
     return peepholes
 
@@ -183,7 +183,7 @@ def run_step(
     rows = jnp.concatenate(inputs, axis=1)
     hidden, cell = carry.hidden.astype("float32"), _get_cell(carry).astype("float32")
     if peepholes is None:
-        peepholes = jnp.zeros((0, hidden.shape[1]))
+        peepholes = jnp.zeros((0, hidden.shape[1]), jnp.float32)
     arrays = added.astype("float32"), cell, hidden, peepholes
     state = _run_step(gating, rows.astype(packed.dtype), packed, *arrays)
     return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))

@@ -114,14 +114,15 @@ def _merge(
         x = x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
         at = axis % (x.ndim - 1)
         x = jnp.moveaxis(x, 0, at)
-        return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
+        return x.reshape(*x.shape[:at], number * x.shape[at + 1], *x.shape[at + 2 :])
 
     def divide(axis: Any, x: Array, number: int) -> Array:
         at = axis % x.ndim
-        return jnp.moveaxis(x.reshape(*x.shape[:at], number, -1, *x.shape[at + 1 :]), at, 0)
+        shape = *x.shape[:at], number, x.shape[at] // number, *x.shape[at + 1 :]
+        return jnp.moveaxis(x.reshape(shape), at, 0)
 
     def rule(number: int, in_batched: Sequence[Any], *arguments: Any) -> Any:
-        if any(jax.tree.leaves(in_batched[0])):
+        if not number or any(jax.tree.leaves(in_batched[0])):
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
             results = jax.vmap(function, axes)(*arguments)
         else:
