@@ -76,8 +76,8 @@ def lstm(
       dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; "float32" leaves
         them as they are. Without one, that of the inputs. States are float32, or float64 if any
         array is.
-      implementation: "scan" can be transformed in every way; "xla" and "c" (on CPUs with
-        AVX-512) are faster; "auto" chooses.
+      implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
+        and TPUs); "xla" and "c" (on CPUs with AVX-512) are faster; "auto" chooses.
 
     Returns:
       The last carry, in the dtypes of the carry or else that of states; and the outputs [batch,

@@ -36,7 +36,7 @@ def linear_scan(
         second elsewhere.
 
     Returns:
-      The last carry, and h of all steps, [batch, time, features].
+      The last carry, and h of all steps, [batch, time, features], in the dtypes that `lstm` has.
 
     Raises:
       ValueError: if a shape or dtype does not fit.
@@ -48,19 +48,21 @@ def linear_scan(
         reset=(reset, Shaped[Array, "batch time"]),
         lengths=(lengths, Integer[Array, " batch"]),
     )
-    batch, time, features = a.shape
+    (batch, time, features), dtype = a.shape, jnp.result_type(a, b)
+    wide = jnp.promote_types(jnp.result_type(a, b, *(first or ())), "float32")
     if first is None:
-        first = HiddenCarry.zeros(batch, features, b.dtype)
+        first = HiddenCarry.zeros(batch, features, wide)
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     if not time:
-        return first, b
+        return first, b.astype(dtype)
     is_scan = implementation == "scan"
     if implementation == "auto":
         is_scan = jax.default_backend() == "cpu"
 
     def run(inputs: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
-        (a, b), before, marks = align((inputs, first.hidden, marks))
+        arrays = jax.tree.map(lambda x: x.astype(wide), (inputs, first.hidden))
+        (a, b), before, marks = align((*arrays, marks))
         if marks.reset is not None:
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
@@ -68,7 +70,8 @@ def linear_scan(
         outputs = (_scan if is_scan else _compose)(a, b, before)
         return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
 
-    return run_in_order(run, (a, b), reset, lengths, reverse)
+    last, outputs = run_in_order(run, (a, b), reset, lengths, reverse)
+    return last, outputs.astype(dtype)
 
 
 def _scan(a: Array, b: Array, first: Array) -> Array:
@@ -76,7 +79,6 @@ def _scan(a: Array, b: Array, first: Array) -> Array:
         hidden = ab[0] * hidden + ab[1]
         return hidden, hidden
 
-    first = first.astype(jnp.result_type(a, b, first))
     _, hidden = lax.scan(step, first, (a.swapaxes(0, 1), b.swapaxes(0, 1)))
     return hidden.swapaxes(0, 1)
 

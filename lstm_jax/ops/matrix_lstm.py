@@ -72,15 +72,15 @@ def mlstm(
     if not heads or columns % (4 * heads):
         raise ValueError(f"{heads} heads can't share the {columns} columns of params.bias equally")
     size = columns // (4 * heads)
+    low, wide = choose_dtypes(dtype, steps, params, first)
     if first is None:
-        first = MLSTMCarry.zeros(batch, heads, size, steps.dtype)
+        first = MLSTMCarry.zeros(batch, heads, size, wide)
     if first.normalizer.shape[1:] != (heads, size):
         raise ValueError(f"carry.normalizer must be [batch, {heads}, {size}]")
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     if not time:
         return first, jnp.zeros((batch, 0, heads * size), steps.dtype)
-    low, wide = choose_dtypes(dtype, steps, params, first)
 
     def run(inputs: Array, marks: Marks) -> tuple[MLSTMCarry, Array]:
         arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
@@ -88,7 +88,7 @@ def mlstm(
         q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
         if marks.frozen is not None:  # A frozen step writes nothing, and keeps everything.
             frozen = marks.frozen[:, None]
-            i, log_f = jnp.where(frozen, NEVER, i), jnp.where(frozen, 0, log_f)
+            i, log_f = jnp.where(frozen, 2 * NEVER, i), jnp.where(frozen, 0, log_f)
         chunk = 1 if implementation == "scan" else min(time, _CHUNK)
         last, found = _run_chunks(arrays[2], (q, k, v, i, log_f), marks.reset, chunk)
         return last, (o * found).swapaxes(1, 2).reshape(batch, time, -1)

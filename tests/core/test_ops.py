@@ -167,30 +167,49 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
     run = functools.partial(compute_loss, name, lengths=LENGTHS)
     found, expected = (jax.grad(run, (0, 1))(params, x, carry) for x in (unfinished, inputs))
     assert_close(found, expected, 0)
+    carries = (call(name, params, inputs[:, :time], lengths=LENGTHS)[0] for time in (0, TIME))
+    unread, short = (jax.tree.map(lambda x: x[LENGTHS == 0], carry) for carry in carries)
+    assert_close(short, unread, 0)
+
+
+@every_gated
+def test_a_batch_of_no_text(name: str) -> None:
+    params, inputs = make_params(name), make_inputs(name)[:0]
+
+    def compute(params: Any, inputs: jax.Array) -> jax.Array:
+        return getattr(ops, name)(params, inputs)[1].sum()
+
+    assert all(not x.any() for x in jax.grad(compute)(params, inputs))
+    assert jax.vmap(functools.partial(compute, params))(inputs[:, None]).shape == (0,)
 
 
 @every_function
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_arrays_of_every_floating_point_dtype(name: str, dtype: str) -> None:
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
     expected = call(name, params, inputs, carry)
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype in ("float32", "float64")):
         arrays = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), (params, inputs, carry))
         found = call(name, *arrays)
         assert {x.dtype.name for x in jax.tree.leaves(found)} == {dtype}
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-    assert_close(found, expected, 1e-5 if dtype == "float64" else 5e-2)
+    assert_close(found, expected, 1e-5 if dtype in ("float32", "float64") else 5e-2)
 
 
-def test_parameters_and_states_of_half_precision() -> None:
-    params = ops.LSTMParams.init(jax.random.key(0), FEATURES, HIDDEN, jnp.bfloat16)
-    assert {x.dtype.name for x in params} == {"bfloat16"}
-    inputs = make_inputs("lstm").astype(jnp.bfloat16)
-    carry, outputs = ops.lstm(params, inputs)
-    assert (carry.cell.dtype.name, outputs.dtype.name) == ("float32", "bfloat16")
-    half, _ = ops.lstm(params, inputs[:, :5])
-    rest, _ = ops.lstm(params, inputs[:, 5:], half)
+@every_function
+def test_states_of_half_precision_arrays_are_in_single_precision(name: str) -> None:
+    arrays = make_params(name), make_inputs(name)
+    params, inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+    carry, outputs = call(name, params, inputs)
+    assert {x.dtype.name for x in jax.tree.leaves(carry)} == {"float32"}
+    assert outputs.dtype == jnp.bfloat16
+    half, _ = call(name, params, inputs[:, :5])
+    rest, _ = call(name, params, inputs[:, 5:], half)
     assert_close(rest, carry, 1e-6)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, inputs))
+    options: Any = {} if name == "linear_scan" else {"dtype": "bfloat16"}
+    exact, _ = call(name, *wide, **options)
+    assert_close(carry, exact, 1e-6)
 
 
 def test_gradients_of_float64_arrays_with_matmuls_in_bfloat16() -> None:
@@ -278,6 +297,11 @@ def use_vmap(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
     return jax.grad(lambda p: jax.vmap(lambda x: loss(p, x[None]))(inputs).mean())(params)
 
 
+def use_vmap_of_batches(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    batches = inputs.reshape(2, BATCH // 2, *inputs.shape[1:])
+    return jax.grad(lambda p: jax.vmap(functools.partial(loss, p))(batches).mean())(params)
+
+
 def use_vmap_of_grad(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
     of_each = jax.vmap(lambda x: jax.grad(loss)(params, x[None]))(inputs)
     return jax.tree.map(lambda x: x.mean(axis=0), of_each)
@@ -334,6 +358,7 @@ TRANSFORMATIONS = {
     "checkpoint": lambda loss, *arguments: jax.grad(jax.checkpoint(loss))(*arguments),
     "scan": use_scan,
     "vmap": use_vmap,
+    "vmap of batches": use_vmap_of_batches,
     "vmap of grad": use_vmap_of_grad,
     "vmap of parameters": use_vmap_of_params,
 }
