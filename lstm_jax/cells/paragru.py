@@ -17,9 +17,11 @@ from lstm_jax.cells.base import (
     forget_bias,
 )
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import HiddenCarry
+from lstm_jax.ops.gates import HiddenCarry, align
 
-_ROUNDS = 3  # As in the paper.
+# Newton's method ends when no state has changed by more than this. Its error after a round is about
+# the square of that before.
+_TOLERANCE = 1e-4
 
 
 class ParaGRUCell(SizedCell):
@@ -31,7 +33,8 @@ class ParaGRUCell(SizedCell):
         h' = (1 - z) * h + z * n
 
     A unit reads only itself, so the derivative of h' by h is one number a unit. Newton's method
-    then solves the equations of all steps at once: each round is a linear recurrence.
+    then solves the equations of all steps at once: each round is a linear recurrence. The paper has
+    three rounds; kernels much larger than the initial ones need more, at most one for each step.
     """
 
     def setup(self) -> None:
@@ -46,7 +49,7 @@ class ParaGRUCell(SizedCell):
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
-        hidden = self._step(carry.hidden, self._project(inputs))
+        hidden = _step(carry.hidden, self._project(inputs), self.recurrent_scale)
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
@@ -57,40 +60,53 @@ class ParaGRUCell(SizedCell):
         Newton's method starts from the steps that read a carry of zeros. One more round, at the
         solution, has the derivative of the recurrence: that of its linear terms alone.
         """
-        sums = self._project(inputs)
+        arrays = carry, self._project(inputs), self.recurrent_scale
+        limit = jnp.maximum(1, jnp.abs(carry.hidden).max())  # Of all states.
 
-        def linearize(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Return a and b of h' = a * h + b, which equals a step and its slope at `hidden`."""
+        def run_round(
+            hidden: jax.Array, carry: HiddenCarry, sums: jax.Array, scale: jax.Array
+        ) -> tuple[HiddenCarry, AllOutputs]:
+            """Run h' = a * h + b, which equals a step and its slope at `hidden`."""
             before = jnp.concatenate([carry.hidden[:, None], hidden[:, :-1]], axis=1)
             if starts is not None:
                 before = jnp.where(starts[..., None], 0, before)
             before = lax.stop_gradient(before)
             ones = jnp.ones_like(before)
-            value, slope = jax.jvp(lambda h: self._step(h, sums), (before,), (ones,))
+            value, slope = jax.jvp(lambda h: _step(h, sums, scale), (before,), (ones,))
             slope = lax.stop_gradient(slope)
-            return slope, value - slope * before
+            return ops.linear_scan(slope, value - slope * before, carry, reset=starts)
 
-        hidden = self._step(jnp.zeros(()), sums)
-        for _ in range(_ROUNDS):
-            _, hidden = lax.stop_gradient(ops.linear_scan(*linearize(hidden), carry, reset=starts))
-        return ops.linear_scan(*linearize(hidden), carry, reset=starts)
+        def improve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, _ = state
+            _, after = run_round(hidden, *frozen)
+            # Far from the solution, a round may overflow after its first steps.
+            after = jnp.clip(jnp.nan_to_num(after), -limit, limit)
+            return after, jnp.abs(after - hidden).max()
+
+        frozen = lax.stop_gradient(arrays)
+        first = align((_step(jnp.zeros(()), *frozen[1:]), limit))
+        hidden, _ = lax.while_loop(lambda state: state[1] > _TOLERANCE, improve, first)
+        return run_round(hidden, *arrays)
 
     def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
-        return self._gates(carry.hidden, self._project(inputs))
+        return _compute_gates(carry.hidden, self._project(inputs), self.recurrent_scale)
 
     def _project(self, inputs: jax.Array) -> jax.Array:
         """Return x W + b."""
         return matmul(inputs, self.input_kernel, self.dtype, self.bias)
 
-    def _gates(self, hidden: jax.Array, sums: jax.Array) -> Gates:
-        r, z, n = jnp.split(sums, 3, axis=-1)
-        scale_r, scale_z, scale_n = jnp.expand_dims(self.recurrent_scale, [*range(1, sums.ndim)])
-        reset = nn.sigmoid(r + scale_r * hidden)
-        candidate = jnp.tanh(n + scale_n * (reset * hidden))
-        return {"reset": reset, "update": nn.sigmoid(z + scale_z * hidden), "candidate": candidate}
 
-    def _step(self, hidden: jax.Array, sums: jax.Array) -> jax.Array:
-        """Return h' for h and x W + b of one or all steps."""
-        gates = self._gates(hidden, sums)
-        return hidden + gates["update"] * (gates["candidate"] - hidden)
+def _compute_gates(hidden: jax.Array, sums: jax.Array, scale: jax.Array) -> Gates:
+    """Return the gates for h, x W + b of one or all steps, and the rows ar, az, an."""
+    r, z, n = jnp.split(sums, 3, axis=-1)
+    scale_r, scale_z, scale_n = jnp.expand_dims(scale, [*range(1, sums.ndim)])
+    reset = nn.sigmoid(r + scale_r * hidden)
+    candidate = jnp.tanh(n + scale_n * (reset * hidden))
+    return {"reset": reset, "update": nn.sigmoid(z + scale_z * hidden), "candidate": candidate}
+
+
+def _step(hidden: jax.Array, sums: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return h' for the arguments of `_compute_gates`."""
+    gates = _compute_gates(hidden, sums, scale)
+    return hidden + gates["update"] * (gates["candidate"] - hidden)

@@ -264,6 +264,17 @@ def test_outputs_and_gradients_agree_with_the_paper(
                 np.testing.assert_allclose(gradient @ step, numeric, rtol=1e-5)
 
 
+def test_newtons_method_solves_a_paragru_with_large_kernels() -> None:
+    cell = make("paragru")
+    params, inputs, _ = make_problem(cell)
+    params["recurrent_scale"] = np.random.default_rng(1).uniform(-6, 6, (3, HIDDEN))
+    inputs = np.tile(inputs, (1, 10, 1))
+    carry = cell.initial_carry(BATCH)
+    arguments = carry, jnp.asarray(inputs, jnp.float32), None
+    _, outputs = cell.apply({"params": params}, *arguments, method="run_parallel")
+    np.testing.assert_allclose(outputs, REFERENCES["paragru"](params, inputs), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["slstm", "mlstm"])
 def test_large_gates_stay_finite(name: str) -> None:
     cell = make(name)
