@@ -47,7 +47,7 @@ def import_weights(
     try:
         fields = json.loads(content)
         tokens, kind, stop = list(fields["units"]), fields["kind"], fields["stop"]
-        separators = {texts.find_stop_text(s, stop.__contains__): s for s in SEPARATORS}
+        separators = {texts.find_stop_text(s, lambda: [stop]): s for s in SEPARATORS}
         config.data.units, config.data.document_separator = kind, separators[stop]
     except (ValueError, TypeError, LookupError, AttributeError):
         raise UserError(

@@ -42,6 +42,7 @@ from lstm_jax.vocabulary import (
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
 _PIECE_BYTES = 2**20  # That are read at a time.
 _BLOCK = 2**24  # Ids that are counted at a time.
+_COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
 _FILE_END, _BOM = FILE_END.encode(), codecs.BOM_UTF8
 
 # Where a text can be cut, so that the tokens of its pieces are those of the whole text; the last
@@ -123,10 +124,13 @@ class Text(NamedTuple):
             counts = count_tokens(self.read_pieces(), self.units, self.stop)
             unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
         if not first:
-            token = vocabulary.tokens[ids[0]]
+            token, piece = vocabulary.tokens[ids[0]], next(self.read_pieces())
             if ids[0] == UNKNOWN_ID:
-                token = next(split_text(next(self.read_pieces()), self.units, self.stop))
+                token = next(split_text(piece, self.units, self.stop))
                 unknown[token] -= 1
+            if self.units == "tokens":  # The text may begin without the space of a token.
+                word = token.lstrip(" ")
+                token = piece[: piece.index(word) + len(word)]
             # A token of bytes may end within a character, which then counts as a later one.
             characters -= len(token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
         # With one byte for the end of each.
@@ -181,7 +185,7 @@ def load_texts(data: DataConfig) -> Splits:
             "text, or train a new run on this one"
         )
     train = Text(splits[0], data.units, "").read_pieces
-    stop = find_stop_text(data.document_separator, lambda s: any(s in piece for piece in train()))
+    stop = find_stop_text(data.document_separator, train)
     named = zip(SPLITS, splits, strict=True)
     found = {name: Text(split, data.units, stop, name, sha256) for name, split in named}
     return Splits(found, sha256)
@@ -195,6 +199,11 @@ def load_texts_of_run(
     `data` are fields of the run's config; `path` and `directory` are where the text is now, or
     None. Raise `UserError` as `load_texts` does.
     """
+    if not data.sha256 and path is None:
+        raise UserError(
+            "the model was not trained here, so it has no text of its own: name one with --text or "
+            "--data_path"
+        )
     path = data.path if path is None else path
     directory = data.directory if directory is None else directory
     return load_texts(dataclasses.replace(data, path=path, directory=directory)).texts
@@ -225,15 +234,16 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
         raise _describe(error, f"{path} ({flag})") from None
 
 
-def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
+def find_stop_text(separator: str, read_pieces: Callable[[], Iterable[str]]) -> str:
     """Return the stop token of a text, for a name in `SEPARATORS`.
 
-    `contains` returns whether the text contains a string.
+    It is that of Windows if the text has no other. `read_pieces` returns the text in pieces.
     """
     stop = SEPARATORS[separator]
     windows = stop.replace("\n", "\r\n")
-    is_windows = contains(windows) and (stop in windows or not contains(stop))
-    return windows if is_windows else stop
+    other = re.compile(f"(?<!\r){re.escape(stop)}")
+    has_windows = windows != stop and any(windows in piece for piece in read_pieces())
+    return stop if not has_windows or any(map(other.search, read_pieces())) else windows
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
@@ -246,13 +256,15 @@ def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
 
 def find_files(paths: str) -> list[list[Path]]:
     """Return the files that `data.path` names, in order: of one text, or of each split."""
-    texts = paths.split(";")
+    texts = re.split(_SEMICOLON, paths)
     if len(texts) not in (1, 3):
         raise UserError(
             f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
             "and test) separated by ;"
         )
-    return [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
+    return [
+        [path for pattern in re.split(_COMMA, text) for path in _find(pattern)] for text in texts
+    ]
 
 
 def _find(pattern: str) -> list[Path]:
@@ -273,7 +285,9 @@ def _find(pattern: str) -> list[Path]:
 
 def make_absolute(paths: str) -> str:
     """Return the paths and patterns of a `data.path` as absolute ones."""
-    return re.sub("[^,;]+", lambda path: str(Path(os.path.expanduser(path[0])).absolute()), paths)
+    here = re.sub("[,;]", r"[\g<0>]", glob.escape(str(Path.cwd())))
+    one = f"(?:(?!{_COMMA}|{_SEMICOLON}).)+"
+    return re.sub(one, lambda path: str(Path(here, os.path.expanduser(path[0]))), paths)
 
 
 def _hold(content: bytes) -> Segment:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import commands
 import models
 import runs
 from lstm_jax import config, generation, training
@@ -107,6 +108,8 @@ def test_a_run_survives_export_and_import(
     target, directory = tmp_path / "model.safetensors", tmp_path / "again"
     transfer.export_weights(trained, target)
     transfer.import_weights(target, directory, f"{target}.vocabulary.json")
+    done = commands.run("evaluate", f"--workdir={directory}")  # The text of the run is not known.
+    assert done.returncode == 2 and "name one with --text" in done.stderr
     after = workdir.load_trained(directory)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     ours, theirs = compute_logits(before, text), compute_logits(after, text)

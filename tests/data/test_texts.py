@@ -72,6 +72,18 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(
     assert texts.make_absolute("~/a.txt;/b") == f"{tmp_path}/a.txt;/b"
 
 
+def test_the_names_of_directories_may_have_any_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "Smith, J; [x]"
+    place.mkdir()
+    (place / "a,b.txt").write_text("text")
+    monkeypatch.chdir(place)
+    for name in ("*.txt", "a[,]b.txt"):
+        found = texts.find_files(texts.make_absolute(f"{name};{name},{name};{name}"))
+        assert found == [[place / "a,b.txt"] * number for number in (1, 2, 1)]
+
+
 def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9 au lait".encode("latin-1"))
     (tmp_path / "gone.txt").symlink_to("nowhere")
@@ -247,7 +259,8 @@ def assert_same(data: ConfigDict) -> None:
             np.testing.assert_array_equal(texts.count_ids(ids, len(encoder)), counts)
             first = encoder.split(whole[name])[0]
             if first.isascii():
-                of_first = measure(first, encoder)
+                spelled = first if whole[name].startswith(first) else first.removeprefix(" ")
+                of_first = measure(first, encoder)._replace(characters=len(spelled))
                 of_rest = (a - b for a, b in zip(expected, of_first, strict=True))
                 assert text.measure(encoder, ids) == tuple(of_rest)
 

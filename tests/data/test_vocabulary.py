@@ -1,5 +1,6 @@
 """Test tokens of each kind: encoding, decoding, and vocabularies of other texts."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -144,8 +145,10 @@ def test_documents_end_with_the_stop_token() -> None:
     # A stop token of one character is that character.
     assert Vocabulary.from_text(text, stop="\n").tokens == ("", "[UNK]", "\n", "a", "b", "c", "d")
     assert Vocabulary.from_text(text).stop_id is None
-    assert find_stop_text("blank_line", "a\r\n\r\nb".__contains__) == "\r\n\r\n"
-    assert find_stop_text("blank_line", text.__contains__) == "\n\n"
+    for separator, stop in {"line": "\n", "blank_line": "\n\n"}.items():
+        windows = stop.replace("\n", "\r\n")
+        for pieces, expected in ((["a", f"b{windows}"], windows), ([f"a{windows}b{stop}"], stop)):
+            assert find_stop_text(separator, functools.partial(list, pieces)) == expected
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="has no end of a file"):
