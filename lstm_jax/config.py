@@ -342,8 +342,10 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
             values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
         elif name in FIELDS:
             values[name] = value
-        elif name not in _REMOVED or value != _REMOVED[name]:
-            raise UserError(describe_unknown_field(name))
+        elif name not in _REMOVED:
+            raise UserError(f"there is no field {name}{suggest_fields(name)}")
+        elif value != _REMOVED[name]:
+            raise UserError(f"config.{name} is {value!r}: this version has no such field")
     values = {name: check_value(name, value) for name, value in values.items()}
     config = _make_section(Config, values)
     for name, field in FIELDS.items():
@@ -375,7 +377,7 @@ def check_value(name: str, value: Any) -> Any:
         value = tuple(value)
     if isinstance(allowed, str):
         return check_number(f"config.{name}", value, kind, allowed)
-    if value in allowed or (_OWN_CELL in allowed and names_cell_file(value)):
+    if value in allowed or (_OWN_CELL in allowed and names_cell_file(str(value))):
         return value
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f": did you mean {near[0]}?" if near else ""
@@ -415,12 +417,15 @@ def find_fields(name: str) -> list[str]:
     return found
 
 
-def describe_unknown_field(name: str) -> str:
-    """Return an error message for a name that is not a field."""
+def suggest_fields(name: str, prefix: str = "") -> str:
+    """Return the end of an error message for a name that is not a field: what may be meant.
+
+    `prefix` stands before each field, as --config. does on a command line.
+    """
     flags = [field.name for field in FIELDS.values() if field.is_flag]
     similar = find_fields(name) or difflib.get_close_matches(name, flags, n=1)
-    hint = f": did you mean {' or '.join(similar)}?" if similar else ": docs/config.md lists all"
-    return f"there is no field {name}{hint}"
+    meant = " or ".join(prefix + field for field in similar)
+    return f": did you mean {meant}?" if similar else ": docs/config.md lists all"
 
 
 def flatten(

@@ -83,7 +83,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             flags.FLAGS.unparse_flags()
             return _parse_flags(argv)
         is_field = "config" in flags.FLAGS and (name != error.flagname or config.find_fields(name))
-        _fail(config.describe_unknown_field(name) if is_field else str(error))
+        hint = config.suggest_fields(name, "--config.")
+        _fail(f"there is no flag --{error.flagname}{hint}" if is_field else str(error))
     except (flags.Error, ValueError) as error:
         _fail(str(error))
     except SystemExit:  # absl has printed the help, and exits with code 1.

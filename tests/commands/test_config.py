@@ -80,6 +80,8 @@ def test_the_default_config_is_the_lesson() -> None:
         ({"data": {"document_separator": "page"}}, "must be one of empty, line, blank_line"),
         ({"mesh": {"data": 5}}, "batches.batch_size is 64: it needs batches.batch_size % "),
         (None, "the config is a NoneType"),
+        ({"model": {"cell": None}}, "config.model.cell is None: it must be one of lstm, "),
+        ({"model": {"layer_norm": True}}, "model.layer_norm is True: this version has no such"),
     ],
 )
 def test_an_error_names_a_bad_field(fields: dict[str, Any] | None, message: str) -> None:
@@ -110,7 +112,8 @@ DROPOUTS = "embedding_dropout input_dropout hidden_dropout output_dropout recurr
 def test_a_field_is_found_by_the_names_that_people_use(name: str, fields: str) -> None:
     done = commands.run("main", f"--config.{name}=1", "--config=experiments/quick.py", cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr == f"error: there is no field {name}: did you mean {fields}?\n"
+    meant = " or ".join(f"--config.{field}" for field in fields.split(" or "))
+    assert done.stderr == f"error: there is no flag --config.{name}: did you mean {meant}?\n"
 
 
 def test_a_field_that_the_program_sets_is_not_a_flag() -> None:

@@ -283,7 +283,7 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["main", "--config", QUICK, "--config.num_epochs=three"], "num_epochs=three: invalid lit"),
         (["main", "--config", QUICK, "--config.model.hidden_size=0"], "1 <= hidden_size <= 2**20"),
         (["main", "--config", QUICK, "--config.data.fractions=('a','b')"], "fractions is ('a',"),
-        (["main", "--hidden_size=3"], "there is no field hidden_size: did you mean model.hidden"),
+        (["main", "--hidden_size=3"], "no flag --hidden_size: did you mean --config.model.hidden"),
         (["main", "--config", QUICK, "--wordir=x"], "Did you mean: workdir"),
         (["main", "--config", QUICK, "stray"], "stray argument 'stray'"),
         (
