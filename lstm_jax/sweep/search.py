@@ -106,6 +106,9 @@ def open_sweep(
     directory.mkdir(parents=True, exist_ok=True)
     location = location or f"sqlite:///{directory.absolute()}/study.db"
     study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
+    before = filter(None, map(_get_choices, study.get_trials(deepcopy=False)))
+    if grid and any(theirs != choices for theirs in before):
+        raise UserError(f"{directory} holds a sweep with other choices: use another --workdir")
     return Sweep(study, experiment, space, directory, trials or 40)
 
 
@@ -144,10 +147,15 @@ def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
     """Return the choices of each parameter of a grid; raise `UserError` if one has none."""
     trial = optuna.create_study().ask()
     complete_config(experiment, space(trial))
-    choices = {name: [*getattr(x, "choices", ())] for name, x in trial.distributions.items()}
+    choices = _get_choices(trial)
     if not all(choices.values()):
         raise UserError("a grid needs choices: use suggest_categorical for every parameter")
     return choices
+
+
+def _get_choices(trial: BaseTrial) -> dict[str, list[Any]]:
+    """Return the choices of each parameter of a trial; an empty list for one without choices."""
+    return {name: [*getattr(x, "choices", ())] for name, x in trial.distributions.items()}
 
 
 def get_number(trial: FrozenTrial) -> int:

@@ -145,6 +145,8 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     validation, test = (f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in numbers)
     line = done.stdout.splitlines()[-1]
     assert line == f"Mean of 2 seeds: validation {validation}, test {test}"
+    more = commands.run("sweep", *flags, "--seeds=3")
+    assert more.returncode == 2 and "with other choices" in more.stderr
 
 
 def test_a_sweep_has_a_space_or_seeds() -> None:
