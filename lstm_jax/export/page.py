@@ -83,6 +83,7 @@ def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
         "kind": vocabulary.kind,
         "tokenName": vocabulary.token_name,
         "stop": vocabulary.stop,
+        "lineBreak": "\r\n" if "\r\n" in text else "\n",
         "features": list(computed),
         "followers": [follower._asdict() for follower in followers],
         "correlations": pack(correlations, "f4"),

@@ -152,6 +152,20 @@ def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("kind", ["characters", "words", "bytes", "bpe"])
+def test_line_breaks_of_windows_are_read_as_in_python(
+    browser: Any, kind: str, tmp_path: Path
+) -> None:
+    text = "a line\r\n\r\nanother\r\n"
+    trained = make_trained(kind, text=text)
+    shown = Page(browser, tmp_path / "page.html", trained, text)
+    ids = shown("encode(arguments[0]).map(({id}) => id)", text.replace("\r", ""))
+    np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
+    shown.read("a\nb\n")
+    assert shown("area.value") == "".join(shown.get_each("text")) == "a\nb\n"
+
+
+@pytest.mark.process
 def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
