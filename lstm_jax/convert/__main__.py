@@ -44,8 +44,9 @@ def main() -> None:
         raise UserError("--modules needs three names, such as encoder,rnn,decoder")
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.convert import transfer
+    from lstm_jax.run.workdir import expand_path
 
-    directory, file = Path(_WORKDIR.value), Path(_FROM.value or _TO.value)
+    directory, file = Path(_WORKDIR.value), expand_path(_FROM.value or _TO.value)
     if _TO.value and not file.suffix:
         transfer.export_folder(directory, file, _DTYPE.value)
         return

@@ -4,8 +4,6 @@ The page shows what the model expects in a text, and what its hidden units follo
 if it can run the model's cell. It needs only a browser.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from lstm_jax.errors import UserError
@@ -25,9 +23,10 @@ def main() -> None:
         raise UserError("the page is about one model: give --workdir once")
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.export import page
+    from lstm_jax.run.workdir import expand_path
 
     text = page.read_text(directories[0], _TEXT.value, own_text)
-    page.write_page(directories[0], text, Path(_TO.value) if _TO.value else None)
+    page.write_page(directories[0], text, expand_path(_TO.value) if _TO.value else None)
 
 
 if __name__ == "__main__":
