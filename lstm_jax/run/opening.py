@@ -202,8 +202,10 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
                 f"config.{field} is {ours!r}, but {theirs!r} in {config.init_from}, from which "
                 "this run starts: set the same"
             )
-    # No tokens of "bpe" are learned: those of the model can spell any word.
-    own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
+    if config.distill.teachers:  # With other tokens, a model could not learn from them.
+        own = workdir.load_vocabulary(workdir.find_model(config.distill.teachers.split(",")[0]))
+    else:  # No tokens of "bpe" are learned: those of the model can spell any word.
+        own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
     vocabulary = source.vocabulary.extend(own)
     new = vocabulary.tokens[len(source.vocabulary) :]
     listed = f": {', '.join(map(repr, new[:10]))}" if new else ""

@@ -74,6 +74,17 @@ def test_teachers_of_another_text_give_a_warning(
     assert "was trained on another text or other splits" in capsys.readouterr().err
 
 
+def test_a_student_that_starts_from_a_model_has_the_tokens_of_its_teachers(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("¿" + text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    changes = {"init_from": str(trained), "distill.teachers": f"{trained},{trained}"}
+    changes |= {"data.path": str(tmp_path / "a.txt"), "data.sha256": ""}
+    config = config_lib.complete_config(workdir.load_config(trained), changes)
+    with opening.open_run(config, tmp_path / "run", quiet=True) as opened:
+        assert opened.vocabulary.to_fields() == workdir.load_vocabulary(trained).to_fields()
+
+
 @pytest.mark.slow
 def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
     flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]
