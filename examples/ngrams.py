@@ -1,18 +1,17 @@
 """Mix the probabilities of a model with those of n-grams, and measure the mixture.
 
     python examples/ngrams.py runs/quick train.txt validation.txt test.txt
-    python examples/ngrams.py runs/quick train.txt validation.txt test.txt --dynamic 1e-3 0.003 50
 
-The tokens of the model must be characters. Some n-grams are counted in the training text and the
-text read so far, others only in the text read so far. Counts are interpolated as in method C of
-Witten and Bell (1991): c(abc) is the number of times that abc occurs, t(ab) the number of different
-characters that follow ab, and
+The n-grams consist of the tokens of the model. Some are counted in the training text and the text
+read so far, others only in the text read so far. Counts are interpolated as in method C of Witten
+and Bell (1991): c(abc) is the number of times that abc occurs, t(ab) the number of different tokens
+that follow ab, and
 
     p(c | ab) = (c(abc) + t(ab) p(c | b)) / (c(ab) + t(ab)).
 
-The weights of a mixture depend on the length of the longest known context. They are the best ones
-on the first text after the training text, and all are measured. --dynamic RATE DECAY LENGTH is
-dynamic evaluation of the model. Several models, separated by commas, are an ensemble.
+The weights of a mixture depend on the length of the longest known context, and are the best ones
+on the first text after the training text. Several models, separated by commas, are an ensemble.
+--dynamic 1e-3 0.003 50 is dynamic evaluation of the model; with words, --longest 4 saves memory.
 """
 
 import argparse
@@ -26,13 +25,11 @@ import lstm_jax
 from lstm_jax import dynamic
 from lstm_jax.ensemble import list_members
 
-_LONGEST = 8  # Characters of an n-gram.
-
 
 class NGrams:
-    """Predicts each of `size` characters by those before it, and counts it."""
+    """Predicts each character of a text, one of `size`, by those before it, and counts it."""
 
-    def __init__(self, size: int, longest: int = _LONGEST) -> None:
+    def __init__(self, size: int, longest: int) -> None:
         self._size, self._longest, self._text = size, longest, ""
         self._counts = Counter[str]()  # Of n-grams.
         self._totals, self._types = Counter[str](), Counter[str]()  # Of what follows a context.
@@ -57,13 +54,13 @@ class NGrams:
         return probability, known
 
 
-def fit_weights(experts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the best weights of experts for each length, [lengths, experts], by 50 steps of EM.
+def fit_weights(experts: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
+    """Return the best weights of experts for each length, [longest, experts], by 50 steps of EM.
 
-    `experts` [experts, n] are the probabilities of characters, and `lengths` [n] those of their
+    `experts` [experts, n] are the probabilities of tokens, and `lengths` [n] those of their
     contexts. A length that does not occur has the first expert alone.
     """
-    weights = np.eye(len(experts))[np.zeros(_LONGEST, int)]
+    weights = np.eye(len(experts))[np.zeros(longest, int)]
     for length in np.unique(lengths):
         weight = np.full((len(experts), 1), 1 / len(experts))
         for _ in range(50):
@@ -79,21 +76,24 @@ if __name__ == "__main__":
     parser.add_argument("train", type=Path, help="the training text")
     parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
     parser.add_argument("--dynamic", type=float, nargs=3, help="RATE DECAY LENGTH")
+    parser.add_argument("--longest", type=int, default=8, help="tokens of the longest n-grams")
     args = parser.parse_args()
-    train_text, *texts = (p.read_bytes().decode("utf-8-sig") for p in [args.train, *args.texts])
-    run, size, weights = lstm_jax.load(args.model.split(",")), len({*train_text}) + 1, None
-    (trained := NGrams(size)).read(train_text)
-    for path, text in zip(args.texts, texts, strict=True):
+    run, longest, weights = lstm_jax.load(args.model.split(",")), args.longest, None
+    members, size = list_members(run.model, run.params), len(run.vocabulary)
+    texts = [path.read_bytes().decode("utf-8-sig") for path in [args.train, *args.texts]]
+    ids = [np.array(run.vocabulary.encode(text)) for text in texts]
+    coded = ["".join(map(chr, each)) for each in ids]  # A character for each token.
+    (trained := NGrams(size, longest)).read(coded[0])
+    for i, path in enumerate(args.texts, 1):
         if args.dynamic:
-            ids, train_ids = (np.array(run.vocabulary.encode(t)) for t in (text, train_text))
-            members, (rate, decay, length) = list_members(run.model, run.params), args.dynamic
-            settings = dynamic.Settings(rate, decay, int(length))
-            losses = np.concatenate([*dynamic.adapt_to_text(members, train_ids, ids, settings)])
+            settings = dynamic.Settings(args.dynamic[0], args.dynamic[1], int(args.dynamic[2]))
+            losses = np.concatenate([*dynamic.adapt_to_text(members, ids[0], ids[i], settings)])
         else:
-            losses = -run.score(text).log_probs
-        (both, lengths), (own, _) = copy.deepcopy(trained).read(text), NGrams(size).read(text)
+            losses = -run.score(texts[i]).log_probs
+        both, lengths = copy.deepcopy(trained).read(coded[i])
+        own, _ = NGrams(size, longest).read(coded[i])
         experts, lengths = np.stack([np.exp(-losses), both[1:], own[1:]]), lengths[1:]
-        weights = fit_weights(experts, lengths) if weights is None else weights
+        weights = fit_weights(experts, lengths, longest) if weights is None else weights
         mixed = (weights[lengths].T * experts).sum(axis=0)
-        means = (-np.log(p).mean() for p in (*experts, mixed))
+        means = [-np.log(p).mean() for p in (*experts, mixed)]
         print("{}: model {:.4f}, n-grams {:.4f} and {:.4f}, mixed {:.4f}".format(path, *means))

@@ -186,7 +186,7 @@ def test_the_weights_of_a_mixture_are_the_best() -> None:
 
     rng = np.random.default_rng(0)
     experts, lengths = rng.uniform(0.01, 1, [2, 400]), rng.integers(2, size=400)
-    weights = fit_weights(experts, lengths)
+    weights = fit_weights(experts, lengths, 3)
     share = np.linspace(0, 1, 101)[:, None]
     for length in range(2):
         first, second = experts[:, lengths == length]
