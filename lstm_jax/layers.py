@@ -20,13 +20,14 @@ class LSTM(nn.Module):
 
     It differs from Flax in this:
 
-    - Inputs are [batch, time, features], and there is no `time_major`.
+    - Inputs are [batch, time, features]. There is no `time_major`, `init_key` or `keep_order`.
     - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
     - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
     - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
       uniform kernels, and 1 as the bias of the forget gate. `lstm_jax.ops.weights`
       converts Flax's.
-    - `reset` [batch, time] is true at steps that read a carry of zeros.
+    - `reset` [batch, time] is true at the first step of a document or an episode, which reads a
+      carry of zeros. A layer that runs backwards does so at the last step of the one before.
     - `dtype` is that of the matmuls' factors only.
 
     Attributes:
@@ -77,8 +78,11 @@ class LSTM(nn.Module):
         reverse = self.reverse if reverse is None else reverse
         directions = [("", reverse), ("_reverse", not reverse)][: 2 if self.bidirectional else 1]
         count = self.num_layers * len(directions)
-        first = iter([initial_carry] if count == 1 else initial_carry or [None] * count)
-        last, outputs = [], inputs
+        carries = [None] * count if initial_carry is None else initial_carry
+        carries = [initial_carry] if count == 1 else carries
+        if len(carries) != count:
+            raise ValueError(f"initial_carry holds {len(carries)} carries: it must hold {count}")
+        first, last, outputs = iter(carries), [], inputs
         for i in range(self.num_layers):
             joined = []
             for suffix, backward in directions:
@@ -87,7 +91,7 @@ class LSTM(nn.Module):
                     params,
                     outputs,
                     _wrap(next(first)),
-                    reset=reset,
+                    reset=_mark_ends(reset) if backward and reset is not None else reset,
                     lengths=seq_lengths,
                     reverse=backward,
                     dtype=self.dtype,
@@ -109,6 +113,11 @@ class LSTM(nn.Module):
 def _wrap(carry: Any) -> Any:
     """Return the carry of a layer as `ops` takes it."""
     return carry if carry is None or isinstance(carry, tuple) else ops.HiddenCarry(carry)
+
+
+def _mark_ends(starts: ArrayLike) -> jax.Array:
+    """Return where documents end, [batch, time], from where they start."""
+    return jnp.pad(jnp.asarray(starts)[:, 1:], ((0, 0), (0, 1)))
 
 
 class PeepholeLSTM(LSTM):

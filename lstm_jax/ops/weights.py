@@ -42,6 +42,12 @@ def _make(input_kernel: Any, recurrent_kernel: Any, bias: Any, recurrent_bias: A
     return GRUParams(*map(jnp.asarray, arrays))
 
 
+def _get_gates(params: Params) -> Sequence[str]:
+    if type(params) not in _GATES:
+        raise ValueError(f"PyTorch and Flax have no layer with {type(params).__name__}")
+    return _GATES[type(params)]
+
+
 def _split_biases(params: Params) -> tuple[np.ndarray, np.ndarray]:
     """Return the biases that are added to x W and to h U, for all gates each."""
     bias = np.asarray(params.bias)
@@ -69,6 +75,7 @@ def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: s
 
 def to_torch(params: Params, layer: str = "l0", prefix: str = "") -> dict[str, np.ndarray]:
     """Return the arrays of a layer in a `state_dict` of PyTorch; see `from_torch`."""
+    _get_gates(params)  # It checks the type.
     kernels = np.asarray(params.input_kernel).T, np.asarray(params.recurrent_kernel).T
     arrays = *kernels, *_split_biases(params)
     return dict(zip(_name_arrays(layer, prefix), arrays, strict=True))
@@ -82,7 +89,9 @@ def _name_arrays(layer: str, prefix: str) -> list[str]:
 def from_flax(params: Mapping[str, Mapping[str, ArrayLike]]) -> Params:
     """Return the parameters of Flax's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell."""
     count = sum(name.startswith("h") for name in params)
-    gates = next(gates for gates in _GATES.values() if len(gates) == count)
+    gates = next((gates for gates in _GATES.values() if len(gates) == count), None)
+    if gates is None:
+        raise ValueError(f"a cell with {count} recurrent kernels is no LSTM, GRU or simple RNN")
 
     def join(side: str) -> tuple[np.ndarray, np.ndarray]:
         own = [params[side + gate] for gate in gates]
@@ -99,7 +108,7 @@ def from_flax(params: Mapping[str, Mapping[str, ArrayLike]]) -> Params:
 
 def to_flax(params: Params) -> dict[str, dict[str, np.ndarray]]:
     """Return the `params` of Flax's cell: OptimizedLSTMCell, GRUCell or SimpleCell."""
-    gates = _GATES[type(params)]
+    gates = _get_gates(params)
 
     def split(side: str, kernel: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
         kernels = np.split(np.asarray(kernel), len(gates), axis=1)

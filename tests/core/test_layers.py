@@ -81,11 +81,39 @@ def test_options_of_the_functions_reach_them() -> None:
 
 
 @every_kind
+def test_each_document_is_read_alone_in_both_directions(name: str) -> None:
+    inputs, cut = make_inputs(name), 4
+    layer = LAYERS[name](HIDDEN, num_layers=2, bidirectional=True)
+    variables = layer.init(jax.random.key(0), inputs)
+    outputs = layer.apply(
+        variables, inputs, reset=np.arange(TIME)[None] == np.full([BATCH, 1], cut)
+    )
+    alone = [layer.apply(variables, part) for part in (inputs[:, :cut], inputs[:, cut:])]
+    assert_close(outputs, jnp.concatenate(alone, axis=1))
+
+
+def test_carries_are_those_of_all_layers() -> None:
+    inputs, carry = make_inputs("gru"), jnp.zeros((BATCH, HIDDEN))
+    layer = layers.GRU(HIDDEN, num_layers=2)
+    for number in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"holds {number} carries: it must hold 2"):
+            layer.init(jax.random.key(0), inputs, initial_carry=(carry,) * number)
+
+
+@every_kind
 def test_weights_are_read_back_unchanged(name: str) -> None:
     params = make_params(name)
     for library in ("torch", "flax"):
         written = getattr(weights, f"to_{library}")(params)
         assert_close(getattr(weights, f"from_{library}")(written), params, 0)
+
+
+def test_weights_that_another_library_lacks_raise_an_error() -> None:
+    for write in (weights.to_torch, weights.to_flax):
+        with pytest.raises(ValueError, match="no layer with PeepholeLSTMParams"):
+            write(make_params("peephole_lstm"))
+    with pytest.raises(ValueError, match="a cell with 2 recurrent kernels"):
+        weights.from_flax({"if": {}, "hf": {}, "in": {}, "hn": {}})
 
 
 def test_weights_of_another_layer_are_an_error() -> None:
