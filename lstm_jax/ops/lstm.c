@@ -303,14 +303,14 @@ static void multiply_block(const word *a, size_t rows, size_t words, const word 
 // Compute rows [first, last) of a @ b, for `b` packed in tiles of 64 columns.
 static void multiply_range(Factor a, size_t first, size_t last, const word *packed, size_t width,
                            word *packed_rows, float *result, size_t stride) {
-  size_t words = count_words(a);
-  for (size_t k = 0; k < words; k += DEPTH) {
-    size_t end = least(k + DEPTH, words);
+  size_t words = count_words(a), k = 0, end;
+  do {  // Without words, the result is zero.
+    end = least(k + DEPTH, words);
     pack_rows(a, first, last, k, end, packed_rows);
     for (size_t j = 0; j < width; j += TILE)
       multiply_block(packed_rows, last - first, end - k, packed + j * words + k * TILE, !k,
                      result + j, stride, width - j);
-  }
+  } while ((k = end) < words);
 }
 
 typedef struct {

@@ -95,8 +95,10 @@ def _compile(path: Path) -> None:
     try:
         env = os.environ | {"LC_ALL": "C"}  # For messages in English.
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
-    except FileNotFoundError:
-        raise UserError("there is no C compiler named cc: install gcc or clang") from None
+    except OSError as error:
+        raise UserError(
+            f"the C compiler cc can't be run ({error.strerror}): install gcc or clang"
+        ) from None
     if result.returncode:
         lines = result.stderr.splitlines()
         reason = next((line for line in lines if "error" in line), "it fails")

@@ -202,7 +202,7 @@ def differentiate_params(
     by_inputs, by_hidden = gating.split_columns(rows)
     # Features first, before they are rounded: otherwise XLA's CPU backend multiplies in float32.
     columns = [
-        _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], -1), axis)
+        _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], len(rows)), axis)
         for x in (_swap_layout(inputs, axis), before)
     ]
     d_kernels = [*map(matmul_rounded, columns, (by_inputs, by_hidden))]

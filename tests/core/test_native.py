@@ -509,7 +509,7 @@ def test_without_a_library_a_warning_says_why(
     compiler.unlink()
     assert read_warning() == (
         "warning: LSTMs run without the library in C, which is faster: "
-        "there is no C compiler named cc: install gcc or clang\n"
+        "the C compiler cc can't be run (No such file or directory): install gcc or clang\n"
     )
 
 
