@@ -26,6 +26,9 @@ from lstm_jax.vocabulary import FILE_END, Vocabulary
 TEXT = (
     "3월 15일에 AI가 K팝을 ใช้Python ทำ ๑๒๓ "
     "It can't be 3.14  or won\u2019t,\n\n it? naïve e\u0301 한국어 日本語のテキスト "
+    # Hebrew acronyms, and numbers in digits of Arabic and of full width.
+    '\u05e6\u05d4\u05f4\u05dc \u05e6\u05d4"\u05dc \u0663\u066b\u0661\u0664 '
+    "\u0661\u066c\u0660\u0660\u0660 O\u2018Neill \uff11\uff12\uff13\uff0e\uff14 "
     "スマートフォンアプリ ภาษาไทย Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
 )
 
@@ -135,10 +138,11 @@ def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
     browser: Any, name: str, tmp_path: Path
 ) -> None:
     trained = make_trained(**MODELS[name])
-    text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x"
+    text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x\udce9\udcff"
     shown = Page(browser, tmp_path / "page.html", trained)
     ids = trained.vocabulary.encode(text)
-    np.testing.assert_array_equal(shown("encode(arguments[0]).map(({id}) => id)", text), ids)
+    read = "encode(JSON.parse(arguments[0])).map(({id}) => id)"
+    np.testing.assert_array_equal(shown(read, json.dumps(text)), ids)
     each = "ids.map((id) => Array.from(softmax(step(state, id))))"
     found = shown(f"((ids, state) => {each})(arguments[0], zeroState())", ids.tolist())
     expected = compute_probabilities(trained, text)
