@@ -46,6 +46,7 @@ def load_cell(name: str) -> str:
     cell = getattr(module, class_name, None)
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(f"{file} has no class {class_name} derived from flax.linen.Module")
+    cells.LOADED.pop(name, None)  # The last one loaded is last.
     cells.LOADED[name] = cell, sha256
     return sha256
 

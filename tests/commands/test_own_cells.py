@@ -212,6 +212,8 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
         trained = workdir.load_trained(tmp_path / name)
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
     assert capsys.readouterr().err == ""
+    cell_file.load_cell(f"{tmp_path}/one.py:Mine")
+    assert [*cells.LOADED][-1] == f"{tmp_path}/one.py:Mine"
     # A mistake in a file that has changed is one line, too.
     path.write_text(SOURCE.replace(RETURNED, "carry, inputs"))
     cell_file.load_cell(f"{path}:Mine")
