@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import runpy
@@ -106,8 +107,8 @@ def open_sweep(
     directory.mkdir(parents=True, exist_ok=True)
     location = location or f"sqlite:///{directory.absolute()}/study.db"
     study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
-    before = filter(None, map(_get_choices, study.get_trials(deepcopy=False)))
-    if grid and any(theirs != choices for theirs in before):
+    before = map(_get_choices, study.get_trials(deepcopy=False))
+    if grid and any(choices.get(name) != one for old in before for name, one in old.items()):
         raise UserError(f"{directory} holds a sweep with other choices: use another --workdir")
     return Sweep(study, experiment, space, directory, trials or 40)
 
@@ -145,11 +146,18 @@ def _open_storage(location: str) -> BaseStorage:
 
 def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
     """Return the choices of each parameter of a grid; raise `UserError` if one has none."""
-    trial = optuna.create_study().ask()
+    study = optuna.create_study()
+    trial = study.ask()
     complete_config(experiment, space(trial))
     choices = _get_choices(trial)
     if not all(choices.values()):
         raise UserError("a grid needs choices: use suggest_categorical for every parameter")
+    for point in itertools.product(*choices.values()):
+        study.enqueue_trial(dict(zip(choices, point, strict=True)))
+        trial = study.ask()
+        space(trial)
+        if {*trial.distributions} != {*choices}:
+            raise UserError("a parameter of a grid can't depend on others: use --sampler tpe")
     return choices
 
 

@@ -187,6 +187,13 @@ def test_a_grid_needs_choices_and_visits_each_once(
             "optimizer.name": trial.suggest_categorical("o", ["adam", "sgd"]),
         }
 
+    def depend(trial: Any) -> dict[str, Any]:
+        name = trial.suggest_categorical("o", ["adam", "sgd"])
+        return {"seed": trial.suggest_categorical("s", [0, 2])} if name == "sgd" else {}
+
+    with pytest.raises(UserError, match="depend on others"):
+        search.open_sweep(experiment, depend, tmp_path, grid=True)
+
     sweep = search.open_sweep(experiment, draw, tmp_path, grid=True)
     search.run_worker(sweep)
     assert len({tuple(trial.params.items()) for trial in sweep.study.trials}) == 6
