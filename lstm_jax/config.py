@@ -390,6 +390,7 @@ def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
     Raises:
       UserError: with the name that messages have for it, if it does not.
     """
+    value = getattr(value, "item", lambda: value)()  # Of a number of NumPy.
     wanted: Any = {int: Integral, float: Real}.get(kind, kind)
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
