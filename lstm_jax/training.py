@@ -63,13 +63,20 @@ def train(
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
         open_run(complete, directory, watch, quiet) as run,
     ):
-        is_at_end = run.first_step == run.plan.total_steps or is_out_of_patience(run)
-        is_finished = run.is_validated and is_at_end
-        run.print(messages.describe_setup(run, is_finished))
-        if not is_finished:  # A finished run keeps its config.
-            write_files(run)
+        done = is_finished(run)
+        run.print(messages.describe_setup(run, done))
+        if not done:  # A finished run keeps its config.
             take_steps(run)
         return finish_run(run)
+
+
+def is_finished(run: OpenRun) -> bool:
+    """Return whether the run has taken its last step, and recorded its last validation."""
+    is_at_end = run.first_step == run.plan.total_steps or is_out_of_patience(run)
+    # If more steps were to follow, but the process ended before it took one, this row is missing.
+    rows = run.read_metrics() if parallel.is_first() else []
+    is_recorded = any((x["split"], x["step"]) == ("validation", run.first_step) for x in rows)
+    return run.is_validated and is_at_end and bool(parallel.max_over_processes(is_recorded))
 
 
 def write_files(run: OpenRun) -> None:
@@ -102,6 +109,8 @@ def take_steps(run: OpenRun) -> None:
     state, step, is_over = run.first_state, run.first_step, False
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
     feed, pacer, progress = make_feed(run), parallel.Pacer(step), Progress(plan, run.prints)
+    compiled = set[int]()  # Numbers of steps in a call.
+    write_files(run)  # Now that no mistake is left.
     with StopRequest() as stop:
         if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
             save(run, state, step)
@@ -114,6 +123,9 @@ def take_steps(run: OpenRun) -> None:
             with jax.transfer_guard("disallow"):  # Any other transfer to the devices is an error.
                 state = train_step(state, batch)
             step += steps
+            if steps not in compiled:
+                progress.stop_clock()
+                compiled.add(steps)
             progress.after_step(step)
             is_synchronized = pacer.wait(step, state.loss_sum)
             code = parallel.max_over_processes(stop.code) if is_synchronized else 0
@@ -261,7 +273,8 @@ def finish_run(run: OpenRun) -> Run:
     parallel.wait_for_all("all is saved")
     shapes = model_lib.get_param_shapes(run.model)
     params, step = workdir.load_params(run.directory, shapes)
-    trained = workdir.Trained(run.config, run.vocabulary, run.model, params, step)
+    config = workdir.load_config(run.directory)
+    trained = workdir.Trained(config, run.vocabulary, run.model, params, step)
     rows = [row for row in run.read_metrics() if (row["split"], row["step"]) == ("test", step)]
     loss = rows[-1]["loss"] if rows else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if parallel.is_first():

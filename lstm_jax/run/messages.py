@@ -36,14 +36,15 @@ def describe_setup(run: OpenRun, is_finished: bool) -> str:
         f"  targets {vocabulary.decode(targets)!r}",
         f"  inputs  {' '.join(map(str, inputs))}",
         f"  targets {' '.join(map(str, targets))}\n",
-        *run.notes,
     ]
     if is_finished:
         lines.append(
             f"The run in {run.directory} is finished, at step {run.first_step}: to train longer, "
             "raise num_epochs, max_steps or patience"
         )
-    elif run.is_resumed:
+        return "\n".join(lines)
+    lines += run.notes
+    if run.is_resumed:
         total = run.plan.total_steps
         lines.append(f"Resuming from step {run.first_step} of {total}, saved in {run.directory}")
     return "\n".join(lines)
@@ -83,8 +84,7 @@ def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
 class Progress:
     """Measures the speed of training, and prints step, epoch, loss, speed and remaining time.
 
-    It prints a line every ten seconds. The first call of the step, which compiles it, is not
-    measured.
+    It prints a line every ten seconds.
     """
 
     def __init__(self, plan: Plan, prints: bool) -> None:
@@ -93,7 +93,7 @@ class Progress:
         self._last_line = time.monotonic()
 
     def after_step(self, step: int) -> None:
-        """Start the clock after the first call, or after `stop_clock`."""
+        """Start the clock if it does not run."""
         self._clock = self._clock or (step, time.monotonic())
 
     def stop_clock(self) -> None:

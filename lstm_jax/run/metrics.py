@@ -112,7 +112,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
-        self._watch(row)
+        self._watch({**row})  # A caller may take fields out.
         kept = {name: value for name, value in row.items() if name != "sample"}
         self._lines.write(f"{json.dumps(kept)}\n".encode())
         self._lines.flush()

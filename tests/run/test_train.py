@@ -1,5 +1,6 @@
 """Test training: resumed bit for bit, refused for other settings, and its files."""
 
+import copy
 import itertools
 import math
 import platform
@@ -132,12 +133,36 @@ def test_a_finished_run_says_so(
     before = (directory / workdir.METRICS).read_bytes()
     (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
     tiny_config.optimizer.weight_decay = 0.5
-    training.train(tiny_config, directory)
+    finished = training.train(tiny_config, directory)
     assert (directory / workdir.CURVES).exists()
     output = capsys.readouterr().out
     assert "is finished, at step 140: to train longer, raise num_epochs" in output
+    assert "weight_decay" not in output and finished.config == workdir.load_config(trained)
     assert (directory / workdir.METRICS).read_bytes() == before
     assert workdir.load_config(directory) == workdir.load_config(trained), "it was trained with it"
+
+
+@pytest.mark.slow
+def test_a_finished_run_keeps_its_last_validation_if_more_steps_fail(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
+    before = (directory / workdir.METRICS).read_bytes()
+    longer = copy.deepcopy(tiny_config)
+    longer.num_epochs, longer.distill.teachers = tiny_config.num_epochs + 1, "missing"
+    with pytest.raises(UserError, match="no trained model in missing"):
+        training.train(longer, directory)
+    assert (directory / workdir.METRICS).read_bytes() == before
+    longer.distill.teachers = ""
+
+    def fail(row: metrics.Row) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # In the first validation.
+        training.train(longer, directory, fail)
+    training.train(tiny_config, directory)
+    runs.assert_same(trained, directory)
+    assert workdir.load_config(directory) == workdir.load_config(trained)
 
 
 def test_another_model_or_text_in_the_same_directory_raises_an_error(
