@@ -72,11 +72,18 @@ def train(
 
 def is_finished(run: OpenRun) -> bool:
     """Return whether the run has taken its last step, and recorded its last validation."""
-    is_at_end = run.first_step == run.plan.total_steps or is_out_of_patience(run)
+    step = run.first_step
+    if not run.is_validated or not (step == run.plan.total_steps or is_out_of_patience(run)):
+        return False
     # If more steps were to follow, but the process ended before it took one, this row is missing.
-    rows = run.read_metrics() if parallel.is_first() else []
-    is_recorded = any((x["split"], x["step"]) == ("validation", run.first_step) for x in rows)
-    return run.is_validated and is_at_end and bool(parallel.max_over_processes(is_recorded))
+    is_recorded = parallel.is_first() and bool(find_losses(run, "validation", step))
+    return bool(parallel.max_over_processes(is_recorded))
+
+
+def find_losses(run: OpenRun, split: str, step: int) -> list[float]:
+    """Return the losses in metrics.jsonl of a split after `step` steps."""
+    rows = run.read_metrics()
+    return [row["loss"] for row in rows if (row["split"], row["step"]) == (split, step)]
 
 
 def write_files(run: OpenRun) -> None:
@@ -275,10 +282,10 @@ def finish_run(run: OpenRun) -> Run:
     params, step = workdir.load_params(run.directory, shapes)
     config = workdir.load_config(run.directory)
     trained = workdir.Trained(config, run.vocabulary, run.model, params, step)
-    rows = [row for row in run.read_metrics() if (row["split"], row["step"]) == ("test", step)]
-    loss = rows[-1]["loss"] if rows else loss_lib.compute_loss(run.model, params, run.ids["test"])
+    losses = find_losses(run, "test", step)
+    loss = losses[-1] if losses else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if parallel.is_first():
-        if not rows:
+        if not losses:
             record(run, step, "test", loss)
         plot_curves(run)
         # On a device, as in `validate`: else the function that generates would be compiled again.
