@@ -390,10 +390,10 @@ def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
     Raises:
       UserError: with the name that messages have for it, if it does not.
     """
-    value = getattr(value, "item", lambda: value)()  # Of a number of NumPy.
     wanted: Any = {int: Integral, float: Real}.get(kind, kind)
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    value = getattr(value, "item", lambda: value)()  # Of a number of NumPy.
     if kind in (int, float) and abs(value) < 2**1000:
         value = kind(value)
     with contextlib.suppress(TypeError):  # Elements of a tuple may have any type.
