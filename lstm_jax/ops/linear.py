@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.ops.gates import HiddenCarry, Marks, align
-from lstm_jax.ops.layer import check, run_in_order
+from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 
 def linear_scan(
@@ -49,7 +49,7 @@ def linear_scan(
         lengths=(lengths, Integer[Array, " batch"]),
     )
     (batch, time, features), dtype = a.shape, jnp.result_type(a, b)
-    wide = jnp.promote_types(jnp.result_type(a, b, *(first or ())), "float32")
+    _, wide = choose_dtypes(None, a, b, first)
     if first is None:
         first = HiddenCarry.zeros(batch, features, wide)
     if implementation not in ("auto", "scan", "parallel"):

@@ -86,7 +86,8 @@ def mlstm(
         arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
         *arrays, marks = align((*arrays, marks))
         q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
-        if marks.frozen is not None:  # A frozen step writes nothing, and keeps everything.
+        # A frozen step writes nothing, even before the first step that does, and keeps everything.
+        if marks.frozen is not None:
             frozen = marks.frozen[:, None]
             i, log_f = jnp.where(frozen, 2 * NEVER, i), jnp.where(frozen, 0, log_f)
         chunk = 1 if implementation == "scan" else min(time, _CHUNK)
