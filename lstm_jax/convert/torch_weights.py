@@ -134,9 +134,9 @@ def add_special_rows(
 ) -> tuple[Params, Vocabulary]:
     """Make "" and "[UNK]" rows 0 and 1; return parameters and vocabulary.
 
-    Rows that the model lacks are added, with logits of -30. `tokens` are those of its rows; they
-    may also include "" and "[UNK]" if the model has neither. Raise `UserError` if the number of
-    tokens does not fit the model.
+    Rows that the model lacks are added, with the mean embedding, and the mean of all logits minus
+    30. `tokens` are those of its rows; they may also include "" and "[UNK]" if the model has
+    neither. Raise `UserError` if the number of tokens does not fit the model.
     """
     table, dense = params["embedding"]["embedding"], params["dense"]
     proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
@@ -151,10 +151,11 @@ def add_special_rows(
     except ValueError as error:
         raise UserError(f"the vocabulary can't be used: {error}") from None
     row_of = {token: row for row, token in enumerate(rows)}
-    # The row after the last is the new one.
+    # The row after the last is the new one. With this bias it is, in effect, never drawn.
     picked = [row_of.get(token, len(rows)) for token in vocabulary.tokens]
-    made = {"bias": np.append(dense["bias"], np.float32(-30))[picked]}  # In effect, never drawn.
+    made = {"bias": np.append(dense["bias"], dense["bias"].mean() - 30)[picked]}
     if "kernel" in dense:
-        made["kernel"] = np.pad(dense["kernel"], ((0, 0), (0, 1)))[:, picked]
-    embedding = np.pad(table, ((0, 1), (0, 0)))[picked]
+        kernel = dense["kernel"]
+        made["kernel"] = np.append(kernel, kernel.mean(axis=1, keepdims=True), axis=1)[:, picked]
+    embedding = np.append(table, table.mean(axis=0, keepdims=True), axis=0)[picked]
     return {**params, "embedding": {"embedding": embedding}, "dense": made}, vocabulary
