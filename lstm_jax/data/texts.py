@@ -124,13 +124,17 @@ class Text(NamedTuple):
             counts = count_tokens(self.read_pieces(), self.units, self.stop)
             unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
         if not first:
-            token, piece = vocabulary.tokens[ids[0]], next(self.read_pieces())
+            token, starts = vocabulary.tokens[ids[0]], itertools.accumulate(self.read_pieces())
             if ids[0] == UNKNOWN_ID:
-                token = next(split_text(piece, self.units, self.stop))
+                split = itertools.chain.from_iterable(
+                    split_text(piece, self.units, self.stop) for piece in self.read_pieces()
+                )
+                token = next(split)
                 unknown[token] -= 1
             if self.units == "tokens":  # The text may begin without the space of a token.
                 word = token.lstrip(" ")
-                token = piece[: piece.index(word) + len(word)]
+                start = next(start for start in starts if word in start)
+                token = start[: start.index(word) + len(word)]
             # A token of bytes may end within a character, which then counts as a later one.
             characters -= len(token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
         # With one byte for the end of each.
@@ -147,7 +151,9 @@ class Splits:
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
-        return dataclasses.replace(data, sha256=self.sha256, path=make_absolute(data.path))
+        directory = data.directory and os.path.abspath(os.path.expanduser(data.directory))
+        path = make_absolute(data.path)
+        return dataclasses.replace(data, sha256=self.sha256, path=path, directory=directory)
 
     def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
         """Return the ids of each split; and the sizes of validation and test text.

@@ -84,6 +84,26 @@ def test_the_names_of_directories_may_have_any_signs(
         assert found == [[place / "a,b.txt"] * number for number in (1, 2, 1)]
 
 
+def test_a_text_may_begin_with_white_space(tmp_path: Path) -> None:
+    data = config_lib.default().data
+    data.units, data.path = "tokens", f"{tmp_path}/a.txt;{tmp_path}/b.txt;{tmp_path}/b.txt"
+    (tmp_path / "a.txt").write_bytes(b"12 13 14\n" * 9)
+    (tmp_path / "b.txt").write_bytes(b"\r12 13 15\n")
+    splits = texts.load_texts(data)
+    vocabulary = splits.texts["train"].make_vocabulary(data)
+    for known, unknown in ((vocabulary, 4), (Vocabulary(["", "[UNK]", " 15"], "tokens"), 6)):
+        _, sizes = splits.encode(known)
+        assert sizes["test"] == TextSize(3, len(" 13 15\n"), unknown)
+
+
+def test_a_directory_of_datasets_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = config_lib.complete_config({"data": {"directory": "texts"}}).data
+    assert texts.Splits({}, "").resolve(data).directory == str(tmp_path / "texts")
+
+
 def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9 au lait".encode("latin-1"))
     (tmp_path / "gone.txt").symlink_to("nowhere")
