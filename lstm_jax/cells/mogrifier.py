@@ -10,7 +10,7 @@ from lstm_jax.ops.gates import LSTMCarry
 
 
 class MogrifierLSTMCell(LSTMCell):
-    """An LSTM whose inputs and hidden state scale each other first (Melis et al. 2019).
+    """An LSTM whose inputs and hidden state scale each other first (Melis et al. 2020).
 
     In rounds k = 1, 2, ...:
 
