@@ -39,7 +39,7 @@ def main() -> int:
     model = _INIT_FROM.value
     experiment, name = command.read_experiment(model and f"experiments/finetune.py:{model}")
     if model is not None:
-        experiment = dataclasses.replace(experiment, init_from=model)
+        experiment = dataclasses.replace(experiment, init_from=model.rstrip("/"))
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
     from lstm_jax.devices import memory, parallel

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import flax.linen as nn
@@ -59,6 +60,11 @@ def make_cell(
         raise UserError(
             f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
         )
+    for field in dataclasses.fields(cell):
+        wanted, value = {int: Integral, float: Real}.get(field.type), given.get(field.name, 0)
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+            name, kind = f"config.model.options.{field.name}", field.type.__name__
+            raise UserError(f"{name} is {value!r}: it must be of type {kind}")
     if "dtype" in fields:
         given["dtype"] = dtype
     elif dtype != "float32":

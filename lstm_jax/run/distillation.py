@@ -24,13 +24,13 @@ def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
     trained, _ = workdir.load_models(teachers.split(","))
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
-            f"{teachers}, in config.distill.teachers, has another vocabulary than this run: train "
-            "both on one text, with the same data.units"
+            f"the vocabulary of {teachers}, in config.distill.teachers, is not that of this run: "
+            "train all on one text, with the same data.units"
         )
     if trained.config.data.sha256 != config.data.sha256:
         warn(
-            f"{teachers}, in config.distill.teachers, was trained on another text or other splits: "
-            "if it has read validation or test text of this run, these losses are too low"
+            f"{teachers}, in config.distill.teachers, read another text or other splits: if that "
+            "has validation or test text of this run, these losses are too low"
         )
     return trained
 

@@ -20,7 +20,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import CHANGEABLE, Config, flatten
 from lstm_jax.data import files, texts
 from lstm_jax.devices import parallel
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, warn
 from lstm_jax.run import cell_file, metrics, workdir
 from lstm_jax.run.checkpoints import (
     CheckpointWriter,
@@ -258,6 +258,8 @@ def _make_run(
     # A rate that does not apply to the parameters is an error.
     drop = functools.partial(drop_parameters, config.regularization)
     jax.eval_shape(drop, state.params, state.key)
+    if config.regularization.hidden_dropout and config.model.num_layers == 1:
+        warn("config.regularization.hidden_dropout is between layers: one layer has output_dropout")
     checkpoints = directory / workdir.CHECKPOINTS
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None

@@ -65,6 +65,7 @@ def test_a_model_is_trained_further_on_another_text(
     made, source = workdir.load_config(directory), workdir.load_config(trained)
     assert made.model == source.model and made.init_from == str(trained)
     assert made.optimizer.learning_rate < source.optimizer.learning_rate
+    command[1] += "/"  # As a shell completes it.
     again = run(*command, *sizes, cwd=tmp_path)
     assert again.returncode == 0 and "is finished, at step 4" in again.stdout
 
@@ -286,6 +287,10 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["main", "--hidden_size=3"], "no flag --hidden_size: did you mean --config.model.hidden"),
         (["main", "--config", QUICK, "--wordir=x"], "Did you mean: workdir"),
         (["main", "--config", QUICK, "stray"], "stray argument 'stray'"),
+        (
+            ["main", *TINY, "--config.model.cell=mogrifier", "--config.model.options.rounds=abc"],
+            "config.model.options.rounds is 'abc': it must be of type int",
+        ),
         (
             ["main", *TINY, "--config.model.cell=slstm", "--config.model.recurrence=xla"],
             "only the cells lstm, peephole, gru and rnn",

@@ -71,7 +71,7 @@ def test_teachers_of_another_text_give_a_warning(
     assert capsys.readouterr().err == ""
     changes["data.sha256"] = "0:9:5:5"
     distillation.load_teachers(config_lib.complete_config(config, changes), vocabulary)
-    assert "was trained on another text or other splits" in capsys.readouterr().err
+    assert "read another text or other splits" in capsys.readouterr().err
 
 
 def test_a_student_that_starts_from_a_model_has_the_tokens_of_its_teachers(
@@ -104,7 +104,7 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
     done = commands.run("main", *arguments, "--config.data.units=bytes")
     assert done.returncode == 2
-    assert "another vocabulary" in done.stderr
+    assert "is not that of this run" in done.stderr
     untrained = shutil.copytree(trained, tmp_path / "untrained")
     shutil.rmtree(untrained / workdir.CHECKPOINTS)
     arguments = runs.make_arguments(text_file, tmp_path / "new", f"{flags[0]},{untrained}")

@@ -1,11 +1,13 @@
-"""Test that one process trains in a working directory."""
+"""Test how a run is opened."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 from lstm_jax.run import opening
 
@@ -30,3 +32,11 @@ def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
     first.wait()
     with opening._hold_lock(tmp_path):
         pass
+
+
+def test_hidden_dropout_of_one_layer_gives_a_warning(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.model.num_layers, tiny_config.regularization.hidden_dropout = 1, 0.5
+    with opening.open_run(config_lib.complete_config(tiny_config), tmp_path):
+        assert "hidden_dropout is between layers" in capsys.readouterr().err
