@@ -11,8 +11,9 @@ torch.compile, which needs a C++ compiler, and autocast to bfloat16, which its t
 on a CPU. `NAME:N` is experiments/NAME.py with N epochs, and `NAME` the same with its own number.
 All train in turn on the same 90 % of a text, Tiny Shakespeare if --text is not given, which nanoGPT
 reads as a dataset in its data/; a learning rate schedule ends with the training. Minutes are those
-of the whole process. Each model's own learning rate is multiplied by one of the factors: that with
-which its first row has the lowest loss of the validation split, with context, of one run each.
+of the whole process. For each model, one run per factor is trained at the length of its first row,
+with its own learning rate times the factor. All its rows have the factor with the lowest loss of
+the validation split, with context.
 
 Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
 checkpoint with the best validation loss, nanoGPT's on this whole text:

@@ -46,7 +46,7 @@ def parse_options(description: str | None, **sizes: Any) -> argparse.Namespace:
     """Parse the command line: a flag for each size, and the common ones.
 
     --dtype is that of matmuls, float32 or bfloat16; --only names contestants by words in their
-    names, as in gated,torch.
+    names, as in auto,torch.
     """
     sizes |= {"embedding_size": 256, "hidden_size": 1024, "num_layers": 1, "vocabulary_size": 67}
     return parse_flags(description, **sizes, rounds=5, dtype="float32", only="")

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
-    python benchmarks/train_step.py --vocabulary_size 10000 --tie_embeddings 1 --only gated,torch
+    python benchmarks/train_step.py --vocabulary_size 10000 --tie_embeddings 1 --only auto,torch
 
 A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam. Only
 this package and PyTorch tie embeddings.
@@ -35,13 +35,13 @@ def main() -> None:
     """Measure and print the table."""
     sizes = {"batch_size": 64, "window_length": 100, "tie_embeddings": 0}
     options = side_by_side.parse_options(__doc__, **sizes)
-    gated = functools.partial(make_lstm_jax, recurrence="auto")
+    auto = functools.partial(make_lstm_jax, recurrence="auto")
     contestants: dict[str, Make] = {
         "matmul": _matmul,
-        "lstm-jax gated": gated,
-        "lstm-jax gated, all regularizers": functools.partial(gated, rate=0.1),
-        "lstm-jax gated, all but input_dropout": functools.partial(
-            gated, rate=0.1, skipped="input_dropout"
+        "lstm-jax auto": auto,
+        "lstm-jax auto, all regularizers": functools.partial(auto, rate=0.1),
+        "lstm-jax auto, all but input_dropout": functools.partial(
+            auto, rate=0.1, skipped="input_dropout"
         ),
         "lstm-jax scan": functools.partial(make_lstm_jax, recurrence="scan"),
         **{name: functools.partial(make_peer, peers.MODELS[name]) for name in peers.MODELS},

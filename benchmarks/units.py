@@ -1,4 +1,4 @@
-"""Train one config on characters, bytes, words and parts of words for equal seconds.
+"""Train one config on characters, bytes, words and subwords for equal seconds.
 
     python benchmarks/units.py --out runs/units --seconds 180
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
