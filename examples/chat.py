@@ -2,8 +2,8 @@
 
     python examples/chat.py tiny-shakespeare --length 100 --temperature 0.7
 
-The model continues the whole text so far, yours and its own; after an empty line, its own. /next
-shows the five most likely next tokens, /undo removes the last line and its answer, and /reset
+Each line is appended to the text so far, and the model continues it; an empty line appends nothing.
+/next shows the five most likely next tokens, /undo removes the last line and its answer, and /reset
 removes all. Ctrl-C ends an answer or, at the start of a line, the chat.
 """
 

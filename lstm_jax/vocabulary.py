@@ -1,4 +1,4 @@
-"""Convert text to token ids and back, for characters, words, bytes or parts of words."""
+"""Convert text to token ids and back, for characters, words, bytes or subwords."""
 
 import codecs
 import functools
@@ -48,7 +48,7 @@ class Vocabulary:
     Id 0 is "" (padding), id 1 is "[UNK]" (any token that is not in the vocabulary), and the tokens
     follow in code-point order. Those of kind "bytes" are always the 256 bytes, so that any file can
     be a text: those above 127 are surrogates, as in Python's "surrogateescape". Those of kind "bpe"
-    are the bytes, and then parts of words in the order in which they were learned. Those of kind
+    are the bytes, and then subwords in the order in which they were learned. Those of kind
     "tokens" have one space before each; other white space but line breaks is lost.
 
     Attributes:

@@ -22,7 +22,7 @@ def linear_scan(
     reverse: bool = False,
     implementation: Literal["auto", "scan", "parallel"] = "auto",
 ) -> tuple[HiddenCarry, Float[Array, "batch time features"]]:
-    """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and other state space models.
+    """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and state space models.
 
     Args:
       decays: a, floats [batch, time, features].

@@ -128,7 +128,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gru, tied": {"kind": "bytes", "cell": "gru", "tie_embeddings": True},
     "rnn, bytes of documents": {"kind": "bytes", "cell": "rnn", "stop": FILE_END},
-    "gru, parts of words of documents": {"kind": "bpe", "cell": "gru", "stop": FILE_END},
+    "gru, subwords of documents": {"kind": "bpe", "cell": "gru", "stop": FILE_END},
 }
 
 
