@@ -74,17 +74,18 @@ def show_log() -> None:
 
 
 @contextlib.contextmanager
-def run_user_code(kind: str, file: str) -> Iterator[None]:
+def run_user_code(kind: str, file: str, *passed: type[Exception]) -> Iterator[None]:
     """Let code of a user's Python file import the modules of its directory.
 
-    Raise any exception as a `UserError` that names file and line, and calls the file `kind`.
+    Raise any exception as a `UserError` that names file and line, and calls the file `kind`, except
+    for those `passed`.
     """
     directory = str(Path(file).parent)
     sys.path.insert(0, directory)
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, *passed)):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == file]

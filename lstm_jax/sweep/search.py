@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jax
 import optuna
@@ -28,7 +29,6 @@ from lstm_jax import training
 from lstm_jax.config import Config, complete_config
 from lstm_jax.errors import (
     NotFiniteError,
-    UnavailableError,
     UserError,
     make_visible,
     name_setting,
@@ -51,10 +51,14 @@ OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 REASON = "reason"  # Why it can't be trained.
 
-# Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
-# dead workers, if their storage has heartbeats.
+# Queue a trial again, with its parameters and losses. If the storage has heartbeats, Optuna does so
+# for a trial of a dead worker, whose death it may have caused.
 with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     retry = Retry(max_retry=10, inherit_intermediate_values=True)
+    retry_interrupted = Retry(max_retry=None, inherit_intermediate_values=True)
+
+
+_CHOICES = str, int, float, bool, type(None)  # What a study stores as it is.
 
 
 class Sweep(NamedTuple):
@@ -73,8 +77,12 @@ def load_space(path: str) -> Space:
         get_overrides = runpy.run_path(path)["get_overrides"]
 
     def get_fields(trial: BaseTrial) -> Mapping[str, object]:
-        with run_user_code("space file", path):
-            return dict(get_overrides(trial))
+        with run_user_code("space file", path, optuna.TrialPruned):
+            fields = dict(get_overrides(trial))
+        for name, choices in _get_choices(trial).items():
+            if not all(isinstance(choice, _CHOICES) for choice in choices):
+                raise UserError(f"space file {path}: the choices of {name} must be numbers or text")
+        return {name: getattr(x, "item", lambda x=x: x)() for name, x in fields.items()}
 
     return get_fields
 
@@ -105,11 +113,12 @@ def open_sweep(
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
     directory = workdir.expand_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    location = location or f"sqlite:///{directory.absolute()}/study.db"
+    location = location or f"sqlite:///{quote(str(directory.absolute()))}/study.db"
     study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
-    before = map(_get_choices, study.get_trials(deepcopy=False))
-    if grid and any(choices.get(name) != one for old in before for name, one in old.items()):
-        raise UserError(f"{directory} holds a sweep with other choices: use another --workdir")
+    for old in study.get_trials(deepcopy=False) if grid else ():
+        is_of_grid = "grid_id" in old.system_attrs or not old.state.is_finished()
+        if not is_of_grid or any(choices.get(name) != x for name, x in _get_choices(old).items()):
+            raise UserError(f"{directory} holds another sweep: use another --workdir")
     return Sweep(study, experiment, space, directory, trials or 40)
 
 
@@ -148,14 +157,16 @@ def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
     """Return the choices of each parameter of a grid; raise `UserError` if one has none."""
     study = optuna.create_study()
     trial = study.ask()
-    complete_config(experiment, space(trial))
+    with contextlib.suppress(optuna.TrialPruned):
+        complete_config(experiment, space(trial))
     choices = _get_choices(trial)
     if not all(choices.values()):
         raise UserError("a grid needs choices: use suggest_categorical for every parameter")
     for point in itertools.product(*choices.values()):
         study.enqueue_trial(dict(zip(choices, point, strict=True)))
         trial = study.ask()
-        space(trial)
+        with contextlib.suppress(optuna.TrialPruned):
+            space(trial)
         if {*trial.distributions} != {*choices}:
             raise UserError("a parameter of a grid can't depend on others: use --sampler tpe")
     return choices
@@ -190,7 +201,8 @@ def list_trials(study: Study) -> list[FrozenTrial]:
 def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
-    A trial that is interrupted is queued again, so that the same command resumes it.
+    A trial that is interrupted, or ends with a mistake, is queued again, so that the same command
+    resumes it.
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
@@ -211,12 +223,12 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
 
     Raise `TrialPruned` if its loss is not finite or memory runs out.
     """
-    overrides = sweep.space(trial)
-    config = complete_config(sweep.experiment, overrides)
-    trial.set_user_attr(OVERRIDES, dict(overrides))
     directory = get_directory(sweep.directory, sweep.study.trials[trial.number])
-    directory.mkdir(parents=True, exist_ok=True)
     try:
+        overrides = sweep.space(trial)
+        config = complete_config(sweep.experiment, overrides)
+        trial.set_user_attr(OVERRIDES, dict(overrides))
+        directory.mkdir(parents=True, exist_ok=True)
         with (
             (directory / "output.txt").open(
                 "a", encoding="utf-8", errors="backslashreplace"
@@ -225,12 +237,12 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
             contextlib.redirect_stderr(file),
         ):
             training.train(config, directory, functools.partial(_report_loss, trial, config))
-    except (Stopped, UnavailableError, OSError):
-        retry(sweep.study, sweep.study.trials[trial.number])
-        raise
     except (NotFiniteError, jax.errors.JaxRuntimeError, MemoryError) as error:
         trial.set_user_attr(REASON, one_line(error)[:300])
         raise optuna.TrialPruned from None
+    except (Stopped, UserError, OSError):
+        retry_interrupted(sweep.study, sweep.study.trials[trial.number])
+        raise
     validation, test = read_losses(directory)
     trial.set_user_attr(TEST_LOSS, test)
     return validation

@@ -146,7 +146,7 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     line = done.stdout.splitlines()[-1]
     assert line == f"Mean of 2 seeds: validation {validation}, test {test}"
     more = commands.run("sweep", *flags, "--seeds=3")
-    assert more.returncode == 2 and "with other choices" in more.stderr
+    assert more.returncode == 2 and "holds another sweep" in more.stderr
 
 
 def test_a_sweep_has_a_space_or_seeds() -> None:
@@ -164,8 +164,14 @@ def test_a_sweep_has_a_space_or_seeds() -> None:
             "def get_overrides(trial):\n    return {'optimizer.learning_rat': 1e-3}",
             "there is no field optimizer.learning_rat: did you mean",
         ),
+        (
+            "def get_overrides(trial):\n"
+            "    return {'seed': trial.suggest_categorical('s', [(1, 2), (3, 4)])[0]}",
+            "the choices of s must be numbers or text",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
 def test_a_broken_space_gives_a_one_line_error(code: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "space.py"
     path.write_text(code)
@@ -194,10 +200,36 @@ def test_a_grid_needs_choices_and_visits_each_once(
     with pytest.raises(UserError, match="depend on others"):
         search.open_sweep(experiment, depend, tmp_path, grid=True)
 
+    search.run_worker(make_sweep(tmp_path / "tpe", tiny_config, 1, draw))
+    with pytest.raises(UserError, match="holds another sweep"):
+        search.open_sweep(experiment, draw, tmp_path / "tpe", grid=True)
+    trained_in.clear()
+
     sweep = search.open_sweep(experiment, draw, tmp_path, grid=True)
     search.run_worker(sweep)
     assert len({tuple(trial.params.items()) for trial in sweep.study.trials}) == 6
     assert len(trained_in) == 6
+
+
+def test_a_space_may_leave_out_points_and_compute_with_numpy(
+    tmp_path: Path, tiny_config: ConfigDict, trained_in: list[Path]
+) -> None:
+    (tmp_path / "space.py").write_text(
+        "import numpy as np, optuna\n"
+        "def get_overrides(trial):\n"
+        "    k = trial.suggest_categorical('k', [3, 4, 5])\n"
+        "    if k == 3:\n"
+        "        raise optuna.TrialPruned\n"
+        "    return {'model.hidden_size': np.int64(2) ** k}\n"
+    )
+    directory = tmp_path / "a%20b?"
+    space = search.load_space(str(tmp_path / "space.py"))
+    sweep = search.open_sweep(config_lib.complete_config(tiny_config), space, directory, grid=True)
+    search.run_worker(sweep)
+    trials = {trial.params["k"]: trial for trial in sweep.study.trials}
+    assert trials[3].state == TrialState.PRUNED and len(trained_in) == 2
+    assert trials[5].user_attrs["overrides"] == {"model.hidden_size": 32}
+    assert {path.name for path in directory.iterdir()} == {"study.db", "trials"}
 
 
 def draw_rate(trial: Any) -> dict[str, Any]:
@@ -283,16 +315,19 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left"), UnavailableError("full"), Stopped(143)]
+    "error",
+    [OSError(28, "No space left"), UnavailableError("full"), UserError("typo"), Stopped(143)],
 )
 def test_an_interrupted_trial_is_queued_again(
     error: Any, tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = make_sweep(tmp_path, tiny_config, 1)
-    monkeypatch.setattr(training, "train", mock.Mock(side_effect=[error]))
-    with pytest.raises(type(error)):
-        search.run_worker(sweep)
-    assert [trial.state for trial in sweep.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
+    for _ in range(12):
+        with pytest.raises(type(error)):
+            search.run_worker(sweep)
+    states = [trial.state for trial in sweep.study.trials]
+    assert states == [TrialState.FAIL] * 12 + [TrialState.WAITING]
     assert [search.get_number(trial) for trial in search.list_trials(sweep.study)] == [0]
 
 
@@ -305,7 +340,7 @@ def test_a_trial_that_diverges_is_pruned_and_a_mistake_ends_the_sweep(
     with pytest.raises(UserError, match="it is too short"):
         search.run_worker(sweep)
     states = [trial.state for trial in sweep.study.trials]
-    assert states == [TrialState.PRUNED, TrialState.PRUNED, TrialState.FAIL]
+    assert states == [TrialState.PRUNED] * 2 + [TrialState.FAIL, TrialState.WAITING]
     rows = search.describe_results(sweep.study, "").splitlines()[2:]
     assert "NotFiniteError: it is not finite" in rows[0] and "MemoryError" in rows[1]
 
