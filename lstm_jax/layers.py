@@ -91,7 +91,7 @@ class LSTM(nn.Module):
                     params,
                     outputs,
                     _wrap(next(first)),
-                    reset=_mark_ends(reset) if backward and reset is not None else reset,
+                    reset=_mark_ends(reset, seq_lengths) if backward else reset,
                     lengths=seq_lengths,
                     reverse=backward,
                     dtype=self.dtype,
@@ -115,9 +115,14 @@ def _wrap(carry: Any) -> Any:
     return carry if carry is None or isinstance(carry, tuple) else ops.HiddenCarry(carry)
 
 
-def _mark_ends(starts: ArrayLike) -> jax.Array:
+def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array | None:
     """Return where documents end, [batch, time], from where they start."""
-    return jnp.pad(jnp.asarray(starts)[:, 1:], ((0, 0), (0, 1)))
+    if starts is None:
+        return None
+    starts = jnp.asarray(starts).astype(bool)
+    if lengths is not None:  # No document starts in the padding.
+        starts &= jnp.arange(starts.shape[1]) < jnp.asarray(lengths)[:, None]
+    return jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
 
 
 class PeepholeLSTM(LSTM):

@@ -92,6 +92,16 @@ def test_each_document_is_read_alone_in_both_directions(name: str) -> None:
     assert_close(outputs, jnp.concatenate(alone, axis=1))
 
 
+def test_no_document_starts_after_the_end_of_a_text() -> None:
+    inputs = make_inputs("gru")
+    layer = layers.GRU(HIDDEN, reverse=True)
+    variables = layer.init(jax.random.key(0), inputs)
+    options: Any = {"initial_carry": jnp.ones((BATCH, HIDDEN)), "seq_lengths": np.full(BATCH, 2)}
+    expected = layer.apply(variables, inputs, **options)
+    reset = np.arange(TIME)[None] == np.full([BATCH, 1], 2)
+    assert_close(layer.apply(variables, inputs, reset=reset, **options), expected)
+
+
 def test_carries_are_those_of_all_layers() -> None:
     inputs, carry = make_inputs("gru"), jnp.zeros((BATCH, HIDDEN))
     layer = layers.GRU(HIDDEN, num_layers=2)
