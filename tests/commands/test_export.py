@@ -29,6 +29,8 @@ TEXT = (
     # Hebrew acronyms, and numbers in digits of Arabic and of full width.
     '\u05e6\u05d4\u05f4\u05dc \u05e6\u05d4"\u05dc \u0663\u066b\u0661\u0664 '
     "\u0661\u066c\u0660\u0660\u0660 O\u2018Neill \uff11\uff12\uff13\uff0e\uff14 "
+    # A geresh, an invisible space, katakana of half width, and a narrow space.
+    "\u05d2\u05f3\u05d9\u05e8 ខ្មែរ\u200bខ្មែរ \uff76\uff9e\uff70\uff84\uff9e oui\u202f! "
     "スマートフォンアプリ ภาษาไทย Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
 )
 
