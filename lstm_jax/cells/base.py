@@ -61,10 +61,11 @@ def make_cell(
             f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
         )
     for field in dataclasses.fields(cell):
-        wanted, value = {int: Integral, float: Real}.get(field.type), given.get(field.name, 0)
+        kind: Any = field.type
+        wanted, value = {int: Integral, float: Real}.get(kind), given.get(field.name, 0)
         if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
-            name, kind = f"config.model.options.{field.name}", field.type.__name__
-            raise UserError(f"{name} is {value!r}: it must be of type {kind}")
+            name = f"config.model.options.{field.name}"
+            raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
     if "dtype" in fields:
         given["dtype"] = dtype
     elif dtype != "float32":

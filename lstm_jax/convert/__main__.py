@@ -4,7 +4,7 @@
     python -m lstm_jax.convert --workdir runs/quick --to my.safetensors
     python -m lstm_jax.convert --workdir runs/quick --to models/quick
 
-A .safetensors file holds a state_dict of PyTorch. Without a suffix, --to is a folder with the
+A .safetensors file holds a state_dict of PyTorch. Without this suffix, --to is a folder with the
 model, to keep or to publish, which all commands that read a working directory also read.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     from lstm_jax.run.workdir import expand_path
 
     directory, file = Path(_WORKDIR.value), expand_path(_FROM.value or _TO.value)
-    if _TO.value and not file.suffix:
+    if _TO.value and file.suffix != ".safetensors":
         transfer.export_folder(directory, file, _DTYPE.value)
         return
     if file.suffix != ".safetensors":

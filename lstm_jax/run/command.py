@@ -147,12 +147,12 @@ def read_experiment(default: str | None = None) -> tuple[config.Config, str]:
 def define_run_flags() -> Callable[[], list[Path]]:
     """Define the flags that name a trained run; return a function that reads them.
 
-    It loads --cell, and returns every --workdir (or --model, its alias); without one, it raises
-    `UserError`.
+    It loads every --cell, and returns every --workdir (or --model, its alias). Without one, it
+    raises `UserError`.
     """
     workdir = flags.DEFINE_multi_string("workdir", None, f"{TRAINED}; several are an ensemble.")
     flags.DEFINE_alias("model", "workdir")
-    cell = flags.DEFINE_string("cell", None, "FILE.py:CLASS of the run's cell, if it is your own.")
+    cells = flags.DEFINE_multi_string("cell", [], "FILE.py:CLASS of a cell of your own.")
 
     def read() -> list[Path]:
         if not workdir.value:
@@ -160,8 +160,8 @@ def define_run_flags() -> Callable[[], list[Path]]:
         from lstm_jax.run import cell_file
         from lstm_jax.run.workdir import expand_path
 
-        if cell.value:
-            cell_file.load_cell(cell.value)
+        for name in cells.value:
+            cell_file.load_cell(name)
         return [*map(expand_path, workdir.value)]
 
     return read

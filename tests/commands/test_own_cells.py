@@ -147,7 +147,8 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     refused = run("sample", "--length=5")
     assert refused.returncode == 2 and not mark.exists()
     assert refused.stderr.count("\n") == 1 and f"if you name it: --cell {name}" in refused.stderr
-    done = run("sample", "--length=5", "--cell", name)
+    (tmp_path / "two.py").write_text(SOURCE)
+    done = run("sample", "--length=5", "--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
     assert done.returncode == 0 and mark.exists()
     assert "has changed since the model" in done.stderr
     assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))

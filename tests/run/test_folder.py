@@ -80,7 +80,7 @@ def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Pat
         "sample": ["--length=30", "--prompt=ROMEO:"],
         "evaluate": [],
         "export": [f"--to={tmp_path / 'page.html'}"],
-        "convert": [f"--to={tmp_path / 'again'}", "--dtype=bfloat16"],
+        "convert": [f"--to={tmp_path / 'tiny-1.5'}", "--dtype=bfloat16"],
     }.items():
         done = commands.run(module, f"--workdir={folder}", *arguments)
         assert done.returncode == 0, done.stderr
