@@ -25,7 +25,7 @@ _CONTEXT = flags.DEFINE_integer(
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic", False, "Dynamic evaluation: train on each segment of the text after predicting it."
 )
-# The best on the validation splits of experiments/quick.py and penn_treebank_words.py:
+# Close to the best on the validation splits of experiments/quick.py and penn_treebank_words.py:
 # docs/results.md has the others tried.
 _RATE = flags.DEFINE_float(
     "dynamic_learning_rate", None, "[default: 1e-3, or 2e-4 for 1,000 tokens or more]", 0.0
