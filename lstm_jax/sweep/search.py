@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jax
+import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner, NopPruner
@@ -82,7 +83,7 @@ def load_space(path: str) -> Space:
         for name, choices in _get_choices(trial).items():
             if not all(isinstance(choice, _CHOICES) for choice in choices):
                 raise UserError(f"space file {path}: the choices of {name} must be numbers or text")
-        return {name: getattr(x, "item", lambda x=x: x)() for name, x in fields.items()}
+        return {name: x.item() if isinstance(x, np.generic) else x for name, x in fields.items()}
 
     return get_fields
 
