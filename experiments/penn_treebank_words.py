@@ -2,7 +2,7 @@
 # python -m lstm_jax.main --config experiments/penn_treebank_words.py
 #
 # Downloads the text. 114 minutes on two cores of an AMD EPYC (Zen 4) beside other programs.
-# Perplexity, validation 76.5, test 72.6 (one run).
+# Perplexity, validation 73.9, test 70.2 (one run).
 
 from ml_collections import ConfigDict
 
@@ -23,17 +23,18 @@ def get_config() -> ConfigDict:
     config.model.hidden_size = 640
     config.model.embedding_size = 640
     config.model.tie_embeddings = True
+    config.model.skip_connections = True
     config.model.initial_embedding = 0.1
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
 
     config.regularization.embedding_dropout = 0.1
-    config.regularization.input_dropout = 0.4
-    config.regularization.hidden_dropout = 0.3
-    config.regularization.output_dropout = 0.4
-    config.regularization.recurrent_dropout = 0.3
+    config.regularization.input_dropout = 0.45
+    config.regularization.hidden_dropout = 0.35
+    config.regularization.output_dropout = 0.45
+    config.regularization.recurrent_dropout = 0.4
 
-    config.num_epochs = 25
+    config.num_epochs = 26
     config.sample.length = 60
     return config

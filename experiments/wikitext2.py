@@ -1,7 +1,7 @@
 """Train on WikiText-2, words of 720 Wikipedia articles, with the settings of Penn Treebank."""
 # python -m lstm_jax.main --config experiments/wikitext2.py
 #
-# Downloads the text. Not run to the end: 27,891,200 parameters, an estimated 7 hours on two cores
+# Downloads the text. Not run to the end: 27,891,200 parameters, an estimated 8 hours on two cores
 # of an AMD EPYC (Zen 4), where a step takes twice the time of that of penn_treebank_words.py.
 # Published: a perplexity of 65.8 on the test split, by AWD-LSTM with 33 million parameters after
 # 750 epochs (Merity et al. 2018).
