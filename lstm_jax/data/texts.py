@@ -124,16 +124,14 @@ class Text(NamedTuple):
             counts = count_tokens(self.read_pieces(), self.units, self.stop)
             unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
         if not first:
-            token, starts = vocabulary.tokens[ids[0]], itertools.accumulate(self.read_pieces())
+            starts = itertools.accumulate(self.read_pieces())  # The first may be white space alone.
+            start = next(x for x in starts if any(split_text(x, self.units, self.stop)))
+            token = vocabulary.tokens[ids[0]]
             if ids[0] == UNKNOWN_ID:
-                split = itertools.chain.from_iterable(
-                    split_text(piece, self.units, self.stop) for piece in self.read_pieces()
-                )
-                token = next(split)
+                token = next(split_text(start, self.units, self.stop))
                 unknown[token] -= 1
             if self.units == "tokens":  # The text may begin without the space of a token.
                 word = token.lstrip(" ")
-                start = next(start for start in starts if word in start)
                 token = start[: start.index(word) + len(word)]
             # A token of bytes may end within a character, which then counts as a later one.
             characters -= len(token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
