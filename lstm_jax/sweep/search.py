@@ -17,7 +17,7 @@ from urllib.parse import quote
 import jax
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
@@ -30,6 +30,7 @@ from lstm_jax import training
 from lstm_jax.config import Config, complete_config
 from lstm_jax.errors import (
     NotFiniteError,
+    UnavailableError,
     UserError,
     make_visible,
     name_setting,
@@ -169,7 +170,10 @@ def list_choices(space: Space, experiment: Config) -> dict[str, list[Any]]:
         with contextlib.suppress(optuna.TrialPruned):
             space(trial)
         if {*trial.distributions} != {*choices}:
-            raise UserError("a parameter of a grid can't depend on others: use --sampler tpe")
+            raise UserError(
+                "a parameter of a grid can't depend on others, or follow a TrialPruned: "
+                "use --sampler tpe"
+            )
     return choices
 
 
@@ -202,8 +206,7 @@ def list_trials(study: Study) -> list[FrozenTrial]:
 def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
-    A trial that is interrupted, or ends with a mistake, is queued again, so that the same command
-    resumes it.
+    Raise `UnavailableError` if the study can't be written.
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
@@ -216,13 +219,20 @@ def run_worker(sweep: Sweep) -> None:
         if len(states) >= sweep.trials and TrialState.WAITING not in states:
             return
         run_trial = functools.partial(_run_trial, sweep)
-        sweep.study.optimize(run_trial, n_trials=1, callbacks=[end_trial])
+        try:
+            sweep.study.optimize(run_trial, n_trials=1, callbacks=[end_trial])
+        except (StorageInternalError, AssertionError) as error:
+            # While Optuna handles it, it asserts that the trial has ended.
+            if StorageInternalError not in (type(error), type(error.__context__)):
+                raise
+            raise UnavailableError("can't write the study: free space, then run it again") from None
 
 
 def _run_trial(sweep: Sweep, trial: Trial) -> float:
-    """Train a trial and return its validation loss; queue it again if it is interrupted.
+    """Train a trial and return its validation loss.
 
-    Raise `TrialPruned` if its loss is not finite or memory runs out.
+    Queue it again if it is interrupted, or a point of a grid has a mistake. Raise `TrialPruned` if
+    its loss is not finite or memory runs out.
     """
     directory = get_directory(sweep.directory, sweep.study.trials[trial.number])
     try:
@@ -241,8 +251,12 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
     except (NotFiniteError, jax.errors.JaxRuntimeError, MemoryError) as error:
         trial.set_user_attr(REASON, one_line(error)[:300])
         raise optuna.TrialPruned from None
-    except (Stopped, UserError, OSError):
-        retry_interrupted(sweep.study, sweep.study.trials[trial.number])
+    except (Stopped, UserError, OSError) as error:
+        frozen = sweep.study.trials[trial.number]
+        is_interrupted = isinstance(error, (Stopped, UnavailableError, OSError))
+        # A grid needs all its points; a mistake in sampled settings would be repeated forever.
+        if is_interrupted or "grid_id" in frozen.system_attrs:
+            retry_interrupted(sweep.study, frozen)
         raise
     validation, test = read_losses(directory)
     trial.set_user_attr(TEST_LOSS, test)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
 import commands
+import disks
 import draws
 import runs
 from lstm_jax import config as config_lib
@@ -315,13 +316,18 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left"), UnavailableError("full"), UserError("typo"), Stopped(143)],
+    ("error", "grid"),
+    [
+        (OSError(5, "Input/output error"), False),
+        (UnavailableError("full"), False),
+        (Stopped(143), False),
+        (UserError("a typo, which may be in each point"), True),
+    ],
 )
 def test_an_interrupted_trial_is_queued_again(
-    error: Any, tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Any, grid: bool, tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = make_sweep(tmp_path, tiny_config, 1)
+    sweep = make_sweep(tmp_path, tiny_config, 1, search.make_seed_space(0, 1), grid=grid)
     monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
     for _ in range(12):
         with pytest.raises(type(error)):
@@ -329,6 +335,17 @@ def test_an_interrupted_trial_is_queued_again(
     states = [trial.state for trial in sweep.study.trials]
     assert states == [TrialState.FAIL] * 12 + [TrialState.WAITING]
     assert [search.get_number(trial) for trial in search.list_trials(sweep.study)] == [0]
+
+
+@pytest.mark.process
+def test_a_full_disk_is_one_line(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with disks.mounted(tmp_path / "disk", "-o", "size=2m") as disk:
+        sweep = make_sweep(disk / "sweep", tiny_config, 1)
+        monkeypatch.setattr(training, "train", lambda *_: disks.fill(disk).open("xb"))
+        with pytest.raises(UnavailableError, match="can't write the study: free space"):
+            search.run_worker(sweep)
 
 
 def test_a_trial_that_diverges_is_pruned_and_a_mistake_ends_the_sweep(
@@ -340,7 +357,7 @@ def test_a_trial_that_diverges_is_pruned_and_a_mistake_ends_the_sweep(
     with pytest.raises(UserError, match="it is too short"):
         search.run_worker(sweep)
     states = [trial.state for trial in sweep.study.trials]
-    assert states == [TrialState.PRUNED] * 2 + [TrialState.FAIL, TrialState.WAITING]
+    assert states == [TrialState.PRUNED] * 2 + [TrialState.FAIL]
     rows = search.describe_results(sweep.study, "").splitlines()[2:]
     assert "NotFiniteError: it is not finite" in rows[0] and "MemoryError" in rows[1]
 
