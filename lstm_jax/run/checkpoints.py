@@ -224,9 +224,13 @@ def _rank(directory: Path, step: int) -> tuple[float, int]:
 
 def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
+    path = directory / str(step) / VALIDATION
     try:
-        loss: float = files.read_json(directory / str(step) / VALIDATION)["loss"]
-    except (OSError, ValueError, KeyError):
+        loss: float = files.read_json(path)["loss"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        warn(f"{path} is damaged ({one_line(error)}): the loss of this checkpoint is unknown")
         return None
     return loss if np.isfinite(loss) else None
 

@@ -122,6 +122,16 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
         assert snapshot(directory) == moved, "renamed, and nothing lost"
 
 
+def test_a_damaged_validation_loss_is_named(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    path = tmp_path / "copy" / "1" / checkpoints.VALIDATION
+    flip_bit(path)
+    assert checkpoints.restore_best_params(tmp_path / "copy", PARAMS)[1] == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Return the content of every file."""
     return {
