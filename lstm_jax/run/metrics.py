@@ -61,15 +61,15 @@ class MetricsWriter(contextlib.ExitStack[None]):
         """
         super().__init__()
         self._path, self._step, self._watch = path, step, watch
-        rows = read_metrics(path)
-        self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-        self._is_open = False
+        self._start, self._is_open = time.monotonic(), False
 
     def _open(self) -> None:
         self._is_open = True
         self._lines = self.enter_context(self._path.open("ab"))
         # A killed process or a full disk can leave half a line.
         self._lines.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+        rows = read_metrics(self._path)
+        self._start -= rows[-1]["seconds"] if rows else 0.0
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
         suffix = f".{time.time_ns()}"  # TensorBoard reads files in the order of their names.

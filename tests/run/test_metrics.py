@@ -76,6 +76,10 @@ def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Pat
         file.write(b"\xff\xfe{\n")
     with pytest.raises(UserError, match="metrics.jsonl is damaged"):
         metrics.read_metrics(path)
+    with metrics.MetricsWriter(path, 20) as writer:
+        path.write_bytes(path.read_bytes()[:-4])  # A run that resumes removes later lines.
+        writer.write(30, 1, "train", 2.0)
+    assert metrics.read_metrics(path)[-1]["seconds"] >= metrics.read_metrics(path)[0]["seconds"]
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
