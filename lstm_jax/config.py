@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 import runpy
 from collections.abc import Iterator, Mapping
@@ -319,7 +320,7 @@ def find_experiment(name: str) -> str:
     package = Path(__file__).parent
     path = (package if (package / "experiments").is_dir() else package.parent) / name
     is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
-    return str(path) if is_packaged else name
+    return str(path) if is_packaged else os.path.expanduser(name)
 
 
 def complete_config(fields: object, changes: Mapping[str, object] = MappingProxyType({})) -> Config:

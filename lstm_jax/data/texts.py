@@ -6,6 +6,7 @@ checksum of text and vocabulary, so that it never has the ids of another text.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -230,7 +232,7 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
     Python's "surrogateescape". Raise `UserError` for them otherwise.
     """
     with name_failure(f"can't read {path} ({flag})"):
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
     try:
         decoded = content.decode("utf-8", "surrogateescape" if any_bytes else "strict")
         return decoded if any_bytes else decoded.removeprefix("\ufeff")
@@ -400,6 +402,10 @@ def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserE
 def _write_ids(path: Path, pieces: Iterable[np.ndarray]) -> None:
     """Write the ids of a text to a file, which gets its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.part"):  # Some are those of killed processes.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > 24 * 3600:
+                old.unlink()
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         with part.open("wb") as file:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert texts.find_files("~/a.txt") == [[tmp_path / "a.txt"]]
     assert texts.make_absolute("~/a.txt;/b") == f"{tmp_path}/a.txt;/b"
+    assert texts.read_argument("~/b.txt", "--text", any_bytes=False) == "zwei\r\n"
 
 
 def test_the_names_of_directories_may_have_any_signs(
@@ -334,8 +336,13 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
     data.path = f"{tmp_path}/moved/*.txt"
     encode("characters")
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    old, new = cache / "test.1.part", cache / "test.2.part"
+    for path in (old, new):  # Of processes that were killed, or are writing.
+        path.touch()
+    os.utime(old, (0, 0))
     encode("bytes")
-    assert len(list(cache.iterdir())) == 6
+    assert len(list(cache.iterdir())) == 7 and not old.exists()
+    new.unlink()
     source = tmp_path / "moved" / "a.txt"
     before = source.read_bytes()
     source.write_bytes(before.replace(b"a", b"b", 1))
