@@ -122,7 +122,7 @@ def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array
     starts = jnp.asarray(starts).astype(bool)
     if lengths is not None:  # No document starts in the padding.
         starts &= jnp.arange(starts.shape[1]) < jnp.asarray(lengths)[:, None]
-    return jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
+    return jnp.pad(starts, ((0, 0), (0, 1)))[:, 1:]
 
 
 class PeepholeLSTM(LSTM):

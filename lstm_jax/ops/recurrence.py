@@ -1,7 +1,7 @@
 """Run a gated recurrence by a faster implementation, with a custom VJP.
 
 The backward pass is a loop over time that computes the cotangents of the sums, and then one matmul
-for each kernel. `vmap` over inputs and carries makes one larger batch.
+for each kernel. `vmap` over inputs and carries makes one larger batch of the loops.
 """
 
 import functools
@@ -80,7 +80,8 @@ def _run_backward(
     params, inputs, carry, marks = arrays
     layer = Layer(gating, params, inputs, carry, marks, dtype)
     d_params, d_inputs = implementation.differentiate_params(layer, saved, d_sums)
-    return d_params, d_inputs, d_carry, None
+    grads = d_params, d_inputs, d_carry
+    return *jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, arrays[:3]), None
 
 
 _run.defvjp(_run_forward, _run_backward)

@@ -90,6 +90,8 @@ def test_each_document_is_read_alone_in_both_directions(name: str) -> None:
     )
     alone = [layer.apply(variables, part) for part in (inputs[:, :cut], inputs[:, cut:])]
     assert_close(outputs, jnp.concatenate(alone, axis=1))
+    none = layer.apply(variables, inputs[:, :0], reset=np.zeros([BATCH, 0], bool))
+    assert none.shape == (BATCH, 0, 2 * HIDDEN)
 
 
 def test_no_document_starts_after_the_end_of_a_text() -> None:
