@@ -26,7 +26,7 @@ from lstm_jax.run import cell_file, command
 
 command.define_config_flag("The experiment.")
 _OPTIMIZER = flags.DEFINE_string("optimizer", "adam", "The x in Optax's scale_by_x.")
-_BATCHES = flags.DEFINE_list("batches", [], "Of the config, by default.")
+_BATCHES = flags.DEFINE_list("batches", [], "As 32x48x2,64x48x4: size, length, epochs.")
 _DECODE_PAST = flags.DEFINE_float("decode_past", 0.0, "Weight of past decode regularization.")
 _FIELDS = ("batches.batch_size", "batches.window_length", "num_epochs")
 
@@ -43,14 +43,13 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
     )
 
 
-def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> Any:
+def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any, key: jax.Array) -> Any:
     """Return the parameters after training."""
     parts = [dict(zip(_FIELDS, map(int, part.split("x")), strict=True)) for part in _BATCHES.value]
     configs = [complete_config(config, part) for part in parts or [{}]]
     feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
     lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
-    chain, key = make_optimizer(config, sum(lengths)), jax.random.key(config.seed)
-    rates = config.regularization
+    chain, rates = make_optimizer(config, sum(lengths)), config.regularization
 
     def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
         masks = train_step.draw_masks(rates, lstm, keys[0], len(batch.inputs))
@@ -86,10 +85,10 @@ def main() -> None:
     splits = texts.load_texts(config.data)
     ids, _ = splits.encode(tokens := splits.texts["train"].make_vocabulary(config.data))
     lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
-    initial_key = jax.random.split(jax.random.key(config.seed))[0]  # As `main` does.
+    initial_key, key = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     initial = model.init_params(lstm, initial_key, texts.count_ids(ids["train"], len(tokens)))
     past = jnp.eye(lstm.embedding_size)
-    trained = train(config, ids["train"], lstm, {"lstm": initial, "past": past})["lstm"]
+    trained = train(config, ids["train"], lstm, {"lstm": initial, "past": past}, key)["lstm"]
     ids["validation and test"] = np.append(ids["validation"], ids["test"])
     print({name: round(loss.compute_loss(lstm, trained, x), 4) for name, x in ids.items()})
 
