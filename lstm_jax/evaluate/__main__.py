@@ -30,9 +30,7 @@ _DYNAMIC = flags.DEFINE_bool(
 _RATE = flags.DEFINE_float(
     "dynamic_learning_rate", None, "[default: 1e-3, or 2e-4 for 1,000 tokens or more]", 0.0
 )
-_DECAY = flags.DEFINE_float(
-    "dynamic_decay", 0.003, "Share of the way back to the trained model.", 0.0
-)
+_DECAY = flags.DEFINE_float("dynamic_decay", 0.003, "Share of the way back, after each step.", 0.0)
 _SEGMENT = flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1)
 
 
@@ -41,6 +39,8 @@ def main() -> None:
     directories, own_text = _RUN(), _TEXT_OF_RUN()
     if _CONTEXT.value and _DYNAMIC.value:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
+    if _TEXT.value and _SPLIT.present:
+        raise UserError("--text and --split can't be combined: use only one of them")
     given = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT) if flag.present]
     if given and not _DYNAMIC.value:
         raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
