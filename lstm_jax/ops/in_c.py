@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native
-from lstm_jax.ops.gates import Gating, Layer, Marks, make_gradients
-from lstm_jax.ops.recurrence import align
+from lstm_jax.ops.gates import Gating, Layer, Marks, align, make_gradients
 
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
@@ -35,7 +34,7 @@ def forward(
     """Return the last carry and the outputs, and what the derivatives need.
 
     Among it are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
-    the inputs, and 1 for the bias.
+    the inputs, and 1 for the bias. `differentiable` has no effect: the library always stores them.
     """
     gating, params, inputs, carry, marks, dtype = layer
     time, batch, _ = inputs.shape

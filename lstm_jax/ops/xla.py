@@ -85,7 +85,8 @@ def forward(
         (state, rounded), (added, mark) = before, read
         if not axis:
             added = multiply_columns(input_kernel, added) + params.bias[:, None]
-        product = _multiply(kernel, state.hidden if rounded is None else rounded, axis)
+        factor = state.hidden if rounded is None else rounded
+        product = matmul_rounded(factor, kernel) if axis else multiply_columns(kernel, factor)
         sums = gating.add_sums(params, added, clear(product, mark.reset, axis), axis)
         read_state = clear(state, mark.reset, axis)
         gates, after = gating.activate(sums, read_state, peepholes)
@@ -224,10 +225,6 @@ def _split(x: Saved, layer: Layer, axis: int) -> list[Array]:
         return x
     at = axis + x.ndim - 2
     return jnp.split(x, x.shape[at] // len(layer.params.recurrent_kernel), at)
-
-
-def _multiply(kernel: Array, x: Array, axis: int) -> Array:
-    return matmul_rounded(x, kernel) if axis else multiply_columns(kernel, x)
 
 
 def _round(layer: Layer, x: Array, axis: int) -> Array:
