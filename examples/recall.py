@@ -3,8 +3,8 @@
     python examples/recall.py --updates 300
 
 The first step of an episode shows one of four cues, the steps after it show nothing, and at its
-end, 3 to 10 steps later, the agent is asked for the cue. The reward is 1 for the right answer, else
-0, so a policy without memory has a return of 0.25 at best. Episodes follow each other in a row of
+end, 3 to 10 steps later, the agent must name the cue. The reward is 1 for the right answer, else 0,
+so a policy without memory has a return of 0.25 at best. Episodes follow each other in a row of
 64 steps in each of 32 environments: `reset` marks the first step of each. The algorithm is
 REINFORCE with the mean reward as a baseline.
 """

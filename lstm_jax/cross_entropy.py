@@ -42,7 +42,7 @@ def compute_cross_entropy(
     """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, in nats.
 
     `kernel` is [features, vocabulary], or [vocabulary, features] if `is_transposed`. Factors of
-    matmuls are rounded to `dtype`. The gradient can't be differentiated again.
+    matmuls are rounded to `dtype`. In C, the gradient can't be differentiated again.
     """
     uses_c = inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
     return _compute(inputs, kernel, bias, targets, _Options(is_transposed, dtype, uses_c))

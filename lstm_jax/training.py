@@ -18,7 +18,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
-from lstm_jax.errors import NotFiniteError, name_setting
+from lstm_jax.errors import NotFiniteError
 from lstm_jax.generation import Controls
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
@@ -185,7 +185,7 @@ def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
             f"last good checkpoint, that of step {run.checkpoints.last_step}, with a lower "
-            f"optimizer.learning_rate or {name_setting('optimizer.max_gradient_norm', 1)}"
+            "optimizer.learning_rate"
         )
 
 

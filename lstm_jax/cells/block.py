@@ -37,7 +37,7 @@ class Block(nn.Module):
         u_t = sum of K_j * norm(x)_(t - 3 + j) + b      causal convolution of each feature, j = 0..3
         y = x + cell(u)
         outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP
-        norm(x) = s * x / sqrt(mean(x ** 2))            RMSNorm, with separate scales s
+        norm(x) = s * x / sqrt(mean(x ** 2) + 1e-6)     RMSNorm, with separate scales s
 
     The parts are those of Griffin (De et al. 2024), of xLSTM (Beck et al. 2024) and of the language
     models of minGRU and minLSTM (Feng et al. 2024): normalization before each branch (Zhang &

@@ -58,7 +58,7 @@ class ParaGRUCell(SizedCell):
         """Return the last carry and all outputs.
 
         Newton's method starts from the steps that read a carry of zeros. One more round, at the
-        solution, has the derivative of the recurrence: that of its linear terms alone.
+        solution, has the first derivative of the recurrence, but no higher one.
         """
         arrays = carry, self._project(inputs), self.recurrent_scale
         limit = jnp.maximum(1, jnp.abs(carry.hidden).max())  # Of all states.

@@ -38,7 +38,7 @@ def main() -> None:
     """Convert in the direction that the flags specify."""
     if _WORKDIR.value is None or (_FROM.value is None) == (_TO.value is None):
         raise UserError(
-            "give --workdir DIR, and either --from FILE, to make this folder, or --to, to read it"
+            "give --workdir DIR, and either --from FILE, to make this model, or --to, to convert it"
         )
     if len(_MODULES.value) != 3:
         raise UserError("--modules needs three names, such as encoder,rnn,decoder")

@@ -27,8 +27,9 @@ def main() -> None:
     )
     for row in choice.list_rows():
         sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"
-        layers = "of large vocabularies" if row.work == "losses" else f"of {row.gatings}"
-        print(f"the library runs {row.work} {layers} in {row.dtype}{sizes}")
+        work, gatings = row.work.replace(" ", " and "), row.gatings.replace(" ", ", ")
+        of = "large vocabularies" if row.work == "losses" else gatings
+        print(f"the library runs {work} of {of} in {row.dtype}{sizes}")
     print("XLA runs everything else")
 
 

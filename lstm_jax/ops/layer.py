@@ -85,6 +85,7 @@ def lstm(
 
     Raises:
       ValueError: if a shape or dtype does not fit, or the implementation can't run this here.
+      TypeError: if `dtype` is no dtype.
     """
     return _run(LSTM, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
 

@@ -58,7 +58,7 @@ def _split_biases(params: Params) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: str = "") -> Params:
-    """Return the parameters of a layer of PyTorch's `nn.LSTM`, `nn.GRU` or `nn.RNN`.
+    """Return the parameters of a layer of PyTorch's `nn.LSTM`, `nn.GRU` or `nn.RNN` (tanh).
 
     The other direction of layer 0 is `layer="l0_reverse"`. In the `state_dict` of a larger module,
     `prefix` is the name of the layer and a dot. Without biases, they are 0.

@@ -175,7 +175,7 @@ def define_text_flags() -> Callable[[], list[str | None]]:
     define = flags.DEFINE_string
     text_flags = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
+        define("data_directory", None, "TFDS's data directory. [default: that of the run]"),
     )
     return lambda: [flag.value for flag in text_flags]
 

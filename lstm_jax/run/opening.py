@@ -259,7 +259,7 @@ def _make_run(
     drop = functools.partial(drop_parameters, config.regularization)
     jax.eval_shape(drop, state.params, state.key)
     if config.regularization.hidden_dropout and config.model.num_layers == 1:
-        warn("config.regularization.hidden_dropout is between layers: one layer has output_dropout")
+        warn("config.regularization.hidden_dropout is between layers: with one, use output_dropout")
     checkpoints = directory / workdir.CHECKPOINTS
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None

@@ -15,8 +15,8 @@ _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to gener
 _CONTROLS = (
     flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy."),
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all."),
-    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this total."),
-    flags.DEFINE_float("min_p", 0.0, "Draw from tokens with this share of the maximum."),
+    flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set with this probability."),
+    flags.DEFINE_float("min_p", 0.0, "Least probability, relative to the maximum."),
 )
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
