@@ -304,6 +304,7 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "segment_length=0"),
         (["evaluate", "--workdir=.", "--dynamic_decay=0.01"], "add --dynamic"),
+        (["evaluate", "--workdir=.", "--text=-", "--split=test"], "--text and --split"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
         (["sample"], "specify the trained model: --workdir DIR"),
         (["sample", "--workdir=."], "no trained model in ."),

@@ -241,7 +241,7 @@ def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config.optimizer.learning_rate = 1e38
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
-    with pytest.raises(UserError, match="finite at step 10: .* that of step 0, .*gradient_norm"):
+    with pytest.raises(UserError, match="finite at step 10: .* that of step 0, .*learning_rate"):
         training.train(tiny_config, tmp_path)
     tiny_config.optimizer.learning_rate = 0.01
     tiny_config.optimizer.max_gradient_norm = 1.0
