@@ -75,7 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("model", help="a model that lstm_jax.load reads; several: an ensemble")
     parser.add_argument("train", type=Path, help="the training text")
     parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
-    parser.add_argument("--dynamic", type=float, nargs=3, help="RATE DECAY LENGTH")
+    parser.add_argument("--dynamic", type=float, nargs="+", help="RATE DECAY LENGTH [EPSILON]")
     parser.add_argument("--longest", type=int, default=8, help="tokens of the longest n-grams")
     args = parser.parse_args()
     run, longest, weights = lstm_jax.load(args.model.split(",")), args.longest, None
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     (trained := NGrams(size, longest)).read(coded[0])
     for i, path in enumerate(args.texts, 1):
         if args.dynamic:
-            settings = dynamic.Settings(args.dynamic[0], args.dynamic[1], int(args.dynamic[2]))
+            settings = dynamic.Settings(*args.dynamic[:2], int(args.dynamic[2]), *args.dynamic[3:])
             losses = np.concatenate([*dynamic.adapt_to_text(members, ids[0], ids[i], settings)])
         else:
             losses = -run.score(texts[i]).log_probs

@@ -8,9 +8,10 @@ The update is the one that the paper calls RMS with an RMS global prior. With s 
 of a parameter's gradient over segments of the training text, and m the mean of s over all
 parameters,
 
-    p <- p - learning_rate * gradient / (s + 0.1 m) + min(decay * s / m, 1) * (trained - p)
+    p <- p - learning_rate * gradient / (s + epsilon * m) + min(decay * s / m, 1) * (trained - p)
 
-so that parameters with small gradients in training move as readily as the others.
+so that, with a small epsilon, parameters with small gradients in training move as readily as the
+others.
 """
 
 import math
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
     # with a gradient of mean size.
     decay: float
     segment_length: int  # Tokens predicted between two gradient steps.
+    epsilon: float = 0.1  # Limits the steps of parameters with small gradients in training.
 
 
 def adapt_to_text(
@@ -123,7 +125,7 @@ def _read_segments(
 
     def adapt(p: jax.Array, g: jax.Array, p0: jax.Array, size: jax.Array) -> jax.Array:
         back = jnp.minimum(settings.decay * size / mean, 1)
-        return p - settings.learning_rate * g / (size + 0.1 * mean) + back * (p0 - p)
+        return p - settings.learning_rate * g / (size + settings.epsilon * mean) + back * (p0 - p)
 
     def step(state: tuple[Params, Carry], segment: Chunk) -> tuple[tuple[Params, Carry], jax.Array]:
         (params, carry), (inputs, targets, counted) = state, segment

@@ -27,11 +27,12 @@ _DYNAMIC = flags.DEFINE_bool(
 )
 # Close to the best on the validation splits of experiments/quick.py and penn_treebank_words.py:
 # docs/results.md has the others tried.
-_RATE = flags.DEFINE_float(
-    "dynamic_learning_rate", None, "[default: 1e-3, or 2e-4 for 1,000 tokens or more]", 0.0
-)
+_RATE = flags.DEFINE_float("dynamic_learning_rate", 1e-3, "Rate of the gradient steps.", 0.0)
 _DECAY = flags.DEFINE_float("dynamic_decay", 0.003, "Share of the way back, after each step.", 0.0)
 _SEGMENT = flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1)
+_EPSILON = flags.DEFINE_float(
+    "dynamic_epsilon", None, "[default: 0.1, or 1 for 1,000 tokens or more]", 0.0
+)
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
     if _TEXT.value and _SPLIT.present:
         raise UserError("--text and --split can't be combined: use only one of them")
-    given = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT) if flag.present]
+    given = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT, _EPSILON) if flag.present]
     if given and not _DYNAMIC.value:
         raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
     # Here, because they import JAX.
@@ -61,9 +62,9 @@ def main() -> None:
         subject = measurement.join_splits(_SPLIT.value, splits, vocabulary)
     result, ids = subject.fields, subject.ids
     if _DYNAMIC.value:
-        default = 1e-3 if len(vocabulary) < 1000 else 2e-4
-        rate = default if _RATE.value is None else _RATE.value
-        settings = Settings(rate, _DECAY.value, _SEGMENT.value)
+        default = 0.1 if len(vocabulary) < 1000 else 1.0
+        epsilon = default if _EPSILON.value is None else _EPSILON.value
+        settings = Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
         train_ids = splits["train"].encode(vocabulary)
         loss = measurement.measure_dynamic_loss(trained, ids, train_ids, settings)
         result["dynamic"] = settings._asdict()

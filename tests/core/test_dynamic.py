@@ -14,7 +14,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 
 MODEL = model_lib.LanguageModel(11, 6, 9, 2)
-SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
+SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7, epsilon=0.2)
 TRAIN_IDS = np.random.default_rng(3).integers(0, 11, 42).astype(np.int32)
 
 
@@ -86,7 +86,7 @@ def test_updates_match_those_of_the_paper(
         expected.append(losses)
         adapted = jax.tree.map(
             lambda p, g, p0, s: (
-                p - 0.01 * g / (s + 0.1 * mean) + np.minimum(0.05 * s / mean, 1) * (p0 - p)
+                p - 0.01 * g / (s + 0.2 * mean) + np.minimum(0.05 * s / mean, 1) * (p0 - p)
             ),
             adapted,
             grads,
