@@ -11,7 +11,6 @@ that follow ab, and
 
 The weights of a mixture depend on the length of the longest known context, and are the best ones
 on the first text after the training text. Several models, separated by commas, are an ensemble.
---dynamic 1e-3 0.003 50 is dynamic evaluation of the model; with words, --longest 4 saves memory.
 """
 
 import argparse
@@ -76,7 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("train", type=Path, help="the training text")
     parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
     parser.add_argument("--dynamic", type=float, nargs="+", help="RATE DECAY LENGTH [EPSILON]")
-    parser.add_argument("--longest", type=int, default=8, help="tokens of the longest n-grams")
+    parser.add_argument("--longest", type=int, default=8, help="4 saves memory, with words")
     args = parser.parse_args()
     run, longest, weights = lstm_jax.load(args.model.split(",")), args.longest, None
     members, size = list_members(run.model, run.params), len(run.vocabulary)
@@ -86,7 +85,8 @@ if __name__ == "__main__":
     (trained := NGrams(size, longest)).read(coded[0])
     for i, path in enumerate(args.texts, 1):
         if args.dynamic:
-            settings = dynamic.Settings(*args.dynamic[:2], int(args.dynamic[2]), *args.dynamic[3:])
+            rate, decay, length, *epsilon = args.dynamic
+            settings = dynamic.Settings(rate, decay, int(length), *epsilon)
             losses = np.concatenate([*dynamic.adapt_to_text(members, ids[0], ids[i], settings)])
         else:
             losses = -run.score(texts[i]).log_probs
