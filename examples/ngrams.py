@@ -75,7 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("train", type=Path, help="the training text")
     parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
     parser.add_argument("--dynamic", type=float, nargs="+", help="RATE DECAY LENGTH [EPSILON]")
-    parser.add_argument("--longest", type=int, default=8, help="4 saves memory, with words")
+    parser.add_argument("--longest", type=int, default=8, help="largest n; 4 saves memory")
     args = parser.parse_args()
     run, longest, weights = lstm_jax.load(args.model.split(",")), args.longest, None
     members, size = list_members(run.model, run.params), len(run.vocabulary)

@@ -313,9 +313,10 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def find_experiment(name: str) -> str:
-    """Return the path of an experiment of the package; any other name, or a file here, as it is.
+    """Return the path of an experiment of the package; any other name with ~ expanded.
 
-    An installed package has experiments/ within it, and an editable one beside it.
+    A file here comes first. An installed package has experiments/ within it, and an editable one
+    beside it.
     """
     package = Path(__file__).parent
     path = (package if (package / "experiments").is_dir() else package.parent) / name

@@ -59,7 +59,6 @@ with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     retry = Retry(max_retry=10, inherit_intermediate_values=True)
     retry_interrupted = Retry(max_retry=None, inherit_intermediate_values=True)
 
-
 _CHOICES = str, int, float, bool, type(None)  # What a study stores as it is.
 
 
