@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import random
 import runpy
 import time
@@ -27,7 +28,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from lstm_jax import training
-from lstm_jax.config import Config, complete_config
+from lstm_jax.config import Config, complete_config, flatten
 from lstm_jax.errors import (
     NotFiniteError,
     UnavailableError,
@@ -48,6 +49,7 @@ Space = Callable[[BaseTrial], Mapping[str, object]]
 # `STALE_SECONDS`.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
 
+EXPERIMENT = "experiment"  # Attribute of a study: the fields of the config that trials change.
 # Attributes of a trial, which it keeps when it is run again.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
@@ -120,6 +122,13 @@ def open_sweep(
         is_of_grid = "grid_id" in old.system_attrs or not old.state.is_finished()
         if not is_of_grid or any(choices.get(name) != x for name, x in _get_choices(old).items()):
             raise UserError(f"{directory} holds another sweep: use another --workdir")
+    fields = {name: repr(value) for name, value in flatten(experiment)}
+    before = study.user_attrs.get(EXPERIMENT, fields)
+    if changed := [name for name, value in before.items() if fields.get(name, value) != value]:
+        raise UserError(
+            f"{directory} holds a sweep with another {changed[0]}: use another --workdir"
+        )
+    study.set_user_attr(EXPERIMENT, fields)
     return Sweep(study, experiment, space, directory, trials or 40)
 
 
@@ -142,7 +151,7 @@ def open_study(name: str, location: str, **options: Any) -> Study:
 
 def _open_storage(location: str) -> BaseStorage:
     if "://" not in location:
-        return JournalStorage(JournalFileBackend(location))
+        return JournalStorage(JournalFileBackend(os.path.expanduser(location)))
     # By default, SQLite waits 5 seconds for other workers.
     settings = {"timeout": 60} if location.startswith("sqlite") else {}
     return RDBStorage(
@@ -304,6 +313,8 @@ def describe_results(study: Study, command: str) -> str:
     ]
     lines += map(make_row, trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    # Workers that start at the same moment may train one point of a grid twice.
+    complete = [*{str(trial.params): trial for trial in complete}.values()]
     if len(complete) > 1 and all(set(trial.params) == {"seed"} for trial in complete):
         losses = [(trial.values[0], trial.user_attrs[TEST_LOSS]) for trial in complete]
         means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]

@@ -1,6 +1,7 @@
 """Test sweeps: spaces, trials that are interrupted, storages, results, and workers that die."""
 
 import contextlib
+import copy
 import random
 import shlex
 import sqlite3
@@ -146,6 +147,11 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     validation, test = (f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in numbers)
     line = done.stdout.splitlines()[-1]
     assert line == f"Mean of 2 seeds: validation {validation}, test {test}"
+    # Two workers that start at the same moment may train one seed twice.
+    twice = copy.copy(trials[0])
+    twice.number = 2
+    study = mock.Mock(get_trials=lambda deepcopy: [*trials, twice])
+    assert search.describe_results(study, "").splitlines()[-1] == line
     more = commands.run("sweep", *flags, "--seeds=3")
     assert more.returncode == 2 and "holds another sweep" in more.stderr
 
@@ -210,6 +216,9 @@ def test_a_grid_needs_choices_and_visits_each_once(
     search.run_worker(sweep)
     assert len({tuple(trial.params.items()) for trial in sweep.study.trials}) == 6
     assert len(trained_in) == 6
+    tiny_config.num_epochs = 99
+    with pytest.raises(UserError, match="holds a sweep with another num_epochs"):
+        search.open_sweep(config_lib.complete_config(tiny_config), draw, tmp_path, grid=True)
 
 
 def test_a_space_may_leave_out_points_and_compute_with_numpy(
