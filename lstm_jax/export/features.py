@@ -15,10 +15,10 @@ from lstm_jax.vocabulary import Vocabulary
 _PUNCTUATION = "!-/:-@\\[-`{-~«»\u2010-\u2027、。"
 # Patterns whose first groups are the characters with the feature.
 _INSIDE = {
-    "inside a speaker's name": r"(?:\A|\n\n)([^\n:]{1,40}):(?=\n)",
+    "inside a speaker's name": r"(?:\A|\r?\n\r?\n)([^\n:]{1,40}):(?=\r?\n)",
     # A mark that nothing closes ends with its paragraph.
-    "inside quotation marks": r'(["“«](?:(?!\n\n)[^"”»])*)["”»]?',
-    "inside brackets": r"([(\[](?:(?!\n\n)[^)\]])*)[)\]]?",
+    "inside quotation marks": r'(["“«](?:(?!\r?\n\r?\n)[^"”»])*)["”»]?',
+    "inside brackets": r"([(\[](?:(?!\r?\n\r?\n)[^)\]])*)[)\]]?",
     "a digit": r"(\d)",
     "a space": r"( )",
     "a line break": r"(\n)",

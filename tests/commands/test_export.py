@@ -169,6 +169,9 @@ def test_line_breaks_of_windows_are_read_as_in_python(
     np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
     shown.read("a\nb\n")
     assert shown("area.value") == "".join(shown.get_each("text")) == "a\nb\n"
+    for text in ("a", "a line"):  # Without the line breaks.
+        shown.read(text)
+    np.testing.assert_array_equal(shown.get_each("id"), trained.vocabulary.encode(text))
 
 
 @pytest.mark.process

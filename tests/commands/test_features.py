@@ -11,7 +11,9 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
     ("name", "text", "expected"),
     [
         ("inside a speaker's name", "A Bc:\nDe: f\n\nG:\n\nH:\n", "11110000000001000100"),
+        ("inside a speaker's name", "A:\r\nb\r\n\r\nC:\r\n", "1000000001000"),
         ("inside quotation marks", 'a "b\n\nc "d"', "00110000110"),
+        ("inside quotation marks", '"b\r\n\r\nc', "1100000"),
         ("inside quotation marks", "“a” «b»", "1100110"),
         ("inside brackets", "a) (b[c]d) e", "000111100000"),
         ("a capital letter", "aBÉ", "011"),
