@@ -17,7 +17,7 @@ from lstm_jax.config import ModelConfig
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.ops import weights
-from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
+from lstm_jax.vocabulary import BYTES, PADDING, UNKNOWN, Vocabulary
 
 # The parameters of the cells that can be converted.
 _PARAMS: dict[str, type[Any]] = {"lstm": ops.LSTMParams, "gru": ops.GRUParams}
@@ -146,6 +146,8 @@ def add_special_rows(
             f"the model has {len(table)} tokens, but the vocabulary has {len(proper)} apart from "
             f"'' and {UNKNOWN!r}: name the vocabulary that it was trained with"
         )
+    if kind in ("bytes", "bpe") and not {*BYTES} <= {*proper}:
+        raise UserError("the vocabulary lacks bytes: those above 127 are U+DC80 to U+DCFF")
     try:
         vocabulary = Vocabulary([PADDING, UNKNOWN, *proper], kind, stop)
     except ValueError as error:
