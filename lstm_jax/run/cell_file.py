@@ -7,6 +7,7 @@ directory is only compared with those loaded.
 
 import dataclasses
 import hashlib
+import os
 import shlex
 import sys
 import types
@@ -33,9 +34,9 @@ def load_cell(name: str) -> str:
     """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
     if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
-    file, _, class_name = name.rpartition(":")
+    file, _, class_name = os.path.expanduser(name).rpartition(":")
     with name_failure(f"can't read the file of the cell {name}"):
-        source = Path(file).expanduser().read_bytes()
+        source = Path(file).read_bytes()
     sha256 = hashlib.sha256(source).hexdigest()
     # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
