@@ -59,7 +59,8 @@ def adapt_to_text(
 
 def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
     """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
-    return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
+    with np.errstate(invalid="ignore"):  # The losses of a diverged model are not numbers.
+        return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
 
 
 def measure_gradient_sizes(

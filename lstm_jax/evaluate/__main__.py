@@ -31,7 +31,7 @@ _RATE = flags.DEFINE_float("dynamic_learning_rate", 1e-3, "Rate of the gradient 
 _DECAY = flags.DEFINE_float("dynamic_decay", 0.003, "Share of the way back, after each step.", 0.0)
 _SEGMENT = flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1)
 _EPSILON = flags.DEFINE_float(
-    "dynamic_epsilon", None, "[default: 0.1, or 1 for 1,000 tokens or more]", 0.0
+    "dynamic_epsilon", None, "[default: 0.1, or 1 for 1,000 tokens or more]", 1e-9
 )
 
 

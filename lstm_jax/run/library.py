@@ -155,8 +155,8 @@ class Run:
         token of each text; before the first token they are zeros. The results depend on the number
         of texts by rounding only, and not on how a text is divided between calls.
         """
-        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary):
-            raise UserError(f"ids must be from 0 to {len(self.vocabulary) - 1}")
+        if ids.ndim != 2 or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
+            raise UserError(f"ids must be [batch, time], from 0 to {len(self.vocabulary) - 1}")
         if state is None:
             state = generation.initial_state(self.model, self._arrays, len(ids))
         return generation.read_tokens(self.model, self._arrays, state, ids)

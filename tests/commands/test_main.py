@@ -182,6 +182,9 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
     expected = np.concatenate([*parts]).mean(dtype=np.float64)
     for flag in ("--split=validation+test", "--text=last.txt"):
         assert measure("--dynamic", flag)["loss"] == pytest.approx(expected, rel=1e-6)
+    diverges = "--dynamic", "--dynamic_learning_rate=1e9"
+    (line,) = run("evaluate", f"--workdir={trained}", *diverges, cwd=tmp_path).stderr.splitlines()
+    assert line.startswith("error: the loss is not a number")
 
     # The mean over windows, in which the first tokens are harder to predict.
     windows = measure("--split=validation+test", "--context=32")
