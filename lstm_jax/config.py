@@ -35,14 +35,14 @@ T = TypeVar("T")
 class Field(NamedTuple):
     """One field of a config; `name` is dotted, and values have the type of `default`.
 
-    Conditions are Python expressions, which messages and docs/config.md show: `allowed` of the
-    value x; `requires` of the whole config, by the names of its fields.
+    Conditions are Python expressions, which messages show: `allowed` of the value x; `requires` of
+    the whole config, by the names of its fields.
     """
 
     name: str
     default: Any
     meaning: str
-    allowed: str | tuple[str, ...] = ""  # Empty: all values of the type. A tuple: one of these.
+    allowed: str | tuple[str, ...] = ""  # Of x. Empty: all of the type. A tuple: one of these.
     # A run may change it when it resumes: checkpoints have the same arrays with every value, and
     # losses before and after the change can be compared.
     resume: bool = False
@@ -175,7 +175,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegularizationConfig:
-    """The rates of dropout."""
+    """Dropout of parts of the model, in training only."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
         resume=True)
@@ -265,7 +265,7 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
 FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
-# Fields of earlier runs, with the values that changed nothing, which are ignored.
+# Removed fields, with the value that changed nothing: a config that has it is accepted.
 _REMOVED = {
     "mesh.model": 1,
     "max_skipped_steps": 0,

@@ -18,7 +18,7 @@ _CHUNK = 1024  # Tokens per call of the compiled function.
 # It changes the loss by at most 2e-5 nats, as rounding to bfloat16 does.
 LONGEST_IN_ONE = 2**14
 _STREAMS, _STREAMS_CHUNK = 64, 64
-_WARM_UP = 512  # Tokens before its start that each stream reads first, uncounted.
+_PRECEDING = 512  # Tokens before its start that each stream reads first, uncounted.
 
 # Inputs and targets, and which of the targets count.
 Chunk = tuple[Integer[Any, "batch time"], Integer[Any, "batch time"], Bool[Any, "batch time"]]
@@ -99,7 +99,7 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     streams = 1 if length else count_streams(ids)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
-    return _cut_chunks(ids, np.maximum(bounds[:-1] - _WARM_UP, 0), bounds, length)
+    return _cut_chunks(ids, np.maximum(bounds[:-1] - _PRECEDING, 0), bounds, length)
 
 
 def _cut_chunks(

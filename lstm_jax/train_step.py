@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     key: Array  # The PRNG key of all random draws in training.
     step: Int[Array, ""]  # Training steps done.
     loss_sum: Float[Array, ""]  # Nats per token, summed since the last log line.
-    norm_sum: Float[Array, ""]  # The same sum of the gradients' norms before clipping.
+    norm_sum: Float[Array, ""]  # Of the gradients before clipping, summed likewise.
     loss_steps: Int[Array, ""]  # The number of steps in these sums.
 
     @property
@@ -115,12 +115,12 @@ def make_train_step(
             loss_steps=state.loss_steps + 1,
         )
 
-    def take_steps(state: TrainState, batch: Batch) -> TrainState:
+    def train_steps(state: TrainState, batch: Batch) -> TrainState:
         if batch.starts.ndim == 1:
             return train_step(state, batch)
         return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[0]
 
-    return jax.jit(take_steps, donate_argnums=0)
+    return jax.jit(train_steps, donate_argnums=0)
 
 
 def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Callable[..., Any]:
@@ -138,7 +138,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         carry: model_lib.Carry,
         masks: model_lib.Masks | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
-        """Return the loss to minimize, with that of teachers; and (the loss, the carry)."""
+        """Return the objective, with that of teachers; and (the loss of the text, the carry)."""
         read = params if key is None else drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)

@@ -75,7 +75,7 @@ def is_finished(run: OpenRun) -> bool:
     step = run.first_step
     if not run.is_validated or not (step == run.plan.total_steps or is_out_of_patience(run)):
         return False
-    # If more steps were to follow, but the process ended before it took one, this row is missing.
+    # A resume with more epochs removes this row, and may have ended before its first step.
     is_recorded = parallel.is_first() and bool(find_losses(run, "validation", step))
     return bool(parallel.max_over_processes(is_recorded))
 
@@ -121,7 +121,7 @@ def take_steps(run: OpenRun) -> None:
     with StopRequest() as stop:
         if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
             save(run, state, step)
-        # A checkpoint is saved before its validation, so resuming has removed that row.
+        # Resuming removes the row of a validation, which follows its checkpoint: validate again.
         if run.is_validated or plan.validates_at(step):
             is_over = validate(run, state, step)
         while step < plan.total_steps and not is_over:

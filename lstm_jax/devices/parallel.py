@@ -339,7 +339,7 @@ class Pacer:
         self._most = _MOST_STEPS_AHEAD if shared else sys.maxsize
 
     def wait(self, step: int, result: jax.Array) -> bool:
-        """Wait for a result of the step if it is time to; return whether all processes did."""
+        """Wait for a result of the step if it is time to; return whether all processes are here."""
         if step - self._step < self._steps:
             return jax.process_count() == 1
         jax.block_until_ready(result)

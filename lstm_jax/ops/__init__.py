@@ -2,7 +2,8 @@
 
     carry, outputs = ops.lstm(ops.LSTMParams.init(key, features=64, hidden=256), inputs)
 
-`lstm` states the arguments that all have. docs/layers.md has examples and measurements.
+`lstm` (`layer.py`) states the arguments that all have. `gates.py` has the equations of the gated
+layers and their derivatives. docs/layers.md has examples and measurements.
 """
 
 from lstm_jax.ops.gates import (

@@ -2,8 +2,8 @@
 
 A step first computes sums, [batch, hidden] each, of which most read the inputs x and the hidden
 state h: x W + h U + b. A `Gating` is the rest, elementwise functions from the sums and the carry to
-the next carry, and their derivatives. The scan and all faster implementations share it, a `Layer`
-with all that it reads, and the functions at the end.
+the next carry (`activate`), and their derivatives (`derive`, `pull_back`), which XLA's loop uses;
+`lstm.c` has the same in C. All implementations share the `Layer` and the functions at the end.
 """
 
 from collections.abc import Callable, Sequence
@@ -125,8 +125,8 @@ class Gating(NamedTuple):
     activate: Callable[[Arrays, Any, Any], tuple[Arrays, Any]]
     # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
     derive: Callable[[Arrays, Any, Any, Any], Arrays]
-    # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, whose
-    # hidden state is without the part through h U: None unless `keeps_hidden`).
+    # (factors, cotangent of the next carry) -> (cotangents of the sums, cotangent of the carry).
+    # In the latter, the hidden state is without the part through h U: None unless `keeps_hidden`.
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
     num_factors: int
     keeps_hidden: bool = False  # Whether a step keeps a part of the hidden state.
@@ -247,7 +247,7 @@ def _derive_peephole(
 
 
 def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
-    r, z, q, n = sums
+    r, z, q, n = sums  # Of the candidate, q is h U + un, and n is x W + b.
     r, z = sigmoid(r), sigmoid(z)
     n = jnp.tanh(n + r * q)
     return (r, z, q, n), HiddenCarry((1 - z) * n + z * carry.hidden)

@@ -2,7 +2,7 @@
 
 Each checks its arguments, chooses an implementation (`choice.py`), and handles lengths and
 direction. `gates.py` has the equations of a step and their derivatives, `xla.py` the reference
-implementation and the loops forwards and backwards in time, and `in_c.py` those in C;
+implementation and the loops forwards and backwards in time, `in_c.py` and `lstm.c` the same in C;
 `recurrence.py` makes these differentiable.
 """
 
@@ -73,9 +73,9 @@ def lstm(
         as it is, and their outputs are zero.
       reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
         place of their inputs.
-      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32; "float32" leaves
-        them as they are. Without one, that of the inputs. States are float32, or float64 if any
-        array is.
+      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32, and biases in C;
+        "float32" leaves them as they are. Without one, that of the inputs. States are float32, or
+        float64 if any array is.
       implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
         and TPUs); "xla" and "c" (on CPUs with AVX-512) are faster; "auto" chooses.
 

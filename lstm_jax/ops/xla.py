@@ -3,7 +3,7 @@
 - Reverse-mode differentiation of a scan adds to the gradient of the whole recurrent kernel at every
   step. Here the backward loop computes gradients of the sums only, and one matmul for each kernel,
   over time and batch, computes its gradient after the loop.
-- A step saves its derivatives, so that a backward step has little to compute.
+- A step saves its derivatives (`gates.py`), so that a backward step has little to compute.
 - On CPUs, the loops have feature-major arrays, [features, batch]: XLA's matmuls are fastest there
   as [n, features] @ [features, batch].
 - On GPUs, the time of a small layer depends mostly on how many GPU kernels each step launches: here
