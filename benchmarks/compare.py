@@ -6,9 +6,9 @@
     python benchmarks/compare.py --out runs/optimizers --experiment experiments/optimizers.py \
         --space experiments/sweeps/optimizers.py --budgets seconds
 
-The variants of an experiment, experiments/cells.py by default, are the names in its VARIANTS. The
-same command resumes an interrupted comparison, and several processes may run it at the same time.
-For each variant it
+It needs `pip install -e '.[sweep]'`. The variants of an experiment, experiments/cells.py by
+default, are the names in its VARIANTS. The same command resumes an interrupted comparison, and
+several processes may run it at the same time. For each variant it
 
 1. tunes with `lstm_jax.sweep` on the validation split: the same space and the same number of trials
    for all;
@@ -26,7 +26,7 @@ import argparse
 import contextlib
 import runpy
 import statistics
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 import frame
-from frame import ROOT, measure_speed, print_head, print_row, spread, time_call
+from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import memory
 from lstm_jax.errors import name_setting
@@ -119,16 +119,11 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
 
 
 def load_trials(sweep: Path) -> list[FrozenTrial]:
-    """Return the trials of a sweep, the best one first."""
+    """Return the trials of a sweep, the best one first, when other processes have ended theirs."""
     study = optuna.load_study(study_name=sweep.name, storage=f"sqlite:///{sweep}/study.db")
+    while not all(trial.state.is_finished() for trial in search.list_trials(study)):
+        time.sleep(5)
     return search.list_trials(study)
-
-
-def count_steps(directories: Iterable[Path], seconds: float) -> int:
-    """Return the number of steps that take these seconds in the fastest of several runs."""
-    fastest = max(directories, key=measure_speed)
-    sizes = workdir.load_config(fastest).batches
-    return max(round(seconds * measure_speed(fastest) / sizes.batch_size / sizes.window_length), 1)
 
 
 def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:

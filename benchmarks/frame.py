@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,13 @@ def measure_speed(directory: Path) -> float:
     rows = metrics.read_metrics(directory / workdir.METRICS)
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return statistics.median(speeds or [0.0])
+
+
+def count_steps(directories: Iterable[Path], seconds: float) -> int:
+    """Return the number of steps that take these seconds in the fastest of several runs."""
+    fastest = max(directories, key=measure_speed)
+    sizes = workdir.load_config(fastest).batches
+    return max(round(seconds * measure_speed(fastest) / sizes.batch_size / sizes.window_length), 1)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

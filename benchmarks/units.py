@@ -3,17 +3,16 @@
     python benchmarks/units.py --out runs/units --seconds 180
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
 
-For each kind of token a short run measures the time of a step, and a second run trains for the
-number of steps that take --seconds; start, compilation and validation are not counted. The table
-is in bits per character, which can be compared. The same command resumes an interrupted comparison;
-flags --config.FIELD=VALUE are passed to every run.
+It needs `pip install -e '.[bpe]'`. For each kind of token a short run measures the time of a step,
+and a second run trains for the number of steps that take --seconds; start, compilation and
+validation are not counted. The table is in bits per character, which can be compared. The same
+command resumes an interrupted comparison; flags --config.FIELD=VALUE are passed to every run.
 """
 
 import statistics
 from pathlib import Path
 
-from compare import count_steps
-from frame import parse_flags, print_head, print_row, spread, train
+from frame import count_steps, parse_flags, print_head, print_row, spread, train
 from lstm_jax.run import metrics, workdir
 
 SHORT = 40  # Steps of the run that measures the time of a step.

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+import beam_search
+import classify
 import commands
 import lstm_jax
 import novelty
@@ -97,6 +99,8 @@ def test_the_speaker_is_classified(
     run_example(monkeypatch, "classify.py", trained, text_file, "First Citizen", "MENENIUS")
     output = capsys.readouterr().out
     assert re.fullmatch(r"\d+ speeches: accuracy 0\.\d+; the majority class 0\.\d+\n", output)
+    labels = np.arange(40) % 2
+    assert classify.cross_validate(labels[:, None] + 0.0, labels) == 1
 
 
 @pytest.mark.slow
@@ -297,8 +301,11 @@ def test_a_text_and_the_most_probable_one(
     longest = capsys.readouterr().out.partition("the longest passage has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
     run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    run = lstm_jax.load(trained)
+    ((greedy, total),) = beam_search.search(run, "ROMEO:", 9, 1)
+    assert greedy == run.generate("ROMEO:", length=9, temperature=0)
+    assert total == pytest.approx(run.score(greedy).log_probs[-9:].sum(), abs=1e-3)
 
 
 @pytest.mark.slow
