@@ -28,8 +28,8 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     Every token but the first is predicted once. A text of at most `LONGEST_IN_ONE` tokens is read
-    in one stream, with the carry kept; a longer one as 64 parallel streams, each of which first
-    reads the 512 tokens before its start.
+    in one stream, with the carry kept; a longer one as `_STREAMS` parallel streams, each of which
+    first reads the `_PRECEDING` tokens before its start.
     """
     carry, total = first_carry(model, params, count_streams(ids)), 0.0
     for chunk in iterate_chunks(ids):

@@ -24,7 +24,7 @@ from lstm_jax.errors import UserError
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes; a new field makes earlier checkpoints unreadable."""
+    """All that a step reads and writes; runs with another structure of it can't resume."""
 
     params: model_lib.Params
     opt_state: optax.OptState
@@ -138,7 +138,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         carry: model_lib.Carry,
         masks: model_lib.Masks | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
-        """Return the objective, with that of teachers; and (the loss of the text, the carry)."""
+        """Return the objective to minimize; and (the loss of the text, to log, and the carry)."""
         read = params if key is None else drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)

@@ -136,6 +136,7 @@ def take_steps(run: OpenRun) -> None:
             progress.after_step(step)
             is_synchronized = pacer.wait(step, state.loss_sum)
             code = parallel.max_over_processes(stop.code) if is_synchronized else 0
+            # What happens at certain steps ends a call: `Plan.count_steps_of_call`.
             logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
             saves = validates or code or (is_synchronized and is_save_due(run))
             if logs or saves:

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         return step / self.steps_per_epoch
 
     def validates_at(self, step: int) -> bool:
-        """Return whether the run saves and validates after `step` steps, which may be 0."""
+        """Return whether the run validates, and saves before that, after `step` steps, or 0."""
         every = self.validate_every_steps or self.steps_per_epoch
         return not step % every or not step % self.steps_per_epoch or step == self.total_steps
 
@@ -166,7 +166,9 @@ class _Start(NamedTuple):
 
 
 def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
-    """Return what a new run starts from, or the run in `directory`, which may have changed fields.
+    """Return what a run starts from: nothing or another model, or its own files if it resumes.
+
+    A run that resumes may have other values of the fields in `CHANGEABLE`.
 
     Raise `UserError` if files of the run are missing, a field can't change, or the model that it
     starts from has other sizes.
