@@ -383,7 +383,7 @@ def test_training_is_the_same_from_memory_and_from_a_file(
     # A long text is evaluated in parallel streams, with almost the same loss.
     monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 1500)
     monkeypatch.setattr(loss_lib, "_STREAMS", 3)
-    monkeypatch.setattr(loss_lib, "_WARM_UP", 200)
+    monkeypatch.setattr(loss_lib, "_PRECEDING", 200)
     side_by_side = loss_lib.compute_loss(trained.model, trained.params, ids)
     assert side_by_side != expected and side_by_side == pytest.approx(expected, rel=1e-3)
 
