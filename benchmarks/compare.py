@@ -97,10 +97,9 @@ def main() -> None:
 
 def tune(name: str, options: argparse.Namespace) -> None:
     """Tune a variant, or resume, until its trials are done."""
-    given = ("--config", f"{options.experiment}:{name}", "--workdir", options.out / "tune" / name)
     search = ("--space", options.space, "--sampler", options.sampler, "--trials", options.trials)
     length = ("--pruner", "none", *options.fields, f"--config.num_epochs={options.tune_epochs}")
-    frame.run_python("-m", "lstm_jax.sweep", *given, *search, *length)
+    run_sweep(options.out / "tune" / name, f"{options.experiment}:{name}", *search, *length)
 
 
 def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
@@ -113,16 +112,22 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
         tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))
         steps = count_steps(tried, options.seconds)
         fields[-1:] = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
-    given = ("--config", f"{options.experiment}:{name}", "--workdir", out)
-    frame.run_python("-m", "lstm_jax.sweep", *given, "--seeds", options.seeds, *fields)
+    run_sweep(out, f"{options.experiment}:{name}", "--seeds", options.seeds, *fields)
     return [measure_once(trial, out) for trial in load_trials(out)]
 
 
-def load_trials(sweep: Path) -> list[FrozenTrial]:
-    """Return the trials of a sweep, the best one first, when other processes have ended theirs."""
-    study = optuna.load_study(study_name=sweep.name, storage=f"sqlite:///{sweep}/study.db")
-    while not all(trial.state.is_finished() for trial in search.list_trials(study)):
+def run_sweep(directory: Path, config: str, *flags: object) -> None:
+    """Run a sweep until its last trial has ended, which another process may be training."""
+    command = ("-m", "lstm_jax.sweep", "--config", config, "--workdir", directory, *flags)
+    frame.run_python(*command)
+    while not all(trial.state.is_finished() for trial in load_trials(directory)):
         time.sleep(5)
+        frame.run_python(*command)
+
+
+def load_trials(sweep: Path) -> list[FrozenTrial]:
+    """Return the trials of a sweep, the best one first."""
+    study = optuna.load_study(study_name=sweep.name, storage=f"sqlite:///{sweep}/study.db")
     return search.list_trials(study)
 
 
