@@ -9,7 +9,7 @@ import random
 import runpy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -211,6 +211,14 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return sorted(last.values(), key=rank)
 
 
+def drop_repeated(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the first trial at each point: two workers may train the last point of a grid."""
+    first = dict[str, FrozenTrial]()
+    for trial in trials:
+        first.setdefault(str(trial.params), trial)
+    return [*first.values()]
+
+
 def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
@@ -312,9 +320,7 @@ def describe_results(study: Study, command: str) -> str:
         "| ---: | --- | ---: | ---: | --- |",
     ]
     lines += map(make_row, trials)
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    # Workers that start at the same moment may train one point of a grid twice.
-    complete = [*{str(trial.params): trial for trial in complete}.values()]
+    complete = drop_repeated(t for t in trials if t.state == TrialState.COMPLETE)
     if len(complete) > 1 and all(set(trial.params) == {"seed"} for trial in complete):
         losses = [(trial.values[0], trial.user_attrs[TEST_LOSS]) for trial in complete]
         means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]

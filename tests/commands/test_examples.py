@@ -301,7 +301,8 @@ def test_a_text_and_the_most_probable_one(
     longest = capsys.readouterr().out.partition("the longest passage has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
     run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)
     run = lstm_jax.load(trained)
     ((greedy, total),) = beam_search.search(run, "ROMEO:", 9, 1)
     assert greedy == run.generate("ROMEO:", length=9, temperature=0)

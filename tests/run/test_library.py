@@ -331,8 +331,8 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (run.stream, {"piece_length": 0}, "piece_length is 0: it needs 1 <= piece_length <= 1024"),
         (run.next, {"text": "a", "n": -1}, "n is -1: it needs n >= 1"),
-        (run.read, {"ids": np.array([[2, 999]])}, "ids must be .*, from 0 to 4"),
-        (run.read, {"ids": np.array([2, 3])}, "ids must be .batch, time."),
+        (run.read, {"ids": np.array([[2, 999]])}, r"ids must be \[batch, time\], from 0 to 4"),
+        (run.read, {"ids": np.array([2, 3])}, r"ids must be \[batch, time\], from 0 to 4"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
         (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
