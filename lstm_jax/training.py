@@ -115,7 +115,7 @@ def take_steps(run: OpenRun) -> None:
     config, plan = run.config, run.plan
     state, step, is_over = run.first_state, run.first_step, False
     train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
-    feed, pacer, progress = make_feed(run), parallel.Pacer(step), Progress(plan, run.prints)
+    feed, pacer, progress = make_feed(run), parallel.Pacer(step), Progress(plan, run.print)
     compiled = set[int]()  # Numbers of steps in a call.
     write_files(run)  # Now that no mistake is left.
     with StopRequest() as stop:
@@ -133,7 +133,7 @@ def take_steps(run: OpenRun) -> None:
             if steps not in compiled:
                 progress.stop_clock()
                 compiled.add(steps)
-            progress.after_step(step)
+            progress.after_step(step, state.loss_sum)
             is_synchronized = pacer.wait(step, state.loss_sum)
             code = parallel.max_over_processes(stop.code) if is_synchronized else 0
             # What happens at certain steps ends a call: `Plan.count_steps_of_call`.

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -87,14 +88,16 @@ class Progress:
     It prints a line every ten seconds.
     """
 
-    def __init__(self, plan: Plan, prints: bool) -> None:
-        self._plan, self._prints = plan, prints
+    def __init__(self, plan: Plan, show: Callable[[str], None]) -> None:
+        self._plan, self._show = plan, show
         self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
         self._last_line = time.monotonic()
 
-    def after_step(self, step: int) -> None:
-        """Start the clock if it does not run."""
-        self._clock = self._clock or (step, time.monotonic())
+    def after_step(self, step: int, result: jax.Array) -> None:
+        """Start the clock, if it does not run, when the `result` of the step is computed."""
+        if not self._clock:
+            jax.block_until_ready(result)
+            self._clock = step, time.monotonic()
 
     def stop_clock(self) -> None:
         """Measure the speed from the next step on."""
@@ -109,7 +112,7 @@ class Progress:
     def print(self, step: int, loss: float, speed: float) -> None:
         """Print a line if it is time to; `speed` is in tokens per second, or 0."""
         now, plan = time.monotonic(), self._plan
-        if not self._prints or now - self._last_line < _SECONDS_BETWEEN_LINES:
+        if now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         line = (
@@ -119,4 +122,4 @@ class Progress:
             left = (plan.total_steps - step) * plan.tokens_per_step / speed
             minutes, seconds = divmod(round(left), 60)
             line += f", {speed:,.0f} tokens/s, {minutes}:{seconds:02} left"
-        print(line, flush=True)
+        self._show(line)

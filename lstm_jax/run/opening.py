@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
 import socket
@@ -18,7 +19,7 @@ from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import CHANGEABLE, Config, flatten
-from lstm_jax.data import files, texts
+from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError, warn
 from lstm_jax.run import cell_file, metrics, workdir
@@ -91,8 +92,10 @@ class OpenRun:
 
     def print(self, text: str) -> None:
         """Print to standard output, if this process prints."""
-        if self.prints:
-            print(text, flush=True)
+        # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
+        with contextlib.suppress(BrokenPipeError):
+            if self.prints:
+                print(text, flush=True)
 
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
@@ -143,12 +146,14 @@ def _hold_lock(directory: Path) -> Iterator[str]:
         raise UnavailableError(f"can't write to {directory}: {error.strerror}") from None
     with file:
         try:
-            files.lock_file(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UnavailableError(
                 f"another process is training in {directory} ({path.read_text().strip()}): wait "
                 "until it ends, stop it, or use another working directory"
             ) from None
+        except OSError:
+            pass  # The file system has no locks.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
         file.flush()
@@ -186,10 +191,15 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
         before = workdir.load_config(directory)
         config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
         changes = _list_changes(before, config)
-        if fixed := [f"{f} was {a!r} and is {b!r}" for f, a, b in changes if f not in CHANGEABLE]:
+        if any(name not in CHANGEABLE for name, _, _ in changes):
+            listed = "; ".join(
+                f"{name} was {was!r} and is {now!r}"
+                for name, was, now in changes
+                if name not in CHANGEABLE or name == "data.path"  # Which names the other text.
+            )
             raise UserError(
-                f"{directory} holds a run with another config ({'; '.join(fixed)}): resume with "
-                "that config, or use another working directory"
+                f"{directory} holds a run with another config or text ({listed}): resume with "
+                "what it was, or use another working directory"
             )
         cell_file.warn_if_changed(config.model, before.model, directory)
         notes = [f"{field} is now {now!r}; it was {was!r}" for field, was, now in changes]

@@ -90,16 +90,19 @@ def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() ->
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = Progress(make_plan(), True)
+    measured = Progress(make_plan(), print)
+    computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
+    slow: Any = computed  # A step is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
-    measured.after_step(11)
-    assert measured.measure_speed(11) == 0
+    measured.after_step(11, slow)
+    assert clock.now == 153 and measured.measure_speed(11) == 0
     clock.now += 2
-    measured.after_step(15)
+    measured.after_step(15, slow)
     assert measured.measure_speed(15) == 2 * 6400
     measured.stop_clock()  # After a validation.
     clock.now += 7
-    measured.after_step(16)
+    measured.after_step(16, slow)
+    assert clock.now == 165
     clock.now += 1
     assert measured.measure_speed(19) == 3 * 6400
 
@@ -107,7 +110,7 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
 def test_progress_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    progress = Progress(make_plan(), True)
+    progress = Progress(make_plan(), print)
     clock.now += 30
     progress.print(1, 2.5, 0.0)
     clock.now += 5
@@ -127,8 +130,8 @@ def test_a_row_has_the_means_since_the_last_one(
     monkeypatch.setattr(training, "record", lambda run, *row, **more: rows.append((row, more)))
     config = config_lib.complete_config({"optimizer": {"warmup_steps": 20}})
     run: Any = SimpleNamespace(config=config, plan=opening._make_plan(config, 10**6))
-    progress = Progress(run.plan, True)
-    progress.after_step(0)
+    progress = Progress(run.plan, print)
+    progress.after_step(0, jnp.zeros(()))
     clock.now += 5
     state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3)
     state = training.log(run, state, 10, progress)

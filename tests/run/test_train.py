@@ -1,14 +1,16 @@
 """Test training: resumed bit for bit, refused for other settings, and its files."""
 
 import copy
+import io
 import itertools
 import math
 import platform
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import training
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.run import checkpoints, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
 
@@ -38,6 +40,14 @@ def replace_train_step(
         return lambda state, batch: take(next(numbers), step, state, batch)
 
     monkeypatch.setattr(training, "make_train_step", make_replaced)
+
+
+class ClosedPipe(io.StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text: str) -> NoReturn:
+        """Raise the error of such a pipe."""
+        raise BrokenPipeError
 
 
 @pytest.mark.slow
@@ -58,10 +68,13 @@ def test_a_stopped_run_resumes_bit_for_bit(
     if kind == "streams":  # With all regularization.
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
+    tiny_config.log_every_steps = 1
+    monkeypatch.setattr(messages, "_SECONDS_BETWEEN_LINES", 0)
     training.train(tiny_config, whole)
 
     def stop(steps: int, step: TrainStep, state: TrainState, batch: Any) -> TrainState:
-        if steps == stop_after:
+        if steps == stop_after:  # Ctrl-C also ends a `tee` that reads the output.
+            monkeypatch.setattr(sys, "stdout", ClosedPipe())
             signal.raise_signal(number)
         return step(state, batch)
 
@@ -150,7 +163,7 @@ def test_a_finished_run_keeps_its_last_validation_if_more_steps_fail(
     before = (directory / workdir.METRICS).read_bytes()
     longer = copy.deepcopy(tiny_config)
     longer.num_epochs, longer.distill.teachers = tiny_config.num_epochs + 1, "missing"
-    with pytest.raises(UserError, match="no trained model in missing"):
+    with pytest.raises(UserError, match="no trained model in 'missing'"):
         training.train(longer, directory)
     assert (directory / workdir.METRICS).read_bytes() == before
     longer.distill.teachers = ""
@@ -177,7 +190,7 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
     text = Path(tiny_config.data.path).read_text()
     other.write_text(text + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="data.sha256 was .*use another working directory"):
+    with pytest.raises(UserError, match="data.path was .*data.sha256 was .*use another working"):
         training.train(tiny_config, directory)
     tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
     for name, part in zip("abc", (text[:-200], text[-200:-100], text[-100:]), strict=True):
