@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Integer
 
 from lstm_jax.matmul import round_factor
 from lstm_jax.ops import choice, in_c
+from lstm_jax.ops.gates import align
 
 # The inputs, the rounded kernel, and the derivatives of each loss by its logits.
 _Residuals = tuple[
@@ -41,11 +42,12 @@ def compute_cross_entropy(
 ) -> Float[Array, " n"]:
     """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, in nats.
 
-    `kernel` is [features, vocabulary], or [vocabulary, features] if `is_transposed`. Factors of
+    `kernel` is [features, vocabulary], or [vocabulary, features] if `is_transposed`. Operands of
     matmuls are rounded to `dtype`. In C, the gradient can't be differentiated again.
     """
     uses_c = inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
-    return _compute(inputs, kernel, bias, targets, _Options(is_transposed, dtype, uses_c))
+    options = _Options(is_transposed, dtype, uses_c)
+    return _compute(*align((inputs, kernel, bias, targets)), options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -15,7 +15,7 @@ def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None
 
 
 def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return a @ b for factors that `round_factor` has rounded; in bfloat16 without a JVP."""
+    """Return a @ b for operands that `round_factor` has rounded; in bfloat16 without a JVP."""
     is_low = a.dtype == b.dtype == jnp.bfloat16
     return _matmul_bfloat16(a, b) if is_low else jnp.matmul(a, b)
 
@@ -41,7 +41,7 @@ def _transpose(
     factors: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     a, b = factors
-    # JAX would convert the factors to float32, as the cotangent is.
+    # JAX would convert the operands to float32, as the cotangent is.
     low = cotangent.astype(jnp.bfloat16)
     (d_a,) = jax.linear_transpose(lambda a: jnp.matmul(a, b), a)(low)
     (d_b,) = jax.linear_transpose(lambda b: jnp.matmul(a, b), b)(low)

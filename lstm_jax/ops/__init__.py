@@ -2,7 +2,7 @@
 
     carry, outputs = ops.lstm(ops.LSTMParams.init(key, features=64, hidden=256), inputs)
 
-`lstm` (`layer.py`) states the arguments that all have. `gates.py` has the equations of the gated
+`lstm` (`layer.py`) documents the arguments. `gates.py` has the equations of the gated
 layers and their derivatives. docs/layers.md has examples and measurements.
 """
 

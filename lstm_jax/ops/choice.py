@@ -73,8 +73,7 @@ def choose(
 ) -> str:
     """Return the implementation that runs such a layer of `size` hidden units, never "auto".
 
-    "auto" is the fastest in measurements (docs/layers.md). `dtype` is that of matmuls, or "float64"
-    if arrays have it.
+    "auto" is what `TABLE` says. `dtype` is that of matmuls, or "float64" if arrays have it.
 
     Raises:
       ValueError: if the named implementation can't run the layer here.

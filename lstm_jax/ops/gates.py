@@ -332,7 +332,7 @@ class Layer(NamedTuple):
     inputs: Float[Array, "time batch features"]
     carry: Any  # Before the first step.
     marks: Marks
-    dtype: str  # What factors of matmuls are rounded to, "float32" or "bfloat16".
+    dtype: str  # What operands of matmuls are rounded to, "float32" or "bfloat16".
 
 
 # `axis` is that of the features in an array of a step: the last, or 0 if the batch is last.

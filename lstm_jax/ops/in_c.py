@@ -1,7 +1,7 @@
 """Run one layer of a gated recurrence with the library in C: over time, or for a single step.
 
 `forward`, `backward` and `differentiate_params` together are the recurrence and its derivatives.
-Arrays are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a multiple
+Arrays are float32, operands of matmuls are rounded to `dtype`, and the hidden size is a multiple
 of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros instead of the carry,
 `FROZEN` where it leaves the carry as it is (its output then is the hidden state), and otherwise 0.
 """
@@ -24,7 +24,7 @@ RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
 
-# Gates, cell states, the rounded factors of the kernel, and outputs, [time, batch, n] each.
+# Gates, cell states, what the kernel multiplies, rounded, and outputs, [time, batch, n] each.
 Saved = tuple[Array, Array, Array, Array]
 
 
@@ -33,7 +33,7 @@ def forward(
 ) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], Saved]:
     """Return the last carry and the outputs, and what the derivatives need.
 
-    Among it are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
+    Among it are `rows` [time, batch, depth], what the kernel multiplies, rounded: the hidden state,
     the inputs, and 1 for the bias. `differentiable` has no effect: the library always stores them.
     """
     gating, params, inputs, carry, marks, dtype = layer
@@ -217,7 +217,7 @@ def _differentiate_step(
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    """Return a @ b in float32, for factors in float32 or bfloat16."""
+    """Return a @ b in float32, for operands in float32 or bfloat16."""
     return matmul_rounded(a, b) if a.dtype == jnp.float32 else matmul(a, b)
 
 

@@ -67,15 +67,15 @@ def lstm(
       params: the kernels and the bias, with the gates in the order i, f, g, o.
       inputs: floats [batch, time, features].
       carry: the carry before the first step that is computed; zeros without one.
-      reset: [batch, time], true or not 0 at the steps that read a carry of zeros, before their
-        input: for example where a document or an episode begins.
+      reset: [batch, time], true or not 0 at the steps that first set the carry to zeros: for
+        example where a document or an episode begins.
       lengths: integers [batch], from 0 to `time`, which is not checked. Later steps leave the carry
         as it is, and their outputs are zero.
       reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
         place of their inputs.
-      dtype: "bfloat16" rounds the factors of matmuls, which are summed in float32, and biases in C;
-        "float32" leaves them as they are. Without one, that of the inputs. States are float32, or
-        float64 if any array is.
+      dtype: "bfloat16" rounds the operands of matmuls, and in C also biases; sums are float32.
+        "float32" rounds nothing. By default, that of the inputs. States are float32, or float64 if
+        any array is.
       implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
         and TPUs); "xla" and "c" (on CPUs with AVX-512) are faster; "auto" chooses.
 
@@ -302,7 +302,7 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
 
 
 def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:
-    """Return the dtype that factors of matmuls are rounded to, and that of all other arrays."""
+    """Return the dtype that operands of matmuls are rounded to, and that of all other arrays."""
     if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
         raise ValueError(f"dtype is {jnp.dtype(dtype).name}: matmuls are in bfloat16 or float32")
     low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"

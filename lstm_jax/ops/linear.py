@@ -32,8 +32,8 @@ def linear_scan(
       lengths: integers [batch].
       reverse: whether to run from the last step to the first.
       implementation: "scan", step by step; "parallel", an associative scan in log2(time) rounds
-        (Blelloch 1990); "auto", the first on CPUs, which then pass over the memory once, and the
-        second elsewhere.
+        (Blelloch 1990); "auto", "scan" on CPUs, where it reads the memory once, and "parallel"
+        elsewhere.
 
     Returns:
       The last carry, and h of all steps, [batch, time, features], in the dtypes that `lstm` has.

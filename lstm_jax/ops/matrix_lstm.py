@@ -104,7 +104,7 @@ def project_mlstm(
 ) -> tuple[Float[Array, "batch heads time ..."], ...]:
     """Return q, k, v, o [batch, heads, time, d], and log i, log f [batch, heads, time].
 
-    The factors of matmuls are rounded to `dtype`.
+    The operands of matmuls are rounded to `dtype`.
     """
     sums = matmul(inputs, params.input_kernel, dtype, params.bias)
     gates = matmul(inputs, params.gate_kernel, dtype, params.gate_bias)

@@ -1,4 +1,4 @@
-"""Run a gated recurrence in XLA: by the scan, the reference, and with the same results, faster.
+"""Run a gated recurrence in XLA: by a scan, the reference, or faster, with the same results.
 
 - Reverse-mode differentiation of a scan adds to the gradient of the whole recurrent kernel at every
   step. Here the backward loop computes gradients of the sums only, and one matmul for each kernel,
@@ -235,6 +235,8 @@ def _round(layer: Layer, x: Array, axis: int) -> Array:
     XLA fuses with the code around it, or the batch has a single text, for which XLA removes the
     transposing copies.
     """
+    if layer.dtype == "float32":  # Before sizes are compared: `jax.export` has symbolic ones.
+        return x
     time, batch, _ = layer.inputs.shape
     native = not axis and is_faster_in_bfloat16() and time > 1 and batch > 1
     return round_factor(x, layer.dtype, native)

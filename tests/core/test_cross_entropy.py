@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from optax import softmax_cross_entropy_with_integer_labels
 
 import models
@@ -102,6 +104,20 @@ def test_losses_in_c_do_not_depend_on_the_number_of_threads(
         results += [differentiate(arrays, targets, weights, True, "bfloat16") for _ in range(3)]
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+@pytest.mark.usefixtures("uses_c")
+def test_gradients_in_a_shard_map_that_checks_its_axes() -> None:
+    arrays, targets, weights = draw_problem(SIZES[1], False)
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
+
+    def loss_fn(inputs: Any, kernel: Any, bias: Any) -> Any:
+        losses = compute_losses((inputs, kernel, bias), targets, False, "bfloat16")
+        return jax.lax.psum((losses * weights.astype("float32")).sum(), "data")
+
+    divided = jax.shard_map(loss_fn, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P())
+    grads = jax.jit(jax.grad(divided, (0, 1, 2)))(*to_float32(arrays))
+    assert_close(grads, differentiate(arrays, targets, weights, False, "bfloat16")[1:], 1e-6)
 
 
 @pytest.mark.usefixtures("uses_c")

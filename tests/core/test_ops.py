@@ -427,6 +427,25 @@ def test_second_derivatives_name_the_remedy(name: str) -> None:
     assert all(np.isfinite(x).all() for x in jax.grad(penalty)(params, "scan"))
 
 
+@every_gated
+def test_derivatives_in_a_direction_are_those_of_the_gradient(name: str) -> None:
+    arrays = make_params(name), make_inputs(name)
+    direction = jax.tree.map(jnp.cos, arrays)
+    scan = functools.partial(compute_loss, name, implementation="scan")
+    grads = jax.grad(functools.partial(compute_loss, name), (0, 1))(*arrays)
+    expected = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, direction)))
+    assert_close(jax.jvp(scan, arrays, direction)[1], expected)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla"])
+def test_an_exported_layer_has_the_same_outputs(implementation: str) -> None:
+    run = jax.jit(functools.partial(call, "gru", implementation=implementation))
+    params, inputs = make_params("gru"), make_inputs("gru")
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, t, {FEATURES}"), inputs.dtype)
+    exported = jax.export.export(run)(params, symbolic)
+    assert_close(exported.call(params, inputs), run(params, inputs))
+
+
 @every_function
 def test_a_carry_of_zeros_can_be_donated(name: str) -> None:
     kinds: dict[str, Any] = {
