@@ -175,21 +175,20 @@ def trace_layer(
     return jax.jit(jax.grad(sum_outputs, (0, 1))).trace(*place((params, inputs)))
 
 
-def get_params(lstm: model.LanguageModel) -> Any:
-    """Return the shapes of the parameters."""
-    return jax.eval_shape(lambda: model.init_params(lstm, jax.random.key(0)))
-
-
 def trace_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Any:
     """Trace the evaluation of a chunk of a long text."""
     chunk = next(loss.iterate_chunks(np.zeros(loss.LONGEST_IN_ONE + 2, np.int32)))
     carry = jax.eval_shape(lambda: lstm.initial_carry(len(chunk[0])))
-    return loss.compute_chunk_losses.trace(lstm, *place((get_params(lstm), chunk, carry)))
+    return loss.compute_chunk_losses.trace(
+        lstm, *place((model.get_param_shapes(lstm), chunk, carry))
+    )
 
 
 def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], texts: int) -> Any:
     """Trace the generation of 1,024 tokens of each text."""
-    arrays = jax.eval_shape(functools.partial(generation.prepare_params, lstm), get_params(lstm))
+    arrays = jax.eval_shape(
+        functools.partial(generation.prepare_params, lstm), model.get_param_shapes(lstm)
+    )
     state = jax.eval_shape(functools.partial(generation.initial_state, lstm, arrays, texts))
     controls = make_control_arrays(DEFAULT_CONTROLS)
     scalar = np.int32(0)

@@ -16,7 +16,7 @@ from lstm_jax import config, matmul, ops
 from lstm_jax.ops import choice, in_c, xla
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from lstm_jax.ops.layer import find_implementation
-from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
+from test_native import draw_layer, measure_errors, run_numpy, run_scan, to_bfloat16
 from test_recurrence import (
     SIZES,
     assert_close,
@@ -57,7 +57,7 @@ def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
 
 
-@pytest.mark.parametrize("gating", [GRU, RNN, PEEPHOLE_LSTM], ids=lambda gating: gating.name)
+@pytest.mark.parametrize("gating", [LSTM, GRU, RNN, PEEPHOLE_LSTM], ids=lambda gating: gating.name)
 @pytest.mark.usefixtures("gpu")
 @jax.numpy_rank_promotion("allow")
 def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
@@ -70,7 +70,7 @@ def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
         return outputs, last
 
     expected = value_and_gradients(
-        functools.partial(run_equations, gating, codes), cotangents, *arguments
+        functools.partial(run_scan, gating, codes), cotangents, *arguments
     )
     assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
 
@@ -79,10 +79,11 @@ def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
 @pytest.mark.parametrize("gating", [LSTM, GRU], ids=lambda gating: gating.name)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bfloat16_rounds_what_the_scan_rounds(gating: Gating, batch: int, backend: str) -> None:
-    (params, inputs, carry), _, _ = draw_layer(gating, 12, batch, 5, 6, False)
+    (params, inputs, carry), codes, _ = draw_layer(gating, 12, batch, 5, 6, True)
+    marks = Marks(codes == in_c.RESET, codes == in_c.FROZEN)
     # Gates remember, so that a step changes less than bfloat16 can tell apart.
     bias = params.bias.at[6:12].add(5).at[:6].add(-5 if gating is LSTM else 0)
-    layer = Layer(gating, params._replace(bias=bias), inputs, carry, Marks(None, None), "bfloat16")
+    layer = Layer(gating, params._replace(bias=bias), inputs, carry, marks, "bfloat16")
     actual = find_implementation("xla", backend)(layer)
     assert_close(actual, jax.tree.map(jnp.asarray, xla.scan(layer)), 1e-4)
 
