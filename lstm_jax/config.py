@@ -92,7 +92,7 @@ class DataConfig:
     units: str = field("characters", "Kind of tokens (docs/data.md).", vocabulary.KINDS,
         also="tokens tokenizer")
     vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens with bpe, "
-        "with the 256 bytes and three special ones.", "259 <= x <= 2**20", also="vocab_size")
+        "with the 256 bytes and the special ones.", "259 <= x <= 2**20", also="vocab_size")
     min_count: int = field(1, "Replace tokens that occur less often than this in the training text "
         "by [UNK], except bytes. bpe: learn only tokens that occur at least this often.",
         _POSITIVE_COUNT)
@@ -265,20 +265,6 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
 FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
-# Removed fields, with the value that changed nothing: a config that has it is accepted.
-_REMOVED = {
-    "mesh.model": 1,
-    "max_skipped_steps": 0,
-    "validation_tokens": 0,
-    "profile": False,
-    "model.layer_norm": False,
-    "model.initial_scale": 1.0,
-    "model.rematerialize": 0,
-    "optimizer.average_decay": 0.0,
-    "optimizer.step_at": [0.5, 0.75],
-    "regularization.activation_penalty": 0.0,
-    "regularization.temporal_activation_penalty": 0.0,
-}
 # A field whose value is a dict with any names; each can be set like a field.
 OPTIONS = "model.options"
 
@@ -344,10 +330,8 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
             values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
         elif name in FIELDS:
             values[name] = value
-        elif name not in _REMOVED:
+        else:
             raise UserError(f"there is no field {name}{suggest_fields(name)}")
-        elif value != _REMOVED[name]:
-            raise UserError(f"config.{name} is {value!r}: this version has no such field")
     values = {name: check_value(name, value) for name, value in values.items()}
     config = _make_section(Config, values)
     for name, field in FIELDS.items():

@@ -14,7 +14,6 @@ so that, with a small epsilon, parameters with small gradients in training move 
 others.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lstm_jax.ensemble import mix_losses
 from lstm_jax.loss import Chunk, iterate_chunks
 from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids
@@ -54,13 +54,7 @@ def adapt_to_text(
     for model, params in members:
         sizes = measure_gradient_sizes(model, params, train_ids, settings.segment_length)
         losses.append(compute_dynamic_losses(model, params, ids, settings, sizes))
-    return map(mix_losses, zip(*losses, strict=True))
-
-
-def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
-    with np.errstate(invalid="ignore"):  # The losses of a diverged model are not numbers.
-        return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
+    return (np.asarray(mix_losses(parts)) for parts in zip(*losses, strict=True))
 
 
 def measure_gradient_sizes(

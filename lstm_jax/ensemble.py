@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 
@@ -45,7 +46,7 @@ class Ensemble:
         parts = zip(self.members, params, carry, strict=True)
         measured = [member.measure(part, inputs, targets, old) for member, part, old in parts]
         losses, carries = zip(*measured, strict=True)
-        return math.log(len(losses)) - jax.nn.logsumexp(-jnp.stack(losses), axis=0), carries
+        return mix_losses(losses), carries
 
     def prepare_step(self, params: tuple[Params, ...]) -> tuple[Prepared, ...]:
         """Prepare the parameters for `apply_step`."""
@@ -65,6 +66,11 @@ def list_members(model: Any, params: Any) -> list[tuple[LanguageModel, Params]]:
     if not isinstance(model, Ensemble):
         return [(model, params)]
     return list(zip(model.members, params, strict=True))
+
+
+def mix_losses(losses: Sequence[ArrayLike]) -> jax.Array:
+    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
+    return math.log(len(losses)) - jax.nn.logsumexp(-jnp.stack(losses), axis=0)
 
 
 def _mix(outputs: Iterable[Any]) -> tuple[jax.Array, Carry]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import ops
-from lstm_jax.cells import CELLS, LOADED
+from lstm_jax.cells import CELLS, LOADED, import_cell
 from lstm_jax.cells.base import (
     Gates,
     get_activation,
@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
     @property
     def cell_class(self) -> type[nn.Module]:
         """Return the class of the recurrent layers."""
-        return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
+        return import_cell(self.cell) if isinstance(self.cell, str) else self.cell
 
     @property
     def runs_gated_layers(self) -> bool:

@@ -96,10 +96,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         before = restart(model, state.carry, batch.starts)
-        key, masks, parameter_key = state.key, None, None
-        if is_random(rates):
-            key, mask_key, parameter_key = jax.random.split(state.key, 3)
-            masks = draw_masks(rates, model, mask_key, len(batch.inputs))
+        key, mask_key, parameter_key = jax.random.split(state.key, 3)
+        masks = draw_masks(rates, model, mask_key, len(batch.inputs))
         compute = parallel.divide_over_devices(compute_grads, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
@@ -133,16 +131,16 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
 
     def loss_fn(
         params: model_lib.Params,
-        key: Array | None,
+        key: Array,
         batch: tuple[model_lib.Ids, model_lib.Ids, model_lib.Logits | None],
         carry: model_lib.Carry,
-        masks: model_lib.Masks | None,
+        masks: model_lib.Masks,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
         """Return the objective to minimize; and (the loss of the text, to log, and the carry)."""
-        read = params if key is None else drop_parameters(rates, params, key)
+        read = drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
-        dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
+        dropped = model_lib.apply_mask(outputs, masks[-1])
         # A tied embedding is dropped where it is read, not where it predicts.
         bound = model.bind({"params": params})
         loss = objective = bound.compute_losses(dropped, targets).mean()
@@ -151,7 +149,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
             objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
         return objective, (loss, carry)
 
-    def compute_grads(params: model_lib.Params, key: Array | None, *divided: Any) -> Any:
+    def compute_grads(params: model_lib.Params, key: Array, *divided: Any) -> Any:
         def compute_part(*part: Any) -> Any:
             grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, key, *part)
             return (grads, loss), carry
@@ -170,12 +168,6 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
 
     return compute_grads
-
-
-def is_random(rates: RegularizationConfig) -> bool:
-    """Return whether any of the rates draws masks."""
-    dropouts = rates.embedding_dropout, rates.input_dropout, rates.hidden_dropout
-    return any((*dropouts, rates.output_dropout, rates.recurrent_dropout))
 
 
 def draw_masks(

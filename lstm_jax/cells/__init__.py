@@ -5,14 +5,13 @@ docs/cells.md has a table of the cells here, with their numbers of parameters an
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `config` lists the names, and does not import Flax.
     import flax.linen as nn
 
 # The class of each cell, in the module of its name.
-_CLASSES = {
+CELLS = {
     "lstm": "LSTMCell",
     "peephole": "PeepholeLSTMCell",
     "mogrifier": "MogrifierLSTMCell",
@@ -28,22 +27,12 @@ _CLASSES = {
 }
 
 
-class _Cells(Mapping[str, "type[nn.Module]"]):
-    """The cells of the package by name; each is imported when it is looked up."""
-
-    def __getitem__(self, name: str) -> "type[nn.Module]":
-        class_name = _CLASSES[name]
-        cell: type[nn.Module] = getattr(importlib.import_module(f"{__name__}.{name}"), class_name)
-        return cell
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_CLASSES)
-
-    def __len__(self) -> int:
-        return len(_CLASSES)
+def import_cell(name: str) -> "type[nn.Module]":
+    """Return the class of a cell of the package."""
+    cell: type[nn.Module] = getattr(importlib.import_module(f"{__name__}.{name}"), CELLS[name])
+    return cell
 
 
-CELLS = _Cells()
 # Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, in the order in
 # which they were loaded; see `run.cell_file`.
 LOADED: dict[str, "tuple[type[nn.Module], str]"] = {}

@@ -46,7 +46,7 @@ def import_weights(
     content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
     try:
         fields = json.loads(content)
-        tokens, kind, stop = list(fields["units"]), fields["kind"], fields["stop"]
+        tokens, kind, stop = fields["units"][:], fields["kind"], fields["stop"]
         separators = {texts.find_stop_text(s, lambda: [stop]): s for s in SEPARATORS}
         config.data.units, config.data.document_separator = kind, separators[stop]
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -93,8 +93,7 @@ def export_weights(directory: Path, target: Path) -> None:
 def export_folder(directory: Path, target: Path, dtype: str) -> None:
     """Write the best checkpoint of a working directory as a folder, or raise `UserError`.
 
-    The folder is read like the working directory. Its parameters are rounded to `dtype`, one of
-    `model_file.DTYPES`.
+    The folder is read like the working directory. Its parameters are rounded to `dtype`.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it, or use another --to")

@@ -1,11 +1,10 @@
-"""Write files atomically, with checksums; lock them."""
+"""Write files atomically, with checksums."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,19 @@ def hash_file(path: Path, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(file: int) -> None:
-    """Lock an open file until it is closed or the process ends, however it ends.
-
-    Raise `BlockingIOError` if another process holds the lock. On a file system without locks, do
-    nothing.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically, and flush it to disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def write_file(path: Path, content: bytes | Iterable[memoryview]) -> None:
+    """Write bytes, or pieces of them, to a file atomically, and flush it to disk."""
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -26,7 +26,7 @@ import regex
 
 from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
-from lstm_jax.data import standard_texts
+from lstm_jax.data import files, standard_texts
 from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, name_failure, note
 from lstm_jax.version import __version__
@@ -108,7 +108,12 @@ class Text(NamedTuple):
         try:
             if not path.exists():
                 note(f"Writing the ids of the {self.name} text, once, to {path}")
-                _write_ids(path, pieces)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for old in path.parent.glob("*.partial"):  # Some are those of killed processes.
+                    with contextlib.suppress(FileNotFoundError):
+                        if time.time() - old.stat().st_mtime > 24 * 3600:
+                            old.unlink()
+                files.write_file(path, (piece.data for piece in pieces))
         except OSError as error:
             raise UnavailableError(
                 f"can't write the ids of the text to {path.parent} ({error.strerror}): free space, "
@@ -284,7 +289,7 @@ def _find(pattern: str) -> list[Path]:
     matches = {x for x in glob.glob(pattern, recursive=True) if not os.path.isdir(x)}
     if not matches:
         raise UserError(
-            f"there is no text file {pattern}: name an existing one (data.path, --data_path)"
+            f"there is no text file {pattern!r}: name an existing one (data.path, --data_path)"
         )
     return [*map(Path, sorted(matches))]
 
@@ -397,21 +402,3 @@ def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserE
         "convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, "
         "GB18030 or another), or train on its bytes with data.units=bytes"
     )
-
-
-def _write_ids(path: Path, pieces: Iterable[np.ndarray]) -> None:
-    """Write the ids of a text to a file, which gets its name when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob("*.part"):  # Some are those of killed processes.
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > 24 * 3600:
-                old.unlink()
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.writelines(piece.data for piece in pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -17,11 +17,9 @@ from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.model import Params
 
-DTYPES = ("float32", "bfloat16")  # Of the arrays in a file.
-
 
 def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
-    """Write parameters of a training step, rounded to one of `DTYPES`; raise `OSError`."""
+    """Write parameters of a training step, rounded to `dtype`; raise `OSError`."""
     leaves = _name_leaves(params).items()
     arrays = {name: np.asarray(array, dtype, order="C") for name, array in leaves}
     metadata = {"step": str(step), "sha256": _checksum(str(step), arrays.values())}

@@ -81,7 +81,6 @@ def test_the_default_config_is_the_lesson() -> None:
         ({"mesh": {"data": 5}}, "batches.batch_size is 64: it needs batches.batch_size % "),
         (None, "the config is a NoneType"),
         ({"model": {"cell": None}}, "config.model.cell is None: it must be one of lstm, "),
-        ({"model": {"layer_norm": True}}, "model.layer_norm is True: this version has no such"),
     ],
 )
 def test_an_error_names_a_bad_field(fields: dict[str, Any] | None, message: str) -> None:

@@ -282,9 +282,9 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*cells.CELLS, "block"])
 def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
-    inner = make_cell(cells.CELLS["gru"], 8, 8)
+    inner = make_cell(cells.import_cell("gru"), 8, 8)
     with jax.enable_x64(True):  # By the caller; it has no effect.
-        lstm_jax.check_cell(Block(5, 8, inner) if name == "block" else cells.CELLS[name])
+        lstm_jax.check_cell(Block(5, 8, inner) if name == "block" else cells.import_cell(name))
 
 
 @pytest.mark.slow

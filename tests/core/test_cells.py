@@ -213,8 +213,8 @@ PARAMETERS = {
 
 def make(name: str) -> Any:
     if name == "block":
-        return Block(INPUTS, HIDDEN, make_cell(cells.CELLS["mingru"], HIDDEN, HIDDEN))
-    return make_cell(cells.CELLS[name], INPUTS, HIDDEN)
+        return Block(INPUTS, HIDDEN, make_cell(cells.import_cell("mingru"), HIDDEN, HIDDEN))
+    return make_cell(cells.import_cell(name), INPUTS, HIDDEN)
 
 
 def make_problem(cell: Any) -> tuple[Arrays, Array, Array]:
@@ -301,7 +301,7 @@ def test_large_gates_stay_finite(name: str) -> None:
 
 @pytest.mark.parametrize("heads", [2, 8])
 def test_the_recurrent_kernel_of_each_head_is_orthogonal_at_first(heads: int) -> None:
-    cell = make_cell(cells.CELLS["slstm"], INPUTS, 32, options={"heads": heads})
+    cell = make_cell(cells.import_cell("slstm"), INPUTS, 32, options={"heads": heads})
     carry, inputs = cell.initial_carry(1), jnp.zeros((1, INPUTS))
     kernels = cell.init(jax.random.key(0), carry, inputs)["params"]["recurrent_kernel"]
     for kernel in kernels:
@@ -317,7 +317,7 @@ def test_the_decay_is_uniform_at_first() -> None:
 
 @pytest.mark.parametrize("name", cells.CELLS)
 def test_an_initial_carry_can_be_donated(name: str) -> None:
-    cell = make_cell(cells.CELLS[name], 8, 8)
+    cell = make_cell(cells.import_cell(name), 8, 8)
     arrays = jax.tree.leaves(Block(8, 8, cell).initial_carry(2))
     buffers = {array.unsafe_buffer_pointer() for array in arrays}
     assert len(buffers) == len(arrays)  # No two arrays share one.

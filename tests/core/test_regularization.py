@@ -26,7 +26,6 @@ DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
 
 def test_regularization_is_off_by_default() -> None:
     rates = make_rates()
-    assert not train_step.is_random(rates)
     assert train_step.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
     params = {"embedding": {"embedding": jnp.ones((2, 2))}}
     assert train_step.drop_parameters(rates, params, jax.random.key(0)) == params

@@ -146,7 +146,7 @@ def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
     params, key, batch = models.draw_params(model), jax.random.key(0), make_batch(2, 7)
     compute = train_step._make_compute_grads(model, config_lib.Config(regularization=rates))
     read = jnp.asarray(batch.inputs), jnp.asarray(batch.targets), None
-    (_, loss), _ = compute(params, key, read, model.initial_carry(2), None)
+    (_, loss), _ = compute(params, key, read, model.initial_carry(2), [None, None])
     dropped = train_step.drop_parameters(rates, params, key)
     bound, inputs = model.bind({"params": dropped}), jnp.asarray(batch.inputs)
     outputs, _ = bound.run(inputs, model.initial_carry(2), None)

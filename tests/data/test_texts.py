@@ -336,7 +336,7 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
     data.path = f"{tmp_path}/moved/*.txt"
     encode("characters")
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == written
-    old, new = cache / "test.1.part", cache / "test.2.part"
+    old, new = cache / ".test.1.partial", cache / ".test.2.partial"
     for path in (old, new):  # Of processes that were killed, or are writing.
         path.touch()
     os.utime(old, (0, 0))

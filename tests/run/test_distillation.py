@@ -31,7 +31,8 @@ def test_the_gradient_is_that_of_text_and_teachers() -> None:
     for soft, hard_share in ((soft_targets, 0.25), (None, 1.0)):
         compute = train_step._make_compute_grads(model, config)
         batch, carry = (ids[:, :-1], ids[:, 1:], soft), model.initial_carry(2)
-        (gradient, loss), _ = compute(params, None, jax.tree.map(jnp.asarray, batch), carry, None)
+        given = jax.random.key(0), jax.tree.map(jnp.asarray, batch), carry, [None, None]
+        (gradient, loss), _ = compute(params, *given)
         logits, _ = models.apply(model, params, batch[0], carry)
         probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
         hard = np.eye(11)[batch[1]]

@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_mean_probabilities() -> None:
     np.testing.assert_allclose(losses, expected, atol=1e-4)
     assert loss_lib.compute_loss(*JOINED, ids) == pytest.approx(expected.mean(), rel=1e-5)
     of_members = [loss_lib.compute_token_losses(*member, ids) for member in MEMBERS]
-    np.testing.assert_allclose(dynamic.mix_losses(of_members), expected, atol=1e-4)
+    np.testing.assert_allclose(ensemble.mix_losses(of_members), expected, atol=1e-4)
     # In the windows of --context.
     expected = -np.log(compute_probabilities(ids[100:150])[np.arange(50), ids[101:151]])
     windows = loss_lib.compute_token_losses(*JOINED, ids, context=50)
