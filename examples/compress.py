@@ -94,6 +94,6 @@ def unpack(run: lstm_jax.Run, data: bytes) -> bytes:
 
 if __name__ == "__main__":
     action, directory, source, target = sys.argv[1:] if len(sys.argv) == 5 else sys.exit(__doc__)
-    convert = pack if action == "pack" else unpack
+    convert = pack if action == "pack" else unpack if action == "unpack" else sys.exit(__doc__)
     Path(target).write_bytes(convert(lstm_jax.load(directory), Path(source).read_bytes()))
     print(f"{Path(source).stat().st_size:,} bytes in, {Path(target).stat().st_size:,} bytes out")

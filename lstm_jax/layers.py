@@ -24,11 +24,11 @@ class LSTM(nn.Module):
     - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
     - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
     - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
-      uniform kernels, and 1 as the bias of the forget gate. `lstm_jax.ops.weights`
-      converts Flax's.
+      uniform input kernels, orthogonal recurrent ones, 1 as the bias of the forget gate.
+      `lstm_jax.ops.weights` converts Flax's.
     - `reset` [batch, time] is true at the first step of a document or an episode, which reads a
-      carry of zeros. A layer that runs backwards does so at the last step of the one before.
-    - `dtype` is that of the matmuls' factors only.
+      carry of zeros. A layer that runs backwards reads one at the last step of each document.
+    - `dtype` is that of the matmuls' operands only.
 
     Attributes:
       features: the number of hidden units in each layer and direction.

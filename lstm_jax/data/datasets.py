@@ -54,11 +54,11 @@ def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
-            "correct data.dataset"
+            "correct data.dataset (a file is data.path)"
         ) from None
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
         raise UserError(
             f"can't prepare {name} under {data_dir} ({one_line(error)}): prepare it elsewhere, as "
-            "array_record, and copy it there, or use another data.directory"
+            "array_record, and copy it there, or use another data.directory or data.dataset"
         ) from None
     return builder

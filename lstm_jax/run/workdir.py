@@ -53,7 +53,7 @@ def load_config(workdir: Path) -> Config:
         fields = files.read_json(workdir / CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
+            f"there is no trained model in {str(workdir)!r} (no {CONFIG}): name the directory of a "
             "training run, or tiny-shakespeare, or train one with python -m lstm_jax.main"
         ) from None
     except (OSError, ValueError) as error:

@@ -114,9 +114,9 @@ def open_sweep(
         trials, sampler = min(trials or points, points), GridSampler(choices)
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
-    directory = workdir.expand_path(directory)
+    directory = workdir.expand_path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    location = location or f"sqlite:///{quote(str(directory.absolute()))}/study.db"
+    location = location or f"sqlite:///{quote(str(directory))}/study.db"
     study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
     for old in study.get_trials(deepcopy=False) if grid else ():
         is_of_grid = "grid_id" in old.system_attrs or not old.state.is_finished()

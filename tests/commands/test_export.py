@@ -29,7 +29,8 @@ TEXT = (
     # Hebrew acronyms, and numbers in digits of Arabic and of full width.
     '\u05e6\u05d4\u05f4\u05dc \u05e6\u05d4"\u05dc \u0663\u066b\u0661\u0664 '
     "\u0661\u066c\u0660\u0660\u0660 O\u2018Neill \uff11\uff12\uff13\uff0e\uff14 "
-    # A geresh, an invisible space, katakana of half width, and a narrow space.
+    # A last apostrophe, a geresh, an invisible space, katakana of half width, a narrow space.
+    "\u05e2\u05de' \u05e2\u05de'5 \u05d2\u05f3' "
     "\u05d2\u05f3\u05d9\u05e8 ខ្មែរ\u200bខ្មែរ \uff76\uff9e\uff70\uff84\uff9e oui\u202f! "
     "スマートフォンアプリ ภาษาไทย Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
 )
@@ -101,7 +102,8 @@ class Page:
     def get_bars(self) -> dict[int, float]:
         """Return the probabilities of the next token, by id."""
         bars = self.browser.find_elements("css selector", "#next button:not([hidden])")
-        return {int(x.get_attribute("value")): float(x.text.split()[1]) / 100 for x in bars}
+        texts = {int(x.get_attribute("value")): x.text.rpartition("%")[0] for x in bars}
+        return {token: float(text.split()[-1]) / 100 for token, text in texts.items()}
 
     def check_bars(self) -> None:
         """Assert that the page shows the probabilities after the text, without special tokens."""

@@ -288,7 +288,7 @@ def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
         "error: specify an experiment: --config"
     )
     evaluate = call("evaluate", "--workdir=x")
-    assert evaluate.returncode == 2 and "no trained model in x" in evaluate.stderr
+    assert evaluate.returncode == 2 and "no trained model in 'x'" in evaluate.stderr
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '\nlstm-jax = "lstm_jax.__main__:main"\n' in scripts
 

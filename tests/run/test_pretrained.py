@@ -93,7 +93,7 @@ def test_a_directory_of_this_name_comes_first(
 ) -> None:
     (tmp_path / NAME).mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(lstm_jax.UserError, match=f"no trained model in {NAME} "):
+    with pytest.raises(lstm_jax.UserError, match=f"no trained model in '{NAME}' "):
         lstm_jax.load(NAME)
 
 
