@@ -10,7 +10,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Return a config of two layers with 640 hidden units, and one table for inputs and outputs."""
+    """Return a config of two layers with 640 hidden units, and tied embeddings."""
     config: ConfigDict = config_lib.load("experiments/quick.py")
 
     config.data.dataset = "penn_treebank"
