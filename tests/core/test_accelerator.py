@@ -16,7 +16,7 @@ from lstm_jax import config, matmul, ops
 from lstm_jax.ops import choice, in_c, xla
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from lstm_jax.ops.layer import find_implementation
-from test_native import draw_layer, measure_errors, run_numpy, run_scan, to_bfloat16
+from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
 from test_recurrence import (
     SIZES,
     assert_close,
@@ -70,7 +70,7 @@ def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
         return outputs, last
 
     expected = value_and_gradients(
-        functools.partial(run_scan, gating, codes), cotangents, *arguments
+        functools.partial(run_equations, gating, codes), cotangents, *arguments
     )
     assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
 

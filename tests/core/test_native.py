@@ -19,7 +19,7 @@ import commands
 import models
 import test_cross_entropy
 from lstm_jax import model
-from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor, xla
+from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
@@ -75,13 +75,21 @@ def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def run_numpy(
-    arguments: Any, cotangents: Any, rounded: Callable[[np.ndarray], np.ndarray]
+    arguments: Any,
+    cotangents: Any,
+    rounded: Callable[[np.ndarray], np.ndarray],
+    starts: np.ndarray | None = None,
 ) -> tuple[Any, Any]:
-    """Return outputs and gradients in float64, as `value_and_gradients` does."""
+    """Return outputs and gradients in float64, as `value_and_gradients` does.
+
+    Steps read zeros instead of the carry where `starts`, bool [batch, time], is true.
+    """
     arrays: Any = [np.asarray(x, np.float64) for x in jax.tree.leaves((arguments, cotangents))]
     w, u, bias, x, c, h, d_outputs, d_c, d_h = arrays
     steps = []
+    kept = np.ones(x.shape[:2]) if starts is None else 1 - starts
     for t in range(x.shape[1]):
+        c, h = c * kept[:, t, None], h * kept[:, t, None]
         z = rounded(x[:, t]) @ rounded(w) + rounded(h) @ rounded(u) + rounded(bias)
         z_i, z_f, z_g, z_o = np.split(z, 4, axis=1)
         i, f, o = (1 / (1 + np.exp(-z)) for z in (z_i, z_f, z_o))
@@ -101,7 +109,7 @@ def run_numpy(
         d_u += rounded(h_before).T @ d_z
         d_bias += d_z.sum(0)
         d_x[:, t] = d_z @ rounded(w).T
-        d_c, d_h = d_c * f, d_z @ rounded(u).T
+        d_c, d_h = d_c * f * kept[:, t, None], d_z @ rounded(u).T * kept[:, t, None]
     gradients: Any = LSTMParams(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
     return outputs, gradients
 
@@ -159,10 +167,35 @@ def draw_layer(
     return (gating.params(*arrays), inputs, carry), marks, (d_outputs, d_last)
 
 
-def run_scan(gating: Gating, marks: Any, params: Any, inputs: Any, carry: Any) -> Any:
-    """Run the reference, `xla.scan`; return outputs and the last carry."""
-    pair = (None, None) if marks is None else (marks == in_c.RESET, marks == in_c.FROZEN)
-    last, outputs = xla.scan(Layer(gating, params, inputs, carry, Marks(*pair), "float32"))
+def run_equations(gating: Gating, marks: Any, params: Any, inputs: Any, carry: Any) -> Any:
+    """Run a layer as a scan; return outputs and the last carry."""
+    n = carry.hidden.shape[1]
+    sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
+
+    def compute(carry: Any, x: jax.Array) -> Any:
+        h = carry.hidden
+        by_x, by_h = x @ params.input_kernel + params.bias, h @ params.recurrent_kernel
+        if gating.name == "rnn":
+            return gating.carry(tanh(by_x + by_h))
+        if gating.name == "gru":
+            r, z = jnp.split(sigmoid((by_x + by_h)[:, : 2 * n]), 2, axis=1)
+            candidate = tanh(by_x[:, 2 * n :] + r * (by_h[:, 2 * n :] + params.recurrent_bias))
+            return gating.carry((1 - z) * candidate + z * h)
+        i, f, g, o = jnp.split(by_x + by_h, 4, axis=1)
+        pi, pf, po = getattr(params, "peepholes", (0, 0, 0))
+        cell = sigmoid(f + pf * carry.cell) * carry.cell + sigmoid(i + pi * carry.cell) * tanh(g)
+        return gating.carry(cell, sigmoid(o + po * cell) * tanh(cell))
+
+    def step(carry: Any, read: Any) -> Any:
+        x, mark = read
+        mark = mark[:, None]
+        before = jax.tree.map(lambda c: jnp.where(mark == in_c.RESET, 0, c), carry)
+        after = compute(before, x)
+        after = jax.tree.map(lambda c, a: jnp.where(mark == in_c.FROZEN, c, a), carry, after)
+        return after, after.hidden
+
+    marks = np.zeros(inputs.shape[:2], np.uint8) if marks is None else marks
+    last, outputs = jax.lax.scan(step, carry, (inputs, marks))
     return outputs, last
 
 
@@ -186,8 +219,8 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound:
         results = run(*arguments, marks, cotangents)
         with jax.enable_x64():
             exact = jax.tree.map(lambda x: np.asarray(x, np.float64), (*arguments, cotangents))
-            scan = functools.partial(run_scan, gating, marks)
-            expected = jax.device_get(value_and_gradients(scan, exact[-1], *exact[:-1]))
+            equations = functools.partial(run_equations, gating, marks)
+            expected = jax.device_get(value_and_gradients(equations, exact[-1], *exact[:-1]))
         assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
 
 
@@ -209,7 +242,7 @@ def test_a_step_of_every_kind_agrees_with_its_equations(
         packed, added = in_c.pack_gates(gating, kernel.astype(dtype)), 0.5 * biases[None]
         return in_c.run_step(gating, packed, rows, carry, added, getattr(params, "peepholes", None))
 
-    expected = run_scan(gating, None, params, inputs, carry)[1]
+    expected = run_equations(gating, None, params, inputs, carry)[1]
     errors = measure_errors(jax.jit(run)(params, inputs, carry), expected)
     assert max(jax.tree.leaves(errors)) < bound
 

@@ -18,11 +18,12 @@ def run_layer(
     inputs: jax.Array,
     carry: LSTMCarry,
     dtype: str = "float32",
+    starts: jax.Array | None = None,
     implementation: Any = "auto",
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run an LSTM; return its outputs, the first result of which cotangents are given."""
     options: Any = {"dtype": dtype, "implementation": implementation}
-    carry, outputs = ops.lstm(params, inputs, carry, **options)
+    carry, outputs = ops.lstm(params, inputs, carry, reset=starts, **options)
     return outputs, carry
 
 
