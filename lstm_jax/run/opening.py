@@ -199,7 +199,7 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
             )
             raise UserError(
                 f"{directory} holds a run with another config or text ({listed}): resume with "
-                "what it was, or use another working directory"
+                "its values, or use another working directory"
             )
         cell_file.warn_if_changed(config.model, before.model, directory)
         notes = [f"{field} is now {now!r}; it was {was!r}" for field, was, now in changes]

@@ -190,7 +190,8 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
     text = Path(tiny_config.data.path).read_text()
     other.write_text(text + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="data.path was .*data.sha256 was .*use another working"):
+    message = "data.path was .*data.sha256 was .*use another working directory"
+    with pytest.raises(UserError, match=message):
         training.train(tiny_config, directory)
     tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
     for name, part in zip("abc", (text[:-200], text[-200:-100], text[-100:]), strict=True):
