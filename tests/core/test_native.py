@@ -203,7 +203,12 @@ def run_equations(gating: Gating, marks: Any, params: Any, inputs: Any, carry: A
 @pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
 @jax.numpy_rank_promotion("allow")
 def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound: float) -> None:
-    for sizes in [(1, 1, 9, 16, False), (7, 5, 33, 80, True), (6, 20, 48, 64, True)]:
+    for sizes in [
+        (1, 1, 9, 16, False),
+        (7, 5, 33, 80, True),
+        (6, 20, 48, 64, True),
+        (5, 7, 9, 240, True),
+    ]:
         arguments, marks, cotangents = draw_layer(gating, *sizes)
 
         @jax.jit
@@ -322,16 +327,16 @@ def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
     np.testing.assert_allclose(last.hidden[0], hidden, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 48), (64, 48), (7, 240)])
 @in_both
 def test_results_do_not_depend_on_the_number_of_threads(
-    batch: int, run: Any, monkeypatch: pytest.MonkeyPatch
+    batch: int, hidden: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
     monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
-    problem = make_problem(batch, 6, 9, 48)
+    problem = make_problem(batch, 6, 9, hidden)
     results = []
-    for threads in (1, 2, 100):
+    for threads in (1, 2, 3, 100):
         monkeypatch.setattr(native, "count_threads", lambda threads=threads: threads)
         jax.clear_caches()
         differentiate = jax.jit(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))
