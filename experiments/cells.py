@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 
-# Fields of models of 0.72 million parameters: cell, layers, hidden units, block. The library in C
-# needs multiples of 16.
+# Fields of models of 0.72 million parameters: cell, layers, hidden units, block.
 VARIANTS = {
     "lstm": ("lstm", 1, 384, "none"),
     "gru": ("gru", 1, 448, "none"),

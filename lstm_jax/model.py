@@ -336,9 +336,8 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
 
 
 def _prepare_kernel(gating: Gating, kernel: Array, dtype: str) -> Array:
-    depth, width = kernel.shape
-    fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
-    if fits and choice.runs_in_c("steps", dtype, width // gating.num_sums, gating=gating.name):
+    size = kernel.shape[1] // gating.num_sums
+    if kernel.dtype == jnp.float32 and choice.runs_in_c("steps", dtype, size, gating.name):
         return in_c.pack_gates(gating, kernel.astype(dtype))
     return round_factor(kernel.T, dtype)
 
@@ -403,8 +402,7 @@ def check_recurrence(model: LanguageModel) -> None:
             f"{name!r} supports only the cells lstm, peephole, gru and rnn, without a block; "
             "'auto' supports any cell"
         )
-    for size in model.sizes[1:]:
-        choice.choose(name, model.gating, size=size, dtype=model.dtype)
+    choice.choose(name, model.gating, size=model.hidden_size, dtype=model.dtype)
 
 
 def check_model(model: LanguageModel) -> None:

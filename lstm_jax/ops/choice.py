@@ -9,7 +9,6 @@ import jax
 
 from lstm_jax.ops import native, processor
 from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.in_c import LANES
 
 
 class Row(NamedTuple):
@@ -24,12 +23,12 @@ class Row(NamedTuple):
     largest: float = float("inf")  # Number of hidden units for which it is faster.
 
 
-# XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured at 256,
-# 512 and 1,024 hidden units on two cores of Zen 4 and of Emerald Rapids without AMX (docs/speed.md,
-# docs/layers.md); rows with AMX were not timed. Rows in float32 hold for Intel's older processors.
+# XLA runs all other layers. Measured at 256 to 1,024 hidden units on two cores of Zen 4, and of
+# Emerald Rapids without AMX, and at up to 2,048 on Zen 5 (docs/speed.md, docs/layers.md); rows with
+# AMX were not timed. Rows in float32 hold for Intel's older processors.
 TABLE = (
     Row("AMD", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
-    Row("AMD", "windows steps", "float32", "lstm peephole_lstm rnn", 1024),
+    Row("AMD", "windows steps", "float32", "lstm peephole_lstm rnn", 1280),
     Row("AMD", "windows", "float32", "gru", 512),
     Row("AMX", "windows steps", "bfloat16", "lstm"),
     Row("Intel", "windows", "bfloat16", "lstm", 256),
@@ -48,18 +47,10 @@ def list_rows() -> list[Row]:
     return [row for row in rows if _INSTRUCTIONS[row.dtype] in processor.read_cpu_features()]
 
 
-def runs_in_c(
-    work: str, dtype: str, hidden_size: int = 0, batch_size: int | None = None, gating: str = "lstm"
-) -> bool:
-    """Return whether the library runs such layers here.
-
-    In windows, it divides texts between threads: in float32, XLA is faster for fewer texts than
-    threads.
-    """
+def runs_in_c(work: str, dtype: str, hidden_size: int = 0, gating: str = "lstm") -> bool:
+    """Return whether the library runs such layers here."""
     has_instructions = _INSTRUCTIONS.get(dtype) in processor.read_cpu_features()
-    if hidden_size % LANES or not has_instructions:  # Do not compile the library.
-        return False
-    if batch_size is not None and dtype == "float32" and batch_size < native.count_threads():
+    if not has_instructions:  # Do not compile the library.
         return False
     return any(
         work in row.work and dtype == row.dtype and hidden_size <= row.largest
@@ -68,9 +59,7 @@ def runs_in_c(
     )
 
 
-def choose(
-    name: str, gating: Gating, *, size: int, batch: int | None = None, dtype: str = "float32"
-) -> str:
+def choose(name: str, gating: Gating, *, size: int, dtype: str = "float32") -> str:
     """Return the implementation that runs such a layer of `size` hidden units, never "auto".
 
     "auto" is what `TABLE` says. `dtype` is that of matmuls, or "float64" if arrays have it.
@@ -79,13 +68,9 @@ def choose(
       ValueError: if the named implementation can't run the layer here.
     """
     if name == "auto":
-        return "c" if runs_in_c("windows", dtype, size, batch, gating.name) else "xla"
+        return "c" if runs_in_c("windows", dtype, size, gating.name) else "xla"
     if name not in ("scan", "xla", "c"):
         raise ValueError(f"implementation is {name!r}: choose auto, scan, xla or c")
-    if name == "c" and size % LANES:
-        raise ValueError(
-            f"implementation 'c' needs a multiple of {LANES} hidden units, not {size}: choose auto"
-        )
     if name == "c" and not is_available(dtype):
         raise ValueError(f"implementation 'c' can't multiply in {dtype} here: choose auto")
     return name

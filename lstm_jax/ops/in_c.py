@@ -2,8 +2,9 @@
 
 `forward`, `backward` and `differentiate_params` together are the recurrence and its derivatives.
 Arrays are float32, operands of matmuls are rounded to `dtype`, and the hidden size is a multiple
-of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros instead of the carry,
-`FROZEN` where it leaves the carry as it is (its output then is the hidden state), and otherwise 0.
+of `LANES`, for which `pad_units` adds hidden units that stay zero. Marks, uint8 [time, batch], are
+`RESET` where a step reads zeros instead of the carry, `FROZEN` where it leaves the carry as it is
+(its output then is the hidden state), and otherwise 0.
 """
 
 import functools
@@ -41,22 +42,21 @@ def forward(
     hidden = len(params.recurrent_kernel)
     input_kernel, recurrent_kernel = gating.spread_kernels(params)
     parts = recurrent_kernel, input_kernel, gating.join_biases(params)[None]
-    kernel = jnp.concatenate([part.astype(dtype) for part in parts])
-    kernel = jnp.pad(kernel, ((0, -len(kernel) % NUMBERS_IN_WORD[dtype]), (0, 0)))
+    packed = pack_gates(gating, jnp.concatenate([part.astype(dtype) for part in parts]))
     saved_gates, cells, outputs, rows = _call(
         "forward",
         (
             inputs,
-            pack_gates(gating, kernel),
+            packed,
             _get_cell(carry),
             carry.hidden,
             _get_peepholes(params),
             _get_marks(marks, batch),
         ),
-        ((time, batch, 0 if gating.num_sums == 1 else kernel.shape[1]), "float32"),
+        ((time, batch, 0 if gating.num_sums == 1 else gating.num_sums * hidden), "float32"),
         ((time, batch, hidden * gating.has_cell), "float32"),
         ((time, batch, hidden), "float32"),
-        ((time, batch, len(kernel)), dtype),
+        ((time, batch, packed.shape[1] * NUMBERS_IN_WORD[dtype]), dtype),
         kind=_KINDS.index(gating.name),
         features=len(input_kernel),
     )
@@ -125,6 +125,16 @@ def differentiate_params(
     return d_params, d_inputs
 
 
+def pad_units(x: Array, hidden: int) -> Array:
+    """Return [..., n * hidden] with zeros for more hidden units, up to a multiple of `LANES`.
+
+    Where their parameters and their first carry are zero, so are their states and outputs.
+    """
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // hidden, hidden)
+    parts = jnp.pad(parts, (*[(0, 0)] * x.ndim, (0, -hidden % LANES)))
+    return parts.reshape(*x.shape[:-1], parts.shape[-2] * parts.shape[-1])
+
+
 # The library gets empty arrays in place of those that a layer doesn't have.
 
 
@@ -155,14 +165,37 @@ def _replace(carry: Any, cell: Array, hidden: Array) -> Any:
 def pack_gates(gating: Gating, kernel: Array) -> Array:
     """Arrange a kernel [depth, num_sums * hidden] in tiles: [tiles, words, 4, 16, in a word].
 
-    The 4 vectors of a tile are the sums of 16 hidden units, or the only sum of 64.
+    The 4 vectors of a tile are the sums of 16 hidden units, or the only sum of 64. Zeros fill the
+    last word.
     """
-    numbers, num_sums = NUMBERS_IN_WORD[kernel.dtype.name], gating.num_sums
-    parts = kernel.reshape(len(kernel) // numbers, numbers, num_sums, -1)
-    parts = jnp.pad(parts, (*[(0, 0)] * 3, (0, -parts.shape[3] % (_TILE // num_sums))))
-    parts = parts.reshape(*parts.shape[:3], -1, 4 // num_sums, LANES)
-    parts = parts.transpose(3, 0, 4, 2, 5, 1)
-    return parts.reshape(*parts.shape[:2], 4, LANES, numbers)
+    num_sums = gating.num_sums
+
+    def arrange(rows: Array) -> Array:
+        """Return rows [words, num_sums * hidden] as [tiles, words, 4, 16]."""
+        parts = rows.reshape(len(rows), num_sums, -1)
+        parts = jnp.pad(parts, (*[(0, 0)] * 2, (0, -parts.shape[2] % (_TILE // num_sums))))
+        parts = parts.reshape(*parts.shape[:2], -1, 4 // num_sums, LANES).transpose(2, 0, 3, 1, 4)
+        return parts.reshape(*parts.shape[:2], 4, LANES)
+
+    if kernel.dtype == jnp.float32:
+        return arrange(kernel)[..., None]
+    pairs = jnp.pad(kernel, ((0, len(kernel) % 2), (0, 0)))
+    return _interleave(arrange(pairs[::2]), arrange(pairs[1::2]))
+
+
+@jax.custom_jvp
+def _interleave(first: Array, second: Array) -> Array:
+    """Stack two arrays in bfloat16 along a new last axis, in words: `jnp.stack` is slower."""
+    bits = (jax.lax.bitcast_convert_type(x, "uint16") for x in (first, second))
+    low, high = (x.astype("uint32") for x in bits)
+    return jax.lax.bitcast_convert_type(low | high << 16, first.dtype)
+
+
+@_interleave.defjvp
+def _differentiate_interleave(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return _interleave(*primals), jnp.stack(tangents, axis=-1)
 
 
 def run_step(
@@ -175,17 +208,19 @@ def run_step(
 ) -> Any:
     """Run one step of a layer and return the next carry.
 
-    The kernel is from `pack_gates`. `inputs` holds the inputs of the layer, unless `added` includes
-    their matmul with the kernel already, and the hidden state, [batch, n] each. `added`
-    [batch or 1, num_sums * hidden] is added to the sums.
+    The kernel is from `pack_gates`, for any hidden size. `inputs` holds the inputs of the layer,
+    unless `added` includes their matmul with the kernel already, and the hidden state, [batch, n]
+    each. `added` [batch or 1, num_sums * hidden] is added to the sums.
     """
-    rows = jnp.concatenate(inputs, axis=1)
+    rows = jnp.concatenate(inputs, axis=1).astype(packed.dtype)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % packed.shape[-1])))
     hidden, cell = carry.hidden.astype("float32"), _get_cell(carry).astype("float32")
     if peepholes is None:
         peepholes = jnp.zeros((0, hidden.shape[1]), jnp.float32)
-    arrays = added.astype("float32"), cell, hidden, peepholes
-    state = _run_step(gating, rows.astype(packed.dtype), packed, *arrays)
-    return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
+    size = hidden.shape[1]
+    arrays = (pad_units(x, size) for x in (added.astype("float32"), cell, hidden, peepholes))
+    state = _run_step(gating, rows, packed, *arrays)
+    return _replace(carry, *(x[:, :size].astype(carry.hidden.dtype) for x in state))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -212,7 +212,6 @@ def _run(
         implementation if time else "scan",
         gating,
         size=hidden,
-        batch=batch,
         dtype=low if wide == jnp.float32 else wide.name,
     )
     run_layer = find_implementation(name, jax.default_backend())
@@ -226,16 +225,28 @@ def find_implementation(name: str, backend: str) -> Callable[[Layer], tuple[Any,
     if name == "scan":
         return xla.scan
     if name == "c":
-        made = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, batch_axis=1)
-    else:
-        axis = 0 if backend == "cpu" else 1
-        made = Implementation(
-            functools.partial(xla.forward, axis=axis),
-            functools.partial(xla.backward, axis=axis),
-            functools.partial(xla.differentiate_params, axis=axis),
-            batch_axis=2 - axis,
-        )
+        return _run_in_c
+    axis = 0 if backend == "cpu" else 1
+    made = Implementation(
+        functools.partial(xla.forward, axis=axis),
+        functools.partial(xla.backward, axis=axis),
+        functools.partial(xla.differentiate_params, axis=axis),
+        batch_axis=2 - axis,
+    )
     return functools.partial(recurrence.run, made)
+
+
+_IN_C = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, batch_axis=1)
+
+
+def _run_in_c(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
+    """Run a layer with as many hidden units as the library needs, and return those of the layer."""
+    params, hidden = layer.params, layer.carry.hidden.shape[1]
+    rows = jnp.pad(params.recurrent_kernel, ((0, -hidden % in_c.LANES), (0, 0)))
+    arrays = params._replace(recurrent_kernel=rows), layer.carry
+    params, carry = jax.tree.map(lambda x: in_c.pad_units(x, hidden), arrays)
+    results = recurrence.run(_IN_C, layer._replace(params=params, carry=carry))
+    return jax.tree.map(lambda x: x[..., :hidden], results)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

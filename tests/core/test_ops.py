@@ -284,10 +284,8 @@ def test_arrays_are_checked_against_annotations() -> None:
 
 
 def test_an_implementation_that_can_not_run_says_why() -> None:
-    mistakes = {("float32", 17): "a multiple of 16 .* not 17", ("float64", 16): "in float64 here"}
-    for (dtype, size), message in mistakes.items():
-        with pytest.raises(ValueError, match=message):
-            choice.choose("c", LSTM, size=size, dtype=dtype)
+    with pytest.raises(ValueError, match="in float64 here"):
+        choice.choose("c", LSTM, size=16, dtype="float64")
 
 
 # The transformations of JAX. Each takes a loss of parameters and inputs, the parameters and the

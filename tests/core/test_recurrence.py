@@ -83,24 +83,29 @@ def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tupl
 
 
 # (batch, time, features, hidden), with windows of 1, batches of 1, and sizes that are not multiples
-# of the width of a register. The last one is: the library in C supports it, but none of the others.
+# of the width of a register.
 SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 6, 16, 128)]
 
 
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_gated_layers_agree_with_the_reference(sizes: tuple[int, ...]) -> None:
+def test_gated_layers_agree_with_the_reference(sizes: tuple[int, ...], implementation: str) -> None:
     *arguments, cotangents = make_problem(*sizes)
+    run = functools.partial(run_layer, implementation=implementation)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
-    outputs, gradients = value_and_gradients(run_layer, cotangents, *arguments)
+    outputs, gradients = value_and_gradients(run, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
 @pytest.mark.parametrize("sizes", [*SIZES[1:4:2], SIZES[4], (4, 20, 16, 32)], ids=str)
-def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
+def test_bfloat16_rounds_matmuls_and_keeps_float32_state(
+    sizes: tuple[int, ...], implementation: str
+) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
-    low = functools.partial(run_layer, dtype="bfloat16")
+    low = functools.partial(run_layer, dtype="bfloat16", implementation=implementation)
     outputs, gradients = value_and_gradients(low, cotangents, *arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 3e-2)
@@ -113,8 +118,8 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with float32 matmuls of rounded factors."""
-    *arguments, cotangents = make_problem(16, 20, 48, 60)  # Without the library in C.
-    low = functools.partial(run_layer, dtype="bfloat16")
+    *arguments, cotangents = make_problem(16, 20, 48, 60)
+    low = functools.partial(run_layer, dtype="bfloat16", implementation="xla")
     results = []
     for in_bfloat16 in (True, False):
         monkeypatch.setattr(xla, "is_faster_in_bfloat16", lambda is_faster=in_bfloat16: is_faster)
