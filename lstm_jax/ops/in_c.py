@@ -23,7 +23,7 @@ from lstm_jax.ops.gates import Gating, Layer, Marks, align, make_gradients
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
-NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
+_NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
 
 # Gates, cell states, what the kernel multiplies, rounded, and outputs, [time, batch, n] each.
 Saved = tuple[Array, Array, Array, Array]
@@ -56,7 +56,7 @@ def forward(
         ((time, batch, 0 if gating.num_sums == 1 else gating.num_sums * hidden), "float32"),
         ((time, batch, hidden * gating.has_cell), "float32"),
         ((time, batch, hidden), "float32"),
-        ((time, batch, packed.shape[1] * NUMBERS_IN_WORD[dtype]), dtype),
+        ((time, batch, packed.shape[1] * _NUMBERS_IN_WORD[dtype]), dtype),
         kind=_KINDS.index(gating.name),
         features=len(input_kernel),
     )
@@ -76,7 +76,7 @@ def backward(
     time, batch, hidden = outputs.shape
     width = gating.num_sums * hidden
     # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
-    numbers = NUMBERS_IN_WORD[dtype]
+    numbers = _NUMBERS_IN_WORD[dtype]
     kernel = gating.spread_kernels(params)[1].astype(dtype)
     rows_of_tiles = jnp.pad(kernel, ((0, -hidden % _TILE), (0, 0)))
     packed = rows_of_tiles.reshape(-1, _TILE, width // numbers, numbers).transpose(0, 2, 1, 3)
@@ -260,7 +260,7 @@ def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = Fa
     """Return a @ b in float32, for matrices in bfloat16, each of which may be transposed first."""
     rows, depth = a.shape[::-1] if transpose_a else a.shape
     width = len(b) if transpose_b else b.shape[1]
-    words, threads = -(-depth // NUMBERS_IN_WORD["bfloat16"]), native.count_threads()
+    words, threads = -(-depth // _NUMBERS_IN_WORD["bfloat16"]), native.count_threads()
     # The smaller factor is packed, and each thread packs a block of the other one at a time.
     packed, block = rows * words, words * _TILE
     if rows > width:
@@ -285,7 +285,7 @@ def compute_cross_entropy(
     """
     rows, depth = inputs.shape
     width, threads = len(bias), native.count_threads()
-    tiles, words = -(-width // _TILE), -(-depth // NUMBERS_IN_WORD["bfloat16"])
+    tiles, words = -(-width // _TILE), -(-depth // _NUMBERS_IN_WORD["bfloat16"])
     sums, shifted, d_logits, *_ = _call(
         "cross_entropy",
         (inputs, kernel, bias, targets.astype("int32")),

@@ -19,7 +19,7 @@ import commands
 import models
 import test_cross_entropy
 from lstm_jax import model
-from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
+from lstm_jax.ops import LSTMCarry, LSTMParams, in_c, native, processor
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
@@ -333,8 +333,8 @@ def test_results_do_not_depend_on_the_number_of_threads(
     batch: int, hidden: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
-    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
     problem = make_problem(batch, 6, 9, hidden)
+    assert uses_library(run, *problem[:3])
     results = []
     for threads in (1, 2, 3, 100):
         monkeypatch.setattr(native, "count_threads", lambda threads=threads: threads)
