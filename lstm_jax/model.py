@@ -95,10 +95,9 @@ class Dense(nn.Module):
     def __call__(self, inputs: Hidden, kernel: Float[Array, "features vocabulary"]) -> Logits:
         """Return inputs @ kernel + bias."""
         batch, time, features = inputs.shape
-        # One matmul, feature-major like the recurrence, whose outputs then need no transpose.
-        flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
-        outputs = matmul(kernel.T, flat, self.dtype) + self.bias[:, None]
-        return outputs.reshape(self.output_size, time, batch).transpose(2, 1, 0)
+        rows = inputs.swapaxes(0, 1).reshape(time * batch, features)
+        outputs = matmul(rows, kernel, self.dtype, self.bias)
+        return outputs.reshape(time, batch, self.output_size).swapaxes(0, 1)
 
 
 class LanguageModel(nn.Module):
@@ -331,8 +330,7 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
     """Multiply x by a mask, the same at every step."""
     if mask is None:
         return x
-    # Feature-major, as the recurrence computes x: XLA then needs no transpose.
-    return (x.transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
+    return x * mask[:, None]
 
 
 def _prepare_kernel(gating: Gating, kernel: Array, dtype: str) -> Array:

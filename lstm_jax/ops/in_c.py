@@ -114,14 +114,15 @@ def differentiate_params(
     time, batch, hidden = outputs.shape
     bias = hidden + inputs.shape[2]
     flat, read = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows))
-    d_kernel = _matmul(read.T, flat)
+    d_kernel = _matmul(read, flat, transpose_a=True)
     d_input_kernel, _ = gating.split_columns(d_kernel[hidden:bias])
     _, d_recurrent_kernel = gating.split_columns(d_kernel[:hidden])
     d_kernels = d_input_kernel, d_recurrent_kernel
     d_params = make_gradients(layer, d_kernels, d_kernel[bias], d_sums, cells)
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
     by_inputs, _ = gating.split_columns(flat)
-    d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(layer.dtype)).reshape(inputs.shape)
+    kernel = params.input_kernel.astype(layer.dtype)
+    d_inputs = _matmul(by_inputs, kernel, transpose_b=True).reshape(inputs.shape)
     return d_params, d_inputs
 
 
@@ -251,9 +252,11 @@ def _differentiate_step(
     return jax.jvp(run, primals, tangents)
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    """Return a @ b in float32, for operands in float32 or bfloat16."""
-    return matmul_rounded(a, b) if a.dtype == jnp.float32 else matmul(a, b)
+def _matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+    """Return what `matmul` does, for matrices in float32 or bfloat16."""
+    if a.dtype == jnp.bfloat16:
+        return matmul(a, b, transpose_a, transpose_b)
+    return matmul_rounded(a.T if transpose_a else a, b.T if transpose_b else b)
 
 
 def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
