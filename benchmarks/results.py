@@ -20,24 +20,16 @@ from typing import NamedTuple
 from frame import ROOT, evaluate, parse_flags, print_head, print_row, spread, train
 
 # The fields that each row changes: those of the file of its name, or of experiments/quick.py.
-_TWO_LAYERS = ["model.num_layers=2", "model.hidden_size=288"]
+_DROPOUT = ["regularization.embedding_dropout=0.03", "regularization.output_dropout=0.1"]
 ROWS: dict[str, list[str]] = {
     "quick.py": [],
+    "quick_one_layer.py": [],
     "shakespeare_best.py": [],
     "penn_treebank.py": [],
     "penn_treebank_words.py": [],
-    "windows of 96": ["batches.window_length=96"],
-    "learning rate 2e-2": ["optimizer.learning_rate=2e-2"],
-    "cosine schedule": ["optimizer.schedule=cosine"],
-    "no weight decay": ["optimizer.weight_decay=0.0"],
-    "embeddings in ±0.05": ["model.initial_embedding=0.05"],
-    "output bias zero": ["model.initial_bias=zeros"],
-    "no dropout": ["regularization.embedding_dropout=0.0", "regularization.output_dropout=0.0"],
-    "output dropout 0.3": ["regularization.output_dropout=0.3"],
-    "two layers of 288": _TWO_LAYERS,
-    "two layers of 288 with skip connections": [*_TWO_LAYERS, "model.skip_connections=True"],
-    "12 epochs": ["num_epochs=12"],
-    "9 epochs": ["num_epochs=9"],
+    "dropout": _DROPOUT,
+    "dropout without skip connections": [*_DROPOUT, "model.skip_connections=False"],
+    "dropout without weight decay": [*_DROPOUT, "optimizer.weight_decay=0.0"],
 }
 _MEASURES = {"penn_treebank.py": "bits_per_character", "penn_treebank_words.py": "perplexity"}
 _END = "--split=validation+test"

@@ -26,10 +26,10 @@ VARIANTS = {
 
 
 def get_config(name: str = "lstm") -> ConfigDict:
-    """Return a config of the given model, trained much as experiments/quick.py trains its LSTM."""
+    """Return a config of the given model, trained much as quick_one_layer.py trains its LSTM."""
     if name not in VARIANTS:
         raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(VARIANTS)}")
-    config: ConfigDict = config_lib.load("experiments/quick.py")
+    config: ConfigDict = config_lib.load("experiments/quick_one_layer.py")
 
     config.batches.window_length = 64
 

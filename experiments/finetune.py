@@ -12,8 +12,7 @@ from lstm_jax.run import workdir
 def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
     """Return the config of experiments/quick.py, for the model and tokens of a trained model.
 
-    A quarter of its learning rate keeps what the model knows, and strong dropout is for a short
-    text.
+    A fifth of its learning rate keeps what the model knows, and strong dropout is for a short text.
     """
     trained = workdir.load_config(workdir.find_model(model))
     config: ConfigDict = config_lib.load("experiments/quick.py")
@@ -29,6 +28,7 @@ def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
         config.model.cell, config.model.options = "lstm", {}
 
     config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.1
     config.regularization.output_dropout = 0.3
     if trained.model.num_layers > 1:
         config.regularization.hidden_dropout = 0.3

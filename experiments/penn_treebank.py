@@ -9,8 +9,8 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Return the model of experiments/quick.py, with other settings for a text of 5 MB."""
-    config: ConfigDict = config_lib.load("experiments/quick.py")
+    """Return the model of quick_one_layer.py, with other settings for a text of 5 MB."""
+    config: ConfigDict = config_lib.load("experiments/quick_one_layer.py")
 
     config.data.dataset = "penn_treebank"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import optuna
 
-# The share by which a step at the peak learning rate shrinks the weights, as in quick.py; ten times
-# that in SGD, where the momentum repeats it.
+# The share by which a step at the peak learning rate shrinks the weights, as in quick_one_layer.py;
+# ten times that in SGD, where the momentum repeats it.
 DECAY = 1.2e-3
 
 
