@@ -2,10 +2,10 @@
 
     make pretrained
 
-Three seeds of experiments/shakespeare_best.py are teachers: the model of
-experiments/quick_one_layer.py learns the mean of their probabilities. It is written in bfloat16;
-its card also gets the losses as stored, the commands and the commit. The same command resumes.
-`tests/run/test_pretrained.py` holds the checksum and a sample of the result: change them with it.
+Three seeds of experiments/shakespeare_best.py are teachers: the model of experiments/quick.py
+learns the mean of their probabilities. It is written in bfloat16; its card also gets the losses as
+stored, the commands and the commit. The same command resumes. `tests/run/test_pretrained.py` holds
+the checksum and a sample of the result: change them with it.
 """
 
 import shutil
@@ -19,7 +19,7 @@ RUNS = Path("runs", "pretrained")  # Relative, as in the config of the model.
 TEACHER = ("--config", "experiments/shakespeare_best.py")
 STUDENT = (
     "--config",
-    "experiments/quick_one_layer.py",
+    "experiments/quick.py",
     "--config.num_epochs=12",
     "--config.distill.weight=0.8",
 )
