@@ -20,7 +20,7 @@ TEACHER = ("--config", "experiments/shakespeare_best.py")
 STUDENT = (
     "--config",
     "experiments/quick.py",
-    "--config.num_epochs=12",
+    "--config.num_epochs=36",
     "--config.distill.weight=0.8",
 )
 
