@@ -19,8 +19,8 @@ from lstm_jax.run import opening, workdir
 
 NAME = "tiny-shakespeare"
 # `make pretrained` writes another model: change both with it.
-SHA256 = "b31c150a3751fbe41b97e419f8d7e82f07b91a51d893322a47fedf7e04b7a242"
-SAMPLE = "ROMEO:\nI will not speak to the prince and the prince,\nAnd then the"
+SHA256 = "9b1cf0c7b4074ade82db66e4c44f0abb32b83ba5fa1ee35e957b6945cc4e4dab"
+SAMPLE = "ROMEO:\nThe senate of the sea of the devil\nThat we may see the stat"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[
     (stored,) = re.findall(r"Losses as stored, .*, test (\d\.\d+) nats", card)
     ids = run.vocabulary.encode(shakespeare["test"])
     loss = loss_lib.compute_loss(run.model, run.params, ids)
-    assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.43
+    assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.4
 
 
 @pytest.mark.process
