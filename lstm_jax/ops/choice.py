@@ -14,7 +14,7 @@ from lstm_jax.ops.gates import Gating
 class Row(NamedTuple):
     """Layers that the library in C runs faster than XLA on a kind of CPU."""
 
-    processors: str  # Of "AMD" (any but Intel's), "Intel" without AMX, and "AMX".
+    processors: str  # Of "AMD", "Intel" without AMX and "AMX", with AVX-512; "AVX2"; and "NEON".
     # "windows" of training and evaluation, "steps" of generation, or "losses" of large
     # vocabularies, with any number of hidden units.
     work: str
@@ -23,37 +23,41 @@ class Row(NamedTuple):
     largest: float = float("inf")  # Number of hidden units for which it is faster.
 
 
-# XLA runs all other layers. Measured at 256 to 1,024 hidden units on two cores of Zen 4, and of
-# Emerald Rapids without AMX, and at up to 2,048 on Zen 5 (docs/speed.md, docs/layers.md); rows with
-# AMX were not timed. Rows in float32 hold for Intel's older processors.
+# XLA runs all other layers. Measured at 256 to 1,024 hidden units on two cores of AMD's Zen 4 and
+# Intel's Emerald Rapids, with and without AMX, and at up to 2,048 on Zen 5 (docs/speed.md). Nobody
+# has measured AVX2 and NEON, which have the rows of AMD.
 TABLE = (
-    Row("AMD", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
-    Row("AMD", "windows steps", "float32", "lstm peephole_lstm rnn", 1280),
-    Row("AMD", "windows", "float32", "gru", 512),
+    Row("AMD NEON", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
+    Row("AMD AVX2 NEON", "windows steps", "float32", "lstm peephole_lstm rnn", 1280),
+    Row("AMD AVX2 NEON", "windows", "float32", "gru", 512),
     Row("AMX", "windows steps", "bfloat16", "lstm"),
     Row("Intel", "windows", "bfloat16", "lstm", 256),
     Row("Intel", "steps", "bfloat16", "lstm"),
     Row("Intel AMX", "windows steps", "float32", "lstm", 1024),
     Row("AMD AMX", "losses", "bfloat16", "lstm"),
 )
-_INSTRUCTIONS = {"float32": "avx512f", "bfloat16": "avx512_bf16"}
+
+
+def name_processor(library: native.Library) -> str:
+    """Return the name that rows of `TABLE` have for the processor which runs a library."""
+    if library.lanes < 16:
+        return {8: "AVX2", 4: "NEON"}[library.lanes]
+    return "AMX" if library.uses_amx else processor.find_vendor()
 
 
 def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
-    kind = "AMX" if library and library.uses_amx else processor.find_vendor()
-    rows = [row for row in TABLE if library and kind in row.processors.split()]
-    return [row for row in rows if _INSTRUCTIONS[row.dtype] in processor.read_cpu_features()]
+    name, dtypes = library and name_processor(library), native.list_dtypes()
+    return [row for row in TABLE if name in row.processors.split() and row.dtype in dtypes]
 
 
 def runs_in_c(work: str, dtype: str, hidden_size: int = 0, gating: str = "lstm") -> bool:
     """Return whether the library runs such layers here."""
-    has_instructions = _INSTRUCTIONS.get(dtype) in processor.read_cpu_features()
-    if not has_instructions:  # Do not compile the library.
+    if dtype not in native.list_dtypes():  # Do not compile the library.
         return False
     return any(
-        work in row.work and dtype == row.dtype and hidden_size <= row.largest
+        work in row.work.split() and dtype == row.dtype and hidden_size <= row.largest
         for row in list_rows()
         if gating in row.gatings.split()
     )
@@ -78,8 +82,8 @@ def choose(name: str, gating: Gating, *, size: int, dtype: str = "float32") -> s
 
 def is_available(dtype: str) -> bool:
     """Return whether the library multiplies in this dtype here."""
-    library = native.load_library() if jax.default_backend() == "cpu" else None
-    return library is not None and _INSTRUCTIONS.get(dtype) in processor.read_cpu_features()
+    is_cpu = jax.default_backend() == "cpu"
+    return is_cpu and dtype in native.list_dtypes() and native.load_library() is not None
 
 
 def choose_dtype(is_gated: bool) -> str:

@@ -2,9 +2,9 @@
 
 `forward`, `backward` and `differentiate_params` together are the recurrence and its derivatives.
 Arrays are float32, operands of matmuls are rounded to `dtype`, and the hidden size is a multiple
-of `LANES`, for which `pad_units` adds hidden units that stay zero. Marks, uint8 [time, batch], are
-`RESET` where a step reads zeros instead of the carry, `FROZEN` where it leaves the carry as it is
-(its output then is the hidden state), and otherwise 0.
+of the library's lanes, for which `pad_units` adds hidden units that stay zero. Marks, uint8 [time,
+batch], are `RESET` where a step reads zeros instead of the carry, `FROZEN` where it leaves the
+carry as it is (its output then is the hidden state), and otherwise 0.
 """
 
 import functools
@@ -20,10 +20,18 @@ from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native
 from lstm_jax.ops.gates import Gating, Layer, Marks, align, make_gradients
 
-LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
+_VECTORS, _BLOCK, _DEPTH = 4, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 _NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
+
+
+def count_lanes() -> int:
+    """Return the number of lanes of the library's vectors, of which a tile has `_VECTORS`."""
+    library = native.load_library()
+    assert library
+    return library.lanes
+
 
 # Gates, cell states, what the kernel multiplies, rounded, and outputs, [time, batch, n] each.
 Saved = tuple[Array, Array, Array, Array]
@@ -75,12 +83,15 @@ def backward(
     saved_gates, cells, _, outputs = saved
     time, batch, hidden = outputs.shape
     width = gating.num_sums * hidden
-    # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
-    numbers = _NUMBERS_IN_WORD[dtype]
+    # The transposed kernel in tiles: [tiles, words, columns of a tile, in a word].
+    numbers, tile = _NUMBERS_IN_WORD[dtype], _VECTORS * count_lanes()
     kernel = gating.spread_kernels(params)[1].astype(dtype)
-    rows_of_tiles = jnp.pad(kernel, ((0, -hidden % _TILE), (0, 0)))
-    packed = rows_of_tiles.reshape(-1, _TILE, width // numbers, numbers).transpose(0, 2, 1, 3)
+    rows_of_tiles = jnp.pad(kernel, ((0, -hidden % tile), (0, 0)))
+    packed = rows_of_tiles.reshape(-1, tile, width // numbers, numbers).transpose(0, 2, 1, 3)
     d_cell = _get_cell(d_last)
+    aliases = {7: 1, 8: 2}  # The cotangents of the last carry become those of the first,
+    if (saved_gates.shape, dtype) == ((time, batch, width), "float32"):
+        aliases[0] = 0  # and the gates those of the sums.
     d_sums, d_cell, d_hidden = _call(
         "backward",
         (
@@ -99,7 +110,7 @@ def backward(
         ((time, batch, width), dtype),
         (d_cell.shape, "float32"),
         (d_last.hidden.shape, "float32"),
-        aliases={7: 1, 8: 2},  # The cotangents of the last carry become those of the first.
+        aliases=aliases,
         kind=_KINDS.index(gating.name),
     )
     return d_sums, _replace(carry, d_cell, d_hidden)
@@ -127,12 +138,12 @@ def differentiate_params(
 
 
 def pad_units(x: Array, hidden: int) -> Array:
-    """Return [..., n * hidden] with zeros for more hidden units, up to a multiple of `LANES`.
+    """Return [..., n * hidden] with zeros for more hidden units, up to a multiple of the lanes.
 
     Where their parameters and their first carry are zero, so are their states and outputs.
     """
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // hidden, hidden)
-    parts = jnp.pad(parts, (*[(0, 0)] * x.ndim, (0, -hidden % LANES)))
+    parts = jnp.pad(parts, (*[(0, 0)] * x.ndim, (0, -hidden % count_lanes())))
     return parts.reshape(*x.shape[:-1], parts.shape[-2] * parts.shape[-1])
 
 
@@ -164,19 +175,21 @@ def _replace(carry: Any, cell: Array, hidden: Array) -> Any:
 
 
 def pack_gates(gating: Gating, kernel: Array) -> Array:
-    """Arrange a kernel [depth, num_sums * hidden] in tiles: [tiles, words, 4, 16, in a word].
+    """Arrange a kernel [depth, num_sums * hidden] in tiles: [tiles, words, 4, lanes, in a word].
 
-    The 4 vectors of a tile are the sums of 16 hidden units, or the only sum of 64. Zeros fill the
-    last word.
+    The 4 vectors of a tile are the sums of a vector of hidden units, or the only sum of 4 vectors.
+    Zeros fill the last word.
     """
-    num_sums = gating.num_sums
+    num_sums, lanes = gating.num_sums, count_lanes()
+    vectors = _VECTORS // num_sums  # Of hidden units.
 
     def arrange(rows: Array) -> Array:
-        """Return rows [words, num_sums * hidden] as [tiles, words, 4, 16]."""
+        """Return rows [words, num_sums * hidden] as [tiles, words, 4, lanes]."""
         parts = rows.reshape(len(rows), num_sums, -1)
-        parts = jnp.pad(parts, (*[(0, 0)] * 2, (0, -parts.shape[2] % (_TILE // num_sums))))
-        parts = parts.reshape(*parts.shape[:2], -1, 4 // num_sums, LANES).transpose(2, 0, 3, 1, 4)
-        return parts.reshape(*parts.shape[:2], 4, LANES)
+        parts = jnp.pad(parts, (*[(0, 0)] * 2, (0, -parts.shape[2] % (vectors * lanes))))
+        parts = parts.reshape(*parts.shape[:2], -1, vectors, lanes)
+        parts = parts.transpose(2, 0, 3, 1, 4)
+        return parts.reshape(*parts.shape[:2], _VECTORS, lanes)
 
     if kernel.dtype == jnp.float32:
         return arrange(kernel)[..., None]
@@ -253,21 +266,21 @@ def _differentiate_step(
 
 
 def _matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
-    """Return what `matmul` does, for matrices in float32 or bfloat16."""
+    """Return what `matmul` does, by XLA in float32, where it is as fast."""
     if a.dtype == jnp.bfloat16:
         return matmul(a, b, transpose_a, transpose_b)
     return matmul_rounded(a.T if transpose_a else a, b.T if transpose_b else b)
 
 
 def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
-    """Return a @ b in float32, for matrices in bfloat16, each of which may be transposed first."""
+    """Return a @ b in float32, for matrices of one dtype, each of which may be transposed first."""
     rows, depth = a.shape[::-1] if transpose_a else a.shape
-    width = len(b) if transpose_b else b.shape[1]
-    words, threads = -(-depth // _NUMBERS_IN_WORD["bfloat16"]), native.count_threads()
+    width, tile = len(b) if transpose_b else b.shape[1], _VECTORS * count_lanes()
+    words, threads = -(-depth // _NUMBERS_IN_WORD[a.dtype.name]), native.count_threads()
     # The smaller factor is packed, and each thread packs a block of the other one at a time.
-    packed, block = rows * words, words * _TILE
+    packed, block = rows * words, words * tile
     if rows > width:
-        packed, block = -(-width // _TILE) * _TILE * words, _BLOCK * _DEPTH
+        packed, block = -(-width // tile) * tile * words, _BLOCK * _DEPTH
     results = ((rows, width), "float32"), ((packed,), "uint32"), ((threads, block), "uint32")
     return _call("matmul", (a, b), *results, transpose_a=transpose_a, transpose_b=transpose_b)[0]
 
@@ -282,23 +295,23 @@ def compute_cross_entropy(
 ) -> tuple[Array, Array]:
     """Return the cross-entropies of inputs @ kernel + bias, float32 [n], in nats.
 
-    The arguments are those of `cross_entropy.compute_cross_entropy`, with inputs and a kernel in
-    bfloat16. If `differentiable`, also return the derivatives of each cross-entropy by its logits,
-    bfloat16 [n, vocabulary]; otherwise this array is empty.
+    The arguments are those of `cross_entropy.compute_cross_entropy`, with inputs and a kernel of
+    one dtype. If `differentiable`, also return the derivatives of each cross-entropy by its logits,
+    [n, vocabulary] in this dtype; otherwise this array is empty.
     """
-    rows, depth = inputs.shape
-    width, threads = len(bias), native.count_threads()
-    tiles, words = -(-width // _TILE), -(-depth // _NUMBERS_IN_WORD["bfloat16"])
+    (rows, depth), dtype = inputs.shape, inputs.dtype.name
+    width, threads, tile = len(bias), native.count_threads(), _VECTORS * count_lanes()
+    tiles, words = -(-width // tile), -(-depth // _NUMBERS_IN_WORD[dtype])
     sums, shifted, d_logits, *_ = _call(
         "cross_entropy",
         (inputs, kernel, bias, targets.astype("int32")),
         ((rows,), "float32"),
         ((rows,), "float32"),
-        ((rows, width) if differentiable else (0, 0), "bfloat16"),
+        ((rows, width) if differentiable else (0, 0), dtype),
         # Working memory; as integers, so that `jax_debug_nans` does not check it.
-        ((tiles * _TILE * words,), "uint32"),
+        ((tiles * tile * words,), "uint32"),
         ((threads, _BLOCK * _DEPTH), "uint32"),
-        ((threads, _BLOCK, tiles * _TILE), "uint32"),
+        ((threads, _BLOCK, tiles * tile), "uint32"),
         is_transposed=is_transposed,
     )
     return jnp.log(sums) + shifted, d_logits

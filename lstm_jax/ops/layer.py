@@ -242,7 +242,7 @@ _IN_C = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, b
 def _run_in_c(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
     """Run a layer with as many hidden units as the library needs, and return those of the layer."""
     params, hidden = layer.params, layer.carry.hidden.shape[1]
-    rows = jnp.pad(params.recurrent_kernel, ((0, -hidden % in_c.LANES), (0, 0)))
+    rows = jnp.pad(params.recurrent_kernel, ((0, -hidden % in_c.count_lanes()), (0, 0)))
     arrays = params._replace(recurrent_kernel=rows), layer.carry
     params, carry = jax.tree.map(lambda x: in_c.pad_units(x, hidden), arrays)
     results = recurrence.run(_IN_C, layer._replace(params=params, carry=carry))

@@ -1,76 +1,59 @@
-// Gated recurrences, matmuls in bfloat16, and the loss over a large vocabulary, for processors with
-// AVX-512, as custom calls of XLA. Each divides its work into parts, for the threads of XLA.
+// Gated recurrences, matmuls, and the loss over a large vocabulary, as custom calls of XLA for CPUs. Each
+// divides its work into parts, for the threads of XLA. platform.h has the processor's instructions.
 //
-// A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
-// registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
-// read in words of 32 bits along their common axis, the depth. A word is one float32 or two bfloat16:
-// one instruction multiplies the numbers of 16 pairs of words, and adds the products to 16 sums in
-// float32. With AMX, one instruction does that for 16 words of 16 rows, in bfloat16.
-// The hidden size is a multiple of 16, and every depth is a whole number of words.
+// A matmul is computed in tiles: a few rows by 4 vectors of columns, whose sums stay in registers. The
+// right factor is packed by tile, so that a tile reads it in order. Both factors are read in words of
+// 32 bits along their common axis, the depth. A word is one float32 or two bfloat16: one instruction
+// multiplies the numbers of a vector of pairs of words, and adds the products to sums in float32. With
+// AMX, one instruction does that for 16 words of 16 rows, in bfloat16.
+// The hidden size is a multiple of the lanes, and every depth is a whole number of words.
 
-#include <immintrin.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "platform.h"
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
+enum { AMX_ROWS = 16, VECTORS = 4, TILE = LANES * VECTORS };
 enum { AHEAD = 16 };  // Words of the depth to prefetch: Intel's own prefetches come too late.
 
 enum { FLOAT32 = 1, BFLOAT16 = 2 };  // Numbers in a word.
 
-typedef uint32_t word __attribute__((may_alias));
-typedef uint16_t bits16 __attribute__((may_alias));
-typedef __m512 sums[AMX_ROWS][VECTORS];
+typedef Floats sums[AMX_ROWS][VECTORS];
 
-static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xffff; }
+#define INLINE static inline __attribute__((always_inline))
 
-// Store the first `n` of 16 numbers as factors of a matmul, in float32 or bfloat16.
-static inline void store(int numbers, void *to, size_t at, __m512 x, size_t n) {
-  if (numbers == FLOAT32)
-    return _mm512_mask_storeu_ps((float *)to + at, first_lanes(n), x);
-  __m256i rounded;  // Volatile: a compiler may run the intrinsic early, where it is not supported.
-  __asm__ volatile("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x));
-  if (n < LANES)
-    _mm256_mask_storeu_epi16((bits16 *)to + at, first_lanes(n), rounded);
-  else  // Without a mask, in the inner loops.
-    _mm256_storeu_si256((__m256i *)((bits16 *)to + at), rounded);
+// Store the first `n` of a vector's numbers as factors of a matmul, in float32 or bfloat16.
+INLINE void store_numbers(int numbers, void *to, size_t at, Floats x, size_t n) {
+  if (numbers == FLOAT32) return store_first((float *)to + at, x, n);
+  Halves rounded = round_lanes(x);
+  copy_first((bits16 *)to + at, &rounded, n * sizeof(bits16), sizeof(rounded));
 }
 
 // Compute tanh by the rational approximation that XLA uses, too.
-static __m512 tanh_lanes(__m512 x) {
+static Floats tanh_lanes(Floats x) {
   static const float above[] = {-2.76076847742355e-16f, 2.00018790482477e-13f,
                                 -8.60467152213735e-11f, 5.12229709037114e-08f,
                                 1.48572235717979e-05f,  6.37261928875436e-04f,
                                 4.89352455891786e-03f};
   static const float below[] = {1.19825839466702e-06f, 1.18534705686654e-04f,
                                 2.26843463243900e-03f, 4.89352518554385e-03f};
-  const __m512 limit = _mm512_set1_ps(7.90531110763549805f);
+  const Floats zero = {0}, limit = zero + 7.90531110763549805f;
   // The second operand is the result if one is NaN.
-  __m512 near = _mm512_max_ps(-limit, _mm512_min_ps(limit, x)), square = near * near;
-  __m512 p = _mm512_set1_ps(above[0]), q = _mm512_set1_ps(below[0]);
-  for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(above[i]));
-  for (int i = 1; i < 4; i++) q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(below[i]));
-  __mmask16 tiny = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(4e-4f), _CMP_LT_OQ);
-  return _mm512_mask_mov_ps(near * p / q, tiny, x);
+  Floats near = greater(-limit, lesser(limit, x)), square = near * near;
+  Floats p = zero + above[0], q = zero + below[0];
+  for (int i = 1; i < 7; i++) p = multiply_add(p, square, zero + above[i]);
+  for (int i = 1; i < 4; i++) q = multiply_add(q, square, zero + below[i]);
+  return choose_small(x, 4e-4f, near * p / q);
 }
 
-static __m512 sigmoid(__m512 x) { return 0.5f * tanh_lanes(0.5f * x) + 0.5f; }
+static Floats sigmoid(Floats x) { return 0.5f * tanh_lanes(0.5f * x) + 0.5f; }
 
-// Instructions that processors with AVX-512 may lack, for bfloat16, and those of AMX.
-#define WITH_BF16 __attribute__((target("avx512bf16")))
-#define WITH_AMX __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
-#define INLINE static inline __attribute__((always_inline))
-
-WITH_BF16 INLINE __m512 add_products(int numbers, __m512 sum, __m512i a, __m512i b) {
-  if (numbers == FLOAT32) return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+INLINE Floats add_products(int numbers, Floats sum, Words a, Words b) {
+  return numbers == FLOAT32 ? multiply_add((Floats)a, (Floats)b, sum) : add_pairs(sum, a, b);
 }
 
 // The zeros of a packed right factor, which are not multiplied: none, or those of the kernel of a GRU
@@ -82,20 +65,20 @@ typedef struct {
 } Zeros;
 
 // Add the products of words [k, end) to the sums of a tile, but those of one vector.
-WITH_BF16 INLINE void add_words(int numbers, int rows, const word *a, size_t words,
-                                const word *packed, size_t k, size_t end, int skipped,
-                                __m512 sum[ROWS][VECTORS]) {
+INLINE void add_words(int numbers, int rows, const word *a, size_t words,
+                      const word *packed, size_t k, size_t end, int skipped,
+                                Floats sum[ROWS][VECTORS]) {
   for (packed += k * TILE; k < end; k++, packed += TILE) {
-    __m512i b[VECTORS];
+    Words b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       if (v == skipped) continue;
-      b[v] = _mm512_loadu_si512(packed + v * LANES);
-      _mm_prefetch(packed + v * LANES + AHEAD * TILE, _MM_HINT_T0);
+      b[v] = load_words(packed + v * LANES);
+      __builtin_prefetch(packed + v * LANES + AHEAD * TILE);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-      __m512i x = _mm512_set1_epi32(a[r * words + k]);
+      Words x = (Words){0} + a[r * words + k];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++)
         if (v != skipped) sum[r][v] = add_products(numbers, sum[r][v], x, b[v]);
@@ -104,9 +87,9 @@ WITH_BF16 INLINE void add_words(int numbers, int rows, const word *a, size_t wor
 }
 
 // Compute a tile: `rows` rows of `a`, of `words` words each, times the packed right factor.
-WITH_BF16 INLINE void multiply_rows(int numbers, int rows, int kind, const word *a, size_t words,
+INLINE void multiply_rows(int numbers, int rows, int kind, const word *a, size_t words,
                                     const word *packed, Zeros zeros, sums result) {
-  __m512 sum[ROWS][VECTORS] = {0};
+  Floats sum[ROWS][VECTORS] = {0};
   size_t end = kind == NO_ZEROS ? words : zeros.first;
   add_words(numbers, rows, a, words, packed, 0, end, kind == ZEROS_OF_GRU ? 3 : -1, sum);
   if (kind == ZEROS_OF_GRU)
@@ -119,9 +102,16 @@ WITH_BF16 INLINE void multiply_rows(int numbers, int rows, int kind, const word 
 // registers.
 #define CASE(numbers, kind, rows)       \
   case 64 * kind + 8 * numbers + rows: \
-    return multiply_rows(numbers, rows, kind, a, words, packed, zeros, result);
+    return multiply_rows(numbers, rows < ROWS ? rows : ROWS, kind, a, words, packed, zeros, result);
 #define CASES(n, z) \
   CASE(n, z, 1) CASE(n, z, 2) CASE(n, z, 3) CASE(n, z, 4) CASE(n, z, 5) CASE(n, z, 6)
+
+// Return the number of lanes of a vector, by which callers arrange kernels.
+int lstm_count_lanes(void) { return LANES; }
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static int uses_amx;
 
@@ -132,7 +122,7 @@ int lstm_ask_for_amx(void) { return uses_amx = !syscall(SYS_arch_prctl, 0x1023, 
 static _Thread_local int configured_rows;
 
 // Configure tiles 0 to 3 for sums, 4 for the left factor, and 5 and 6 for the right one.
-WITH_AMX static void configure_tiles(int rows) {
+static void configure_tiles(int rows) {
   struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
@@ -143,7 +133,7 @@ WITH_AMX static void configure_tiles(int rows) {
   configured_rows = rows;
 }
 
-WITH_AMX static void release_tiles(void) {
+static void release_tiles(void) {
   if (configured_rows) _tile_release();
   configured_rows = 0;
 }
@@ -156,7 +146,7 @@ WITH_AMX static void release_tiles(void) {
 #define STORE(v, right) _tile_stored(v, &result[0][v], sizeof(result[0]));
 
 // Compute the same tile as `multiply_rows`, in bfloat16, with AMX.
-WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const word *packed,
+static void multiply_tiles(int rows, const word *a, size_t words, const word *packed,
                                     sums result) {
   if (rows != configured_rows) configure_tiles(rows);
   size_t k = 0;
@@ -168,15 +158,23 @@ WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const
   FOR_EACH_VECTOR(STORE)
   for (; k < words; k++)
     for (int i = 0; i < rows * VECTORS; i++) {
-      __m512i b = _mm512_loadu_si512(packed + k * TILE + i % VECTORS * LANES);
-      __m512i x = _mm512_set1_epi32(a[i / VECTORS * words + k]);
-      result[0][i] = add_products(BFLOAT16, result[0][i], x, b);
+      Words b = load_words(packed + k * TILE + i % VECTORS * LANES);
+      result[0][i] = add_pairs(result[0][i], (Words){0} + a[i / VECTORS * words + k], b);
     }
 }
 
+#else
+enum { uses_amx = 0 };
+int lstm_ask_for_amx(void) { return 0; }
+static void release_tiles(void) {}
+static void multiply_tiles(int rows, const word *a, size_t words, const word *packed, sums result) {
+  (void)rows, (void)a, (void)words, (void)packed, (void)result;
+}
+#endif
+
 static int is_in_tiles(int numbers) { return uses_amx && numbers == BFLOAT16; }
 
-WITH_BF16 static void multiply(int numbers, int rows, const word *a, size_t words,
+static void multiply(int numbers, int rows, const word *a, size_t words,
                                const word *packed, Zeros zeros, sums result) {
   if (is_in_tiles(numbers)) return multiply_tiles(rows, a, words, packed, result);
   switch (64 * zeros.kind + 8 * numbers + rows) {
@@ -198,69 +196,53 @@ static size_t begin(size_t part, size_t parts, size_t size, size_t unit) {
   return at < size ? at : size;
 }
 
-// A factor of a matmul in bfloat16. It is [along, depth], where `along` is the number of rows of a
-// left factor or of columns of a right one; or [depth, along] if `is_transposed`.
+// A factor of a matmul. It is [along, depth], where `along` is the number of rows of a left factor or of
+// columns of a right one; or [depth, along] if `is_transposed`.
 typedef struct {
-  int is_transposed;
+  int numbers, is_transposed;
   size_t along, depth;
-  const bits16 *array;
+  const void *array;
 } Factor;
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-static size_t count_words(Factor f) { return (f.depth + 1) / BFLOAT16; }
+static size_t count_words(Factor f) { return (f.depth + f.numbers - 1) / f.numbers; }
 
-// Return words k to k + 16 of row (or column) i of a factor that is not transposed.
-static __m512i load_along_depth(Factor f, size_t i, size_t k) {
-  size_t left = f.depth - k * BFLOAT16;
-  __mmask32 lanes = left < 2 * LANES ? (1u << left) - 1 : 0xffffffff;
-  return _mm512_maskz_loadu_epi16(i < f.along ? lanes : 0, f.array + i * f.depth + k * BFLOAT16);
+// Return words k to k + LANES of row (or column) i of a factor that is not transposed.
+static Words load_along_depth(Factor f, size_t i, size_t k) {
+  Words x = {0};
+  size_t bytes = sizeof(word) / f.numbers, at = i * f.depth + k * f.numbers;
+  if (i < f.along)
+    copy_first(&x, (const char *)f.array + at * bytes, (f.depth - k * f.numbers) * bytes, sizeof(x));
+  return x;
 }
 
-// Return word k of rows (or columns) i to i + 16 of a factor that is transposed.
-static __m512i load_across(Factor f, size_t i, size_t k) {
-  const bits16 *pair = f.array + k * BFLOAT16 * f.along + i;
-  __mmask16 lanes = i < f.along ? first_lanes(f.along - i) : 0;
-  __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, pair));
-  if (k * BFLOAT16 + 1 == f.depth) return low;
-  __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, pair + f.along));
-  return low | _mm512_slli_epi32(high, 16);
-}
-
-// Transpose 16 vectors of 16 words.
-static void transpose(__m512i x[LANES]) {
-  __m512i y[LANES];
-  for (int i = 0; i < LANES; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+// Return word k of rows (or columns) i to i + LANES of a factor that is transposed.
+static Words load_across(Factor f, size_t i, size_t k) {
+  Words x = {0};
+  Halves low = {0}, high = {0};
+  size_t n = i < f.along ? f.along - i : 0, at = k * f.numbers * f.along + i;
+  if (f.numbers == FLOAT32) {
+    copy_first(&x, (const float *)f.array + at, n * sizeof(float), sizeof(x));
+    return x;
   }
-  for (int i = 0; i < LANES; i += 4)
-    for (int j = 0; j < 2; j++) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < LANES; j += 8) {
-      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
-      y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
-    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
-  }
+  copy_first(&low, (const bits16 *)f.array + at, n * sizeof(bits16), sizeof(low));
+  if (k * BFLOAT16 + 1 < f.depth)
+    copy_first(&high, (const bits16 *)f.array + at + f.along, n * sizeof(bits16), sizeof(high));
+  return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-// Arrange words [k, end) of 64 columns of a right factor as [words, 64].
+// Arrange words [k, end) of the columns of a tile of a right factor as [words, columns].
 static void pack_columns(Factor f, size_t j, size_t k, size_t end, word *packed) {
   for (; k < end; k += LANES, packed += LANES * TILE)
     for (size_t v = 0; v < VECTORS; v++) {
-      __m512i x[LANES];
+      Words x[LANES];
       size_t n = end - k < LANES ? end - k : LANES;
       for (size_t i = 0; i < LANES; i++)
         if (!f.is_transposed) x[i] = load_along_depth(f, j + v * LANES + i, k);
         else if (i < n) x[i] = load_across(f, j + v * LANES, k + i);
       if (!f.is_transposed) transpose(x);
-      for (size_t i = 0; i < n; i++) _mm512_storeu_si512(packed + i * TILE + v * LANES, x[i]);
+      for (size_t i = 0; i < n; i++) store_words(packed + i * TILE + v * LANES, x[i]);
     }
 }
 
@@ -269,39 +251,39 @@ static void pack_rows(Factor f, size_t first, size_t last, size_t k, size_t end,
   size_t words = end - k;
   for (size_t i = first; i < last; i += LANES, packed += LANES * words)
     for (size_t w = 0; w < words; w += LANES) {
-      __m512i x[LANES];
+      Words x[LANES];
       size_t n = last - i < LANES ? last - i : LANES;
       for (size_t r = 0; r < LANES; r++)
-        if (f.is_transposed) x[r] = w + r < words ? load_across(f, i, k + w + r) : x[0];
-        else if (r < n) x[r] = load_along_depth(f, i + r, k + w);
+        x[r] = f.is_transposed ? load_across(f, i, least(k + w + r, end - 1))
+                               : load_along_depth(f, i + r, k + w);
       if (f.is_transposed) transpose(x);
       for (size_t r = 0; r < n; r++)
-        _mm512_mask_storeu_epi32(packed + r * words + w, first_lanes(words - w), x[r]);
+        copy_first(packed + r * words + w, &x[r], (words - w) * sizeof(word), sizeof(x[r]));
     }
 }
 
 enum { BLOCK = 96, DEPTH = 256 };  // Rows, and words of the depth, that stay in the cache.
 
-// Compute rows of `a` times 64 columns of `b`, both packed. Add them to the result, or store them
+// Compute rows of `a` times a tile of columns of `b`, both packed. Add them to the result, or store them
 // there if these are the first words of the depth.
-static void multiply_block(const word *a, size_t rows, size_t words, const word *packed,
-                           int is_first, float *result, size_t stride, size_t width) {
-  size_t blocks = count_blocks(BFLOAT16, rows);
+static void multiply_block(int numbers, const word *a, size_t rows, size_t words,
+                           const word *packed, int is_first, float *result, size_t stride,
+                           size_t width) {
+  size_t blocks = count_blocks(numbers, rows);
   for (size_t k = 0, i = 0, n; k < blocks; k++, i += n) {
     n = begin(k + 1, blocks, rows, 1) - i;
     sums sum;
-    multiply(BFLOAT16, n, a + i * words, words, packed, (Zeros){0}, sum);
+    multiply(numbers, n, a + i * words, words, packed, (Zeros){0}, sum);
     for (size_t r = 0; r < n; r++)
       for (size_t v = 0, at = 0; v < VECTORS && at < width; v++, at += LANES) {
         float *to = result + (i + r) * stride + at;
-        __mmask16 lanes = first_lanes(width - at);
-        if (!is_first) sum[r][v] += _mm512_maskz_loadu_ps(lanes, to);
-        _mm512_mask_storeu_ps(to, lanes, sum[r][v]);
+        if (!is_first) sum[r][v] += load_first(to, width - at, 0);
+        store_first(to, sum[r][v], width - at);
       }
   }
 }
 
-// Compute rows [first, last) of a @ b, for `b` packed in tiles of 64 columns.
+// Compute rows [first, last) of a @ b, for `b` packed in tiles.
 static void multiply_range(Factor a, size_t first, size_t last, const word *packed, size_t width,
                            word *packed_rows, float *result, size_t stride) {
   size_t words = count_words(a), k = 0, end;
@@ -309,8 +291,8 @@ static void multiply_range(Factor a, size_t first, size_t last, const word *pack
     end = least(k + DEPTH, words);
     pack_rows(a, first, last, k, end, packed_rows);
     for (size_t j = 0; j < width; j += TILE)
-      multiply_block(packed_rows, last - first, end - k, packed + j * words + k * TILE, !k,
-                     result + j, stride, width - j);
+      multiply_block(a.numbers, packed_rows, last - first, end - k,
+                     packed + j * words + k * TILE, !k, result + j, stride, width - j);
   } while ((k = end) < words);
 }
 
@@ -320,7 +302,7 @@ typedef struct {
   word *packed;
 } Pack;
 
-// Pack a whole factor: columns in tiles of [words, 64], or rows as [rows, words].
+// Pack a whole factor: columns in tiles of [words, columns], or rows as [rows, words].
 static void pack(const void *work, size_t part, size_t parts) {
   const Pack p = *(const Pack *)work;
   size_t words = count_words(p.factor), along = p.factor.along, unit = p.is_right ? TILE : LANES;
@@ -351,21 +333,22 @@ static void matmul(const void *work, size_t part, size_t parts) {
     word *packed = m.packed_in_part + part * words * TILE;
     for (size_t j; (j = atomic_fetch_add(m.next, TILE)) < width;) {
       pack_columns(m.b, j, 0, words, packed);
-      multiply_block(m.packed, rows, words, packed, 1, m.result + j, width, width - j);
+      multiply_block(m.a.numbers, m.packed, rows, words, packed, 1, m.result + j, width, width - j);
     }
   }
 }
 
-// Compute exp(x) for x <= 0.
-static __m512 exp_lanes(__m512 x) {
+// Compute exp(x) for x <= 0, at least exp(-87).
+static Floats exp_lanes(Floats x) {
   static const float terms[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1, 1};
-  x = _mm512_max_ps(_mm512_set1_ps(-110), x);  // The second operand is the result if one is NaN.
-  __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(terms[0]);
-  for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(terms[i]));
-  return _mm512_scalef_ps(p, n);
+  const Floats zero = {0}, whole = zero + 0x1.8p23f;  // The sum with it is rounded to an integer.
+  x = greater(zero - 87, x);  // The second operand is the result if one is NaN.
+  Floats n = multiply_add(x, zero + 1.44269504f, whole) - whole;
+  Floats r = multiply_add(n, zero - 0.693359375f, x);
+  r = multiply_add(n, zero + 2.12194440e-4f, r);
+  Floats p = zero + terms[0];
+  for (int i = 1; i < 7; i++) p = multiply_add(p, r, zero + terms[i]);
+  return p * (Floats)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
 
 typedef struct {
@@ -373,9 +356,9 @@ typedef struct {
   const float *bias;
   const int32_t *targets;
   float *sums, *shifted;  // [rows].
-  bits16 *d_logits;       // [rows, vocabulary], or NULL.
+  void *d_logits;         // [rows, vocabulary] in the dtype of the inputs, or NULL.
   word *packed, *packed_in_part;
-  float *logits;  // [parts, rows of a block, vocabulary rounded up to 64].
+  float *logits;  // [parts, rows of a block, vocabulary rounded up to whole tiles].
   atomic_size_t *next;
 } CrossEntropy;
 
@@ -385,6 +368,7 @@ typedef struct {
 static void cross_entropy(const void *work, size_t part, size_t parts) {
   const CrossEntropy c = *(const CrossEntropy *)work;
   size_t rows = c.a.along, width = c.b.along, stride = (width + TILE - 1) / TILE * TILE;
+  int numbers = c.a.numbers;
   word *packed = c.packed_in_part + part * BLOCK * DEPTH;
   float *logits = c.logits + part * BLOCK * stride;
   size_t block = least((rows + parts - 1) / parts, BLOCK);
@@ -393,26 +377,25 @@ static void cross_entropy(const void *work, size_t part, size_t parts) {
     multiply_range(c.a, i, last, c.packed, stride, packed, logits, stride);
     for (size_t row = i; row < last; row++) {
       float *z = logits + (row - i) * stride;
-      __m512 most = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+      Floats most = (Floats){0} - __builtin_inff(), total = {0};
       for (size_t j = 0; j < width; j += LANES) {
-        __mmask16 lanes = first_lanes(width - j);
-        __m512 x = _mm512_loadu_ps(z + j) + _mm512_maskz_loadu_ps(lanes, c.bias + j);
-        _mm512_storeu_ps(z + j, x);
-        most = _mm512_mask_max_ps(most, lanes, most, x);
+        Floats x = load(z + j) + load_first(c.bias + j, width - j, -__builtin_inff());
+        store(z + j, x);
+        most = greater(most, x);
       }
-      float largest = _mm512_reduce_max_ps(most);
+      float largest = find_largest(most);
       size_t target = c.targets[row];  // The loss of one outside of the vocabulary is NaN.
       c.shifted[row] = target < width ? largest - z[target] : __builtin_nanf("");
       for (size_t j = 0; j < width; j += LANES) {
-        __m512 x = exp_lanes(_mm512_loadu_ps(z + j) - largest);
-        _mm512_storeu_ps(z + j, x);
-        total += _mm512_maskz_mov_ps(first_lanes(width - j), x);
+        Floats x = exp_lanes(load(z + j) - largest);
+        store(z + j, x);
+        total += x;
       }
-      float sum = c.sums[row] = _mm512_reduce_add_ps(total);
+      float sum = c.sums[row] = add_lanes(total);
       if (!c.d_logits) continue;
       if (target < width) z[target] -= sum;
       for (size_t j = 0; j < width; j += LANES)
-        store(BFLOAT16, c.d_logits, row * width + j, _mm512_loadu_ps(z + j) * (1 / sum), width - j);
+        store_numbers(numbers, c.d_logits, row * width + j, load(z + j) * (1 / sum), width - j);
     }
   }
 }
@@ -423,7 +406,8 @@ enum { LSTM, PEEPHOLE_LSTM, GRU, RNN };
 INLINE int has_cell(int kind) { return kind == LSTM || kind == PEEPHOLE_LSTM; }
 
 // Return the number of sums of a hidden unit. Those of a GRU are r, z, and the parts of the candidate
-// that read the hidden state and the inputs. A tile has all sums of 16 units, or the only sum of 64.
+// that read the hidden state and the inputs. A tile has all sums of a vector of units, or the only sum
+// of 4 vectors.
 INLINE size_t count_sums(int kind) { return kind == RNN ? 1 : 4; }
 
 INLINE size_t count_units(int kind) { return TILE / count_sums(kind); }
@@ -433,34 +417,35 @@ enum { RESET = 1, FROZEN = 2 };
 
 static inline int get_mark(const uint8_t *marks, size_t row) { return marks ? marks[row] : 0; }
 
-// The states of 16 hidden units, or their cotangents; zeros in place of a cell state that a kind lacks.
+// The states of a vector of hidden units, or their cotangents; zeros where a kind has no cell state.
 typedef struct {
-  __m512 cell, hidden;
+  Floats cell, hidden;
 } State;
 
 // Load the states that a step with this mark reads.
 INLINE State load_state(int kind, int mark, const float *cell, const float *hidden, size_t at) {
-  __mmask16 lanes = mark == RESET ? 0 : 0xffff;
-  State state = {_mm512_setzero_ps(), _mm512_maskz_loadu_ps(lanes, hidden + at)};
-  if (has_cell(kind)) state.cell = _mm512_maskz_loadu_ps(lanes, cell + at);
+  State state = {0};
+  if (mark == RESET) return state;
+  if (has_cell(kind)) state.cell = load(cell + at);
+  state.hidden = load(hidden + at);
   return state;
 }
 
 INLINE void store_state(int kind, State state, float *cell, float *hidden, size_t at) {
-  if (has_cell(kind)) _mm512_storeu_ps(cell + at, state.cell);
-  _mm512_storeu_ps(hidden + at, state.hidden);
+  if (has_cell(kind)) store(cell + at, state.cell);
+  store(hidden + at, state.hidden);
 }
 
 // Compute the next state, and in place of the sums the gates (of a GRU r, z, its third sum, and n).
 // `peepholes` are those of the first unit for i; those for f and o follow after `hidden` numbers each.
-INLINE State activate(int kind, __m512 *z, State before, const float *peepholes, size_t hidden) {
+INLINE State activate(int kind, Floats *z, State before, const float *peepholes, size_t hidden) {
   if (kind == RNN) {
     z[0] = tanh_lanes(z[0]);
     return (State){before.cell, z[0]};
   }
   if (kind == PEEPHOLE_LSTM) {
-    z[0] += _mm512_loadu_ps(peepholes) * before.cell;
-    z[1] += _mm512_loadu_ps(peepholes + hidden) * before.cell;
+    z[0] += load(peepholes) * before.cell;
+    z[1] += load(peepholes + hidden) * before.cell;
   }
   z[0] = sigmoid(z[0]);
   z[1] = sigmoid(z[1]);
@@ -469,39 +454,39 @@ INLINE State activate(int kind, __m512 *z, State before, const float *peepholes,
     return (State){before.cell, (1 - z[1]) * z[3] + z[1] * before.hidden};
   }
   z[2] = tanh_lanes(z[2]);
-  __m512 cell = _mm512_fmadd_ps(z[1], before.cell, z[0] * z[2]);
-  if (kind == PEEPHOLE_LSTM) z[3] += _mm512_loadu_ps(peepholes + 2 * hidden) * cell;
+  Floats cell = multiply_add(z[1], before.cell, z[0] * z[2]);
+  if (kind == PEEPHOLE_LSTM) z[3] += load(peepholes + 2 * hidden) * cell;
   z[3] = sigmoid(z[3]);
   return (State){cell, z[3] * tanh_lanes(cell)};
 }
 
 // Compute the cotangents of the sums, and return that of the state before a step, without what
 // reaches the hidden state through a matmul. `d` is the cotangent of the state after it.
-INLINE State pull_back(int kind, const __m512 *gate, State before, State after, State d,
-                       const float *peepholes, size_t hidden, __m512 *d_sum) {
-  const __m512 one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
+INLINE State pull_back(int kind, const Floats *gate, State before, State after, State d,
+                       const float *peepholes, size_t hidden, Floats *d_sum) {
+  const Floats zero = {0};
   if (kind == RNN) {
-    d_sum[0] = d.hidden * (one - after.hidden * after.hidden);
+    d_sum[0] = d.hidden * (1 - after.hidden * after.hidden);
     return (State){zero, zero};
   }
   if (kind == GRU) {
-    __m512 r = gate[0], z = gate[1], n = gate[3];
-    d_sum[3] = d.hidden * (one - z) * (one - n * n);
+    Floats r = gate[0], z = gate[1], n = gate[3];
+    d_sum[3] = d.hidden * (1 - z) * (1 - n * n);
     d_sum[2] = d_sum[3] * r;
-    d_sum[0] = d_sum[3] * gate[2] * r * (one - r);
-    d_sum[1] = d.hidden * (before.hidden - n) * z * (one - z);
+    d_sum[0] = d_sum[3] * gate[2] * r * (1 - r);
+    d_sum[1] = d.hidden * (before.hidden - n) * z * (1 - z);
     return (State){zero, d.hidden * z};
   }
-  __m512 i = gate[0], f = gate[1], g = gate[2], o = gate[3], activated = tanh_lanes(after.cell);
-  __m512 d_cell = d.cell + d.hidden * o * (one - activated * activated);
-  d_sum[3] = d.hidden * activated * o * (one - o);
-  if (kind == PEEPHOLE_LSTM) d_cell += d_sum[3] * _mm512_loadu_ps(peepholes + 2 * hidden);
-  d_sum[0] = d_cell * g * i * (one - i);
-  d_sum[1] = d_cell * before.cell * f * (one - f);
-  d_sum[2] = d_cell * i * (one - g * g);
-  __m512 d_before = d_cell * f;
+  Floats i = gate[0], f = gate[1], g = gate[2], o = gate[3], activated = tanh_lanes(after.cell);
+  Floats d_cell = d.cell + d.hidden * o * (1 - activated * activated);
+  d_sum[3] = d.hidden * activated * o * (1 - o);
+  if (kind == PEEPHOLE_LSTM) d_cell += d_sum[3] * load(peepholes + 2 * hidden);
+  d_sum[0] = d_cell * g * i * (1 - i);
+  d_sum[1] = d_cell * before.cell * f * (1 - f);
+  d_sum[2] = d_cell * i * (1 - g * g);
+  Floats d_before = d_cell * f;
   if (kind == PEEPHOLE_LSTM)
-    d_before += d_sum[0] * _mm512_loadu_ps(peepholes) + d_sum[1] * _mm512_loadu_ps(peepholes + hidden);
+    d_before += d_sum[0] * load(peepholes) + d_sum[1] * load(peepholes + hidden);
   return (State){d_before, zero};
 }
 
@@ -520,7 +505,7 @@ typedef struct {
 static Blocks divide(int numbers, size_t batch, size_t hidden, size_t units, int by_texts,
                      size_t part, size_t parts) {
   size_t first = begin(part, parts, batch, 1), end = begin(part + 1, parts, batch, 1);
-  Blocks b = {by_texts ? first : 0, by_texts ? end - first : batch};
+  Blocks b = {.row = by_texts ? first : 0, .rows = by_texts ? end - first : batch};
   b.in_tile = count_blocks(numbers, b.rows);
   b.end = (hidden + units - 1) / units * b.in_tile;
   if (by_texts) return b;
@@ -566,9 +551,9 @@ INLINE void step_of(int kind, Step s, size_t part, size_t parts) {
       for (size_t v = 0, unit = block.tile * units; v < VECTORS && unit < s.hidden;
            v += num_sums, unit += LANES) {
         size_t row = block.row + r, at = row * s.hidden + unit;
-        __m512 *z = sum[r] + v;
+        Floats *z = sum[r] + v;
         for (size_t k = 0; k < num_sums; k++)
-          z[k] += _mm512_loadu_ps(s.added + row * s.stride + k * s.hidden + unit);
+          z[k] += load(s.added + row * s.stride + k * s.hidden + unit);
         State before = load_state(kind, 0, s.first_cell, s.first_hidden, at);
         State after = activate(kind, z, before, s.peepholes + unit, s.hidden);
         store_state(kind, after, s.cell, s.output, at);
@@ -594,23 +579,23 @@ typedef struct {
 } Forward;
 
 // Store a hidden state as factors of a step, which may read zeros instead.
-INLINE void store_hidden(const Forward *l, size_t row, size_t unit, __m512 hidden) {
-  __mmask16 lanes = get_mark(l->marks, row) == RESET ? 0 : 0xffff;
-  store(l->numbers, l->rows, row * l->depth + unit, _mm512_maskz_mov_ps(lanes, hidden), LANES);
+INLINE void store_hidden(const Forward *l, size_t row, size_t unit, Floats hidden) {
+  if (get_mark(l->marks, row) == RESET) hidden = (Floats){0};
+  store_numbers(l->numbers, l->rows, row * l->depth + unit, hidden, LANES);
 }
 
 // Store the inputs of a step, and 1 for the bias, as factors; a part is a range of texts.
 INLINE void store_inputs(const Forward *l, size_t t, size_t part, size_t parts) {
-  const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const Floats one = {1};
   size_t end = t * l->batch + begin(part + 1, parts, l->batch, 1);
   for (size_t row = t * l->batch + begin(part, parts, l->batch, 1); row < end; row++) {
     size_t to = row * l->depth + l->hidden;
     for (size_t j = 0; j < l->features; j += LANES) {
-      const float *from = l->inputs + row * l->features + j;
-      __m512 x = _mm512_maskz_loadu_ps(first_lanes(l->features - j), from);
-      store(l->numbers, l->rows, to + j, x, l->features - j);
+      size_t n = l->features - j;
+      Floats x = load_first(l->inputs + row * l->features + j, n, 0);
+      store_numbers(l->numbers, l->rows, to + j, x, n);
     }
-    store(l->numbers, l->rows, to + l->features, one, l->depth - l->hidden - l->features);
+    store_numbers(l->numbers, l->rows, to + l->features, one, l->depth - l->hidden - l->features);
   }
 }
 
@@ -620,7 +605,7 @@ static void begin_forward(const void *work, size_t part, size_t parts) {
   size_t end = begin(part + 1, parts, l->batch, 1);
   for (size_t row = begin(part, parts, l->batch, 1); row < end; row++)
     for (size_t j = 0; j < l->hidden; j += LANES)
-      store_hidden(l, row, j, _mm512_loadu_ps(l->first_hidden + row * l->hidden + j));
+      store_hidden(l, row, j, load(l->first_hidden + row * l->hidden + j));
   store_inputs(l, 0, part, parts);
 }
 
@@ -646,7 +631,7 @@ INLINE void forward_of(int kind, Forward l, size_t t, size_t part, size_t parts)
         State before = load_state(kind, mark, cells, hidden, (block.row + r) * l.hidden + unit);
         State after = activate(kind, sum[r] + v, before, l.peepholes + unit, l.hidden);
         for (size_t k = 0; num_sums > 1 && k < num_sums; k++)
-          _mm512_storeu_ps(l.gates + (row * num_sums + k) * l.hidden + unit, sum[r][v + k]);
+          store(l.gates + (row * num_sums + k) * l.hidden + unit, sum[r][v + k]);
         if (mark == FROZEN) after = before;
         store_state(kind, after, l.cells, l.outputs, row * l.hidden + unit);
         if (t + 1 < l.time) store_hidden(&l, row + l.batch, unit, after.hidden);
@@ -677,7 +662,7 @@ typedef struct {
 // Add to the cotangent of the hidden state before step t what passes through the matmul.
 INLINE void multiply_back(int kind, Backward l, size_t t, Blocks blocks) {
   size_t hidden = l.hidden, words = count_sums(kind) * hidden / l.numbers;
-  Zeros zeros = {kind == GRU ? LAST_WORDS : NO_ZEROS, 3 * hidden / l.numbers};  // Of n.
+  Zeros zeros = {.kind = kind == GRU ? LAST_WORDS : NO_ZEROS, .first = 3 * hidden / l.numbers};  // Of n.
   for (size_t i = blocks.first; i < blocks.end; i++) {
     Block block = get_block(blocks, i);
     sums sum;
@@ -685,10 +670,10 @@ INLINE void multiply_back(int kind, Backward l, size_t t, Blocks blocks) {
              l.packed + block.tile * TILE * words, zeros, sum);
     for (size_t r = 0; r < block.rows; r++) {
       size_t row = block.row + r;
-      __mmask16 lanes = get_mark(l.marks, t * l.batch + row) == RESET ? 0 : 0xffff;
+      int is_reset = get_mark(l.marks, t * l.batch + row) == RESET;
       for (size_t v = 0, j = block.tile * TILE; v < VECTORS && j < hidden; v++, j += LANES) {
         float *to = l.d_hidden + row * hidden + j;
-        _mm512_storeu_ps(to, _mm512_maskz_mov_ps(lanes, sum[r][v] + _mm512_loadu_ps(to)));
+        store(to, is_reset ? (Floats){0} : sum[r][v] + load(to));
       }
     }
   }
@@ -703,20 +688,20 @@ INLINE void pull_back_row(int kind, Backward l, size_t t, size_t b, size_t first
   int mark = get_mark(l.marks, row);
   for (size_t j = first; j < end; j += LANES) {
     size_t at = b * hidden + j;
-    __m512 gate[VECTORS], d_sum[VECTORS] = {0};
+    Floats gate[VECTORS], d_sum[VECTORS] = {0};
     State d = load_state(kind, 0, l.d_cell, l.d_hidden, at);
-    d.hidden += _mm512_loadu_ps(l.d_outputs + row * hidden + j);
+    d.hidden += load(l.d_outputs + row * hidden + j);
     if (mark != FROZEN) {
       for (size_t k = 0; num_sums > 1 && k < num_sums; k++)
-        gate[k] = _mm512_loadu_ps(l.gates + row * width + k * hidden + j);
+        gate[k] = load(l.gates + row * width + k * hidden + j);
       State before = load_state(kind, mark, cells, outputs, at);
       State after = load_state(kind, 0, l.cells, l.outputs, row * hidden + j);
       d = pull_back(kind, gate, before, after, d, l.peepholes + j, hidden, d_sum);
     }
 #pragma GCC unroll 4
     for (size_t k = 0; k < num_sums; k++)
-      store(l.numbers, l.d_sums, row * width + k * hidden + j, d_sum[k], LANES);
-    if (mark == RESET) d.cell = _mm512_setzero_ps();
+      store_numbers(l.numbers, l.d_sums, row * width + k * hidden + j, d_sum[k], LANES);
+    if (mark == RESET) d.cell = (Floats){0};
     store_state(kind, d, l.d_cell, l.d_hidden, at);
   }
 }
@@ -795,7 +780,7 @@ static int64_t get_attribute(XLA_FFI_CallFrame *frame, const char *name) {
 static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
   size_t parts = get_attribute(frame, "parts");
   Job *job = malloc(sizeof(Job));
-  *job = (Job){task, work, parts};
+  *job = (Job){.run = task, .work = work, .parts = parts};
   atomic_init(&job->threads, parts + 1);
   for (size_t i = 1; i < parts; i++) {
     XLA_FFI_ThreadPool_Schedule_Args args = {sizeof(args), NULL, frame->ctx, run_parts, job};
@@ -838,7 +823,7 @@ static void run_share(const void *work, size_t share, size_t parts) {
       atomic_fetch_add(&s->done, 1);
     }
     for (int i = 0; atomic_load(&s->done) < (step + 1) * parts; i++)
-      i < 1000 ? _mm_pause() : (void)sched_yield();
+      i < 1000 ? relax() : (void)sched_yield();
   }
 }
 
@@ -876,6 +861,8 @@ enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8 };
 enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16 };
 enum { S32 = XLA_FFI_DataType_S32, U32 = XLA_FFI_DataType_U32 };
 
+static int get_dtype(int numbers) { return numbers == BFLOAT16 ? BF16 : F32; }
+
 // What an argument or result must be.
 typedef struct {
   const char *name;
@@ -911,6 +898,16 @@ static XLA_FFI_Error *check(XLA_FFI_CallFrame *frame, const char *name, const Ar
   return NULL;
 }
 
+// Prepare the memory of the results.
+static void prepare_results(XLA_FFI_CallFrame *frame) {
+  for (int64_t i = 0; i < frame->rets.size; i++) {
+    XLA_FFI_Buffer *buffer = frame->rets.rets[i];
+    size_t bytes = buffer->dtype == XLA_FFI_DataType_BF16 ? sizeof(bits16) : sizeof(word);
+    for (int64_t axis = 0; axis < buffer->rank; axis++) bytes *= buffer->dims[axis];
+    prefer_huge_pages(buffer->data, bytes);
+  }
+}
+
 // Define the function that XLA calls: it checks the number of arrays and parts, and the kind.
 #define HANDLER(name, num_arguments, num_results)                                           \
   static XLA_FFI_Error *call_##name(XLA_FFI_CallFrame *, void **in, void **out);            \
@@ -939,8 +936,8 @@ static XLA_FFI_Error *check_kind(XLA_FFI_CallFrame *frame, const char *name, int
 // of a simple RNN, and marks if there are none.
 
 static Factor factor(void **in, int i, int is_transposed) {
-  return (Factor){is_transposed, size(in, i, is_transposed), size(in, i, !is_transposed),
-                  data(in, i)};
+  return (Factor){numbers(in, i), is_transposed, size(in, i, is_transposed),
+                  size(in, i, !is_transposed), data(in, i)};
 }
 
 // Return whether parts are ranges of texts, not of blocks. Each thread then reads the whole kernel at
@@ -955,10 +952,11 @@ HANDLER(matmul, 2, 3) {
   Factor b = factor(in, 1, !get_attribute(frame, "transpose_b"));
   size_t rows = a.along, width = b.along, words = count_words(a);
   int is_right = rows > width;  // Whether `b` is packed whole.
+  int dtype = get_dtype(a.numbers);
   size_t packed = is_right ? count_tile_columns(width) : rows;
   const Array arrays[] = {
-      {"a", BF16, 2, {size(in, 0, 0), size(in, 0, 1)}},
-      {"b", BF16, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
+      {"a", dtype, 2, {size(in, 0, 0), size(in, 0, 1)}},
+      {"b", dtype, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
       {"the result", F32, 2, {rows, width}},
       {"the packed factor", U32, 1, {packed * words}},
       {"packed blocks", U32, 2,
@@ -976,14 +974,15 @@ HANDLER(cross_entropy, 4, 6) {
   Factor a = factor(in, 0, 0), b = factor(in, 1, !get_attribute(frame, "is_transposed"));
   size_t rows = a.along, width = b.along, parts = get_attribute(frame, "parts");
   size_t columns = count_tile_columns(width), is_differentiable = size(out, 2, 0) > 0;
+  int dtype = get_dtype(a.numbers);
   const Array arrays[] = {
-      {"inputs", BF16, 2, {rows, a.depth}},
-      {"the kernel", BF16, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
+      {"inputs", dtype, 2, {rows, a.depth}},
+      {"the kernel", dtype, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
       {"the bias", F32, 1, {width}},
       {"targets", S32, 1, {rows}},
       {"sums", F32, 1, {rows}},
       {"shifted logits", F32, 1, {rows}},
-      {"derivatives", BF16, 2, {is_differentiable * rows, is_differentiable * width}},
+      {"derivatives", dtype, 2, {is_differentiable * rows, is_differentiable * width}},
       {"the packed kernel", U32, 1, {columns * count_words(a)}},
       {"packed blocks", U32, 2, {parts, BLOCK * DEPTH}},
       {"logits", U32, 3, {parts, BLOCK, columns}},
@@ -1001,7 +1000,7 @@ HANDLER(cross_entropy, 4, 6) {
 
 HANDLER(step, 6, 2) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(in, 0), dtype = number == BFLOAT16 ? BF16 : F32;
+  int number = numbers(in, 0), dtype = get_dtype(number);
   size_t batch = size(in, 4, 0), hidden = size(in, 4, 1), words = size(in, 1, 1);
   size_t num_sums = count_sums(kind), width = num_sums * hidden, units = count_units(kind);
   size_t cell = has_cell(kind) ? hidden : 0, is_shared = size(in, 2, 0) == 1;
@@ -1027,8 +1026,7 @@ HANDLER(step, 6, 2) {
 
 HANDLER(forward, 6, 4) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(out, 3);
-  int dtype = number == BFLOAT16 ? BF16 : F32;
+  int number = numbers(out, 3), dtype = get_dtype(number);
   size_t time = size(in, 0, 0), batch = size(in, 0, 1), features = get_attribute(frame, "features");
   size_t hidden = size(in, 3, 1), units = count_units(kind);
   size_t words = (hidden + features + 1 + number - 1) / number, depth = words * number;
@@ -1048,6 +1046,7 @@ HANDLER(forward, 6, 4) {
   XLA_FFI_Error *error = check_kind(frame, "forward", kind, hidden);
   if (!error) error = check(frame, "forward", arrays);
   if (error) return error;
+  prepare_results(frame);
   const Forward work = {
       kind, number, divides_texts(batch, hidden), time, batch, features, hidden, depth,
       num_marks ? data(in, 5) : NULL, data(in, 0), data(in, 2), data(in, 3), data(in, 4),
@@ -1059,8 +1058,7 @@ HANDLER(forward, 6, 4) {
 
 HANDLER(backward, 11, 3) {
   int64_t kind = get_attribute(frame, "kind");
-  int number = numbers(out, 0);
-  int dtype = number == BFLOAT16 ? BF16 : F32;
+  int number = numbers(out, 0), dtype = get_dtype(number);
   size_t time = size(in, 6, 0), batch = size(in, 6, 1), hidden = size(in, 6, 2);
   size_t width = count_sums(kind) * hidden, cell = has_cell(kind) ? hidden : 0;
   size_t num_marks = size(in, 10, 0) ? time : 0;
@@ -1083,6 +1081,7 @@ HANDLER(backward, 11, 3) {
   XLA_FFI_Error *error = check_kind(frame, "backward", kind, hidden);
   if (!error) error = check(frame, "backward", arrays);
   if (error) return error;
+  prepare_results(frame);
   const Backward work = {
       kind, number, divides_texts(batch, hidden), time, batch, hidden,
       num_marks ? data(in, 10) : NULL, data(in, 0), data(in, 2), data(in, 3), data(in, 4),

@@ -1,4 +1,4 @@
-"""Compile lstm.c, a library for CPUs with AVX-512, at its first use, and load it.
+"""Compile lstm.c, a library for CPUs with AVX-512, AVX2 or NEON, at its first use, and load it.
 
 `in_c` calls its functions; `choice` says when; `xla` computes the same without it.
 """
@@ -20,14 +20,27 @@ from lstm_jax.errors import UserError, warn
 from lstm_jax.ops.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
-_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq")]
-_FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
+# Of any program; those of a library are added.
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast"]
+# The features of an instruction set in which the library multiplies float32, and the flags for it.
+_SETS = (
+    ("avx512f avx512bw avx512vl avx512dq", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"),
+    ("avx2 fma", "-mavx2 -mfma"),
+    ("asimd", ""),
+)
+# The features with which it multiplies bfloat16.
+_BFLOAT16 = {
+    "avx512_bf16": "-mavx512bf16",
+    "amx_bf16": "-mavx512bf16 -mamx-tile -mamx-bf16",
+    "bf16": "-march=armv8.2-a+bf16",
+}
 
 
 class Library(NamedTuple):
     """The library, loaded into this process."""
 
     name: str  # Begins the names by which compiled programs call its functions.
+    lanes: int  # Numbers in a vector.
     uses_amx: bool  # Whether the processor has AMX and the system permits it.
 
 
@@ -43,10 +56,11 @@ def load_library() -> Library | None:
 
     It warns if this processor supports the library, but it can't be built or loaded.
     """
-    if not is_supported():
+    flags = list_flags()
+    if flags is None:
         return None
     try:
-        path = build_library()
+        path = build_library(flags)
         library = ctypes.CDLL(str(path))
     except (OSError, UserError) as error:
         warn(f"LSTMs run without the library in C, which is faster: {error}")
@@ -55,15 +69,28 @@ def load_library() -> Library | None:
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
         jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
     has_amx = "amx_bf16" in read_cpu_features()
-    return Library(path.stem, has_amx and bool(library.lstm_ask_for_amx()))
+    return Library(
+        path.stem, library.lstm_count_lanes(), has_amx and bool(library.lstm_ask_for_amx())
+    )
 
 
-def is_supported() -> bool:
-    """Return whether this processor has what the library needs in float32."""
-    return {"avx512bw", "avx512dq", "avx512vl"} <= read_cpu_features()
+def list_flags() -> list[str] | None:
+    """Return the compiler's flags for this processor; None if it can't run the library."""
+    features = read_cpu_features()
+    for needed, flags in _SETS:
+        if features.issuperset(needed.split()):
+            more = [flag for feature, flag in _BFLOAT16.items() if feature in features]
+            return [*FLAGS, *" ".join((flags, *more)).split()]
+    return None
 
 
-def build_library() -> Path:
+def list_dtypes() -> list[str]:
+    """Return the dtypes in which the library can multiply on this processor."""
+    dtypes = ["float32", "bfloat16"][: 2 if read_cpu_features() & _BFLOAT16.keys() else 1]
+    return dtypes if list_flags() else []
+
+
+def build_library(flags: list[str]) -> Path:
     """Compile the library, unless the user's cache holds it, and return its path.
 
     Its name has jaxlib's version, whose interface it uses, and a hash of its source.
@@ -71,7 +98,8 @@ def build_library() -> Path:
     Raises:
       UserError: if there is no compiler, or it fails, or the cache can't be used.
     """
-    digest = hashlib.sha256("\n".join((_SOURCE.read_text(), *_FLAGS)).encode()).hexdigest()
+    source = [path.read_text() for path in (_SOURCE, _SOURCE.with_name("platform.h"))]
+    digest = hashlib.sha256("\n".join((*source, *flags)).encode()).hexdigest()
     directory = user_cache.make_directory("library")
     if not directory:
         raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
@@ -81,7 +109,7 @@ def build_library() -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             built = Path(folder, path.name)
-            _compile(built)
+            _compile(built, flags)
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # Loading half a library would end the process.
             built.rename(path)  # Another process may have built the same.
@@ -90,8 +118,18 @@ def build_library() -> Path:
     return path
 
 
-def _compile(path: Path) -> None:
-    command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(path)]
+def _compile(path: Path, flags: list[str]) -> None:
+    command = [
+        "cc",
+        *flags,
+        "-shared",
+        "-fPIC",
+        "-I",
+        jax.ffi.include_dir(),
+        str(_SOURCE),
+        "-o",
+        str(path),
+    ]
     try:
         env = os.environ | {"LC_ALL": "C"}  # For messages in English.
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)

@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -22,11 +25,21 @@ def is_faster_in_bfloat16() -> bool:
 
 @functools.cache
 def read_cpu_features() -> frozenset[str]:
-    """Return the processor's vendor and instruction sets, among others; nothing without /proc."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
+    """Return the processor's vendor and instruction sets, by Linux's names; nothing if unknown.
+
+    With LSTM_JAX_CPU=avx2 in the environment, it is as on a processor without AVX-512 and AMX.
+    """
+    features = set[str]()
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            listed = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True)
+            features = {"asimd"} if platform.machine() == "arm64" else set()
+            features |= {"bf16"} if "FEAT_BF16: 1" in listed.stdout else set()
+        else:
+            features = set(Path("/proc/cpuinfo").read_text().split())
+    if os.environ.get("LSTM_JAX_CPU") == "avx2":
+        features = {name for name in features if not name.startswith(("avx512", "amx"))}
+    return frozenset(features)
 
 
 def count_cores() -> int:

@@ -1,6 +1,7 @@
 """Test where the recurrence in C is chosen, for processors that are not here."""
 
 import runpy
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,72 +12,85 @@ from lstm_jax.devices import parallel
 from lstm_jax.ops import choice, native, processor
 
 AVX512 = "avx512f", "avx512bw", "avx512dq", "avx512vl"
+AVX2 = "avx2", "fma"
+NEON = ("asimd",)
 SKYLAKE = *AVX512, "GenuineIntel"
 AMD = *AVX512, "avx512_bf16"
 INTEL = *AMD, "GenuineIntel"
+AMX = *INTEL, "amx_bf16"
 
 
 def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:
     """Make the choice as on a processor with these features."""
     patch.setattr(processor, "read_cpu_features", lambda: frozenset(features))
     patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
+    lanes = 16 if "avx512f" in features else 8 if "avx2" in features else 4
     uses_amx = "amx_bf16" in features and permitted
-    found = native.Library("lstm", uses_amx) if native.is_supported() else None
+    found = native.Library("lstm", lanes, uses_amx) if native.list_flags() else None
     patch.setattr(native, "load_library", lambda: found)
 
 
-CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
-    ("windows", "bfloat16", 4096): (True, False, True),
-    ("windows", "bfloat16", 256): (True, True, True),
-    ("windows", "bfloat16", 500): (True, False, True),
-    ("windows", "float32", 1024): (True, True, True),
-    ("windows", "float32", 1100): (True, False, False),
-    ("windows", "float32", 1300): (False, False, False),
-    ("windows", "float64", 256): (False, False, False),
-    ("steps", "bfloat16", 4096): (True, True, True),
-    ("steps", "float32", 1024): (True, True, True),
-    ("steps", "float32", 1300): (False, False, False),
-    ("losses", "bfloat16", 0): (True, False, True),
-    ("losses", "float32", 0): (False, False, False),
-    ("windows", "bfloat16", 512, "gru"): (True, False, False),
-    ("windows", "float32", 1024, "rnn"): (True, False, False),
-    ("windows", "float32", 512, "gru"): (True, False, False),
-    ("windows", "float32", 528, "gru"): (False, False, False),
-    ("steps", "float32", 512, "peephole_lstm"): (True, False, False),
-    ("steps", "float32", 512, "gru"): (False, False, False),
-}
-
-
-def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    case: Any
-    for case, (on_amd, on_intel, with_amx) in CHOICES.items():
-        for features, permitted, expected in (
-            (("avx2",), True, False),
-            (("avx512f",), True, False),
-            (SKYLAKE, True, on_intel and case[1] == "float32"),
-            (AMD, True, on_amd),
-            (INTEL, True, on_intel),
-            ((*INTEL, "amx_bf16"), True, with_amx),
-            ((*INTEL, "amx_bf16"), False, on_intel),
-        ):
-            simulate(monkeypatch, *features, permitted=permitted)
-            assert choice.runs_in_c(*case) == expected, (case, features)
-
-
-@pytest.mark.parametrize("features", [("avx2",), SKYLAKE, AMD, INTEL, (*INTEL, "amx_bf16")])
-def test_the_command_prints_what_is_used(
-    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("features", "permitted", "name", "dtypes"),
+    [
+        (("sse2",), True, None, ""),
+        (("avx2",), True, None, ""),  # Without FMA.
+        (("avx512f",), True, None, ""),
+        (AVX2, True, "AVX2", "float32"),
+        (NEON, True, "NEON", "float32"),
+        ((*NEON, "bf16"), True, "NEON", "float32 bfloat16"),
+        (SKYLAKE, True, "Intel", "float32"),
+        (AMD, True, "AMD", "float32 bfloat16"),
+        (INTEL, True, "Intel", "float32 bfloat16"),
+        (AMX, True, "AMX", "float32 bfloat16"),
+        (AMX, False, "Intel", "float32 bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_library_runs_what_the_table_has_for_a_processor(
+    features: tuple[str, ...],
+    permitted: bool,
+    name: str | None,
+    dtypes: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    simulate(monkeypatch, *features)
+    simulate(monkeypatch, *features, permitted=permitted)
+    library = native.load_library()
+    assert (library and choice.name_processor(library)) == name
+    assert native.list_dtypes() == dtypes.split()
+    for dtype in ("float32", "bfloat16", "float64"):
+        sizes = [
+            row.largest
+            for row in choice.TABLE
+            if str(name) in row.processors and dtype in dtypes and row.dtype == dtype
+            if "lstm" in row.gatings.split() and "windows" in row.work
+        ]
+        assert choice.runs_in_c("windows", dtype, 16) == bool(sizes)
+        assert choice.runs_in_c("windows", dtype, 2**20) == (float("inf") in sizes)
+        for size in {*sizes} - {float("inf")}:
+            assert choice.runs_in_c("windows", dtype, int(size))
+            assert not choice.runs_in_c("windows", dtype, int(size) + 1)
+        assert not choice.runs_in_c("window", dtype, 16)
     runpy.run_module("lstm_jax.ops", run_name="__main__")
     printed = capsys.readouterr().out
-    assert ("of lstm in float32, up to" in printed) == ("GenuineIntel" in features)
-    assert ("with AMX" in printed) == ("amx_bf16" in features)
-    assert ("with AVX-512 of Intel" in printed) == (features in (SKYLAKE, INTEL))
+    assert ("library in C: none" in printed) == (name is None)
+    assert (" of lstm in float32, up to" in printed) == (name in ("Intel", "AMX"))
     in_bfloat16 = features == AMD or "amx_bf16" in features
     assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for gated layers" in printed
     assert choice.choose_dtype(False) == "float32"
-    assert ("library in C: none" in printed) == (len(features) == 1)
+
+
+def test_a_processor_with_avx512_can_be_used_as_one_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everything = " ".join((*AVX2, *AMX, "avx512_fp16", "amx_tile"))
+    monkeypatch.setattr(Path, "read_text", lambda self: everything)
+    for value, expected in (("", everything.split()), ("avx2", [*AVX2, "GenuineIntel"])):
+        monkeypatch.setenv("LSTM_JAX_CPU", value)
+        processor.read_cpu_features.cache_clear()
+        assert processor.read_cpu_features() == {*expected}
+    processor.read_cpu_features.cache_clear()
 
 
 def test_threads_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
