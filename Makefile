@@ -28,8 +28,10 @@ pretrained: env
 check: lint
 	$(PYTEST) -m "not process and not slow"
 
+# The second run tests the layers as on a processor without AVX-512.
 test: $(VENV)/installed-dev
 	$(PYTEST)
+	LSTM_JAX_CPU=avx2 $(PYTEST) tests/core/test_native.py tests/core/test_ops.py
 
 thorough: $(VENV)/installed-dev
 	LSTM_JAX_DRAWS=25 $(PYTEST)

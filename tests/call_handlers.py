@@ -203,8 +203,8 @@ def check_calls(program: Program) -> None:
     for numbers in program.numbers:
         for matrices in itertools.product((1, 7, 200), (1, 5, 70), (1, 33, 130), (1, 3)):
             right += list_matmuls(lanes, numbers, *matrices)
-        for matrices in ((70, 5, 33), (7, 6, 33)):
-            for call in list_matmuls(lanes, numbers, *matrices):
+        for shape in ((70, 5, 33), (7, 6, 33)):
+            for call in list_matmuls(lanes, numbers, *shape):
                 wrong += list_wrong_calls(call)
     for message, _ in program.run(right):
         assert not message, message

@@ -25,7 +25,8 @@ from call_handlers import Call, Program
 from lstm_jax.ops import in_c, native
 
 COMPILER, RUNNER = "aarch64-linux-gnu-gcc", ("qemu-aarch64", "-cpu", "max")
-PROGRAM = "LSTM_JAX_EMULATED"
+PROGRAM = "LSTM_JAX_EMULATED"  # Describes the program to the plugin.
+FOLDER = Path(__file__).parent
 TESTS = "agrees_with_its_equations or agrees_with_numpy and not amx"
 
 
@@ -83,23 +84,11 @@ def main() -> int:
             assert program.lanes == 4 and len(program.numbers) == (2 if flag else 1)
             call_handlers.check_calls(program)
             described = json.dumps([str(path), program.lanes, *program.numbers])
-            run_tests = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-o",
-                "addopts=",
-                "-p",
-                "emulate_arm",
-                "-k",
-                tests,
-            ]
-            root = Path(__file__).parents[1]
+            command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "emulate_arm"]
             result = subprocess.run(
-                [*run_tests, "tests/core/test_native.py"],
-                cwd=root,
-                env=os.environ | {PROGRAM: described},
+                [*command, "tests/core/test_native.py", "-k", tests],
+                cwd=FOLDER.parent,
+                env=os.environ | {PROGRAM: described, "PYTHONPATH": str(FOLDER)},
             )
             code |= result.returncode
     return code

@@ -77,7 +77,7 @@ def lstm(
         "float32" rounds nothing. By default, that of the inputs. States are float32, or float64 if
         any array is.
       implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
-        and TPUs); "xla" and "c" (on CPUs with AVX-512) are faster; "auto" chooses.
+        and TPUs); "xla" and "c" (on CPUs) are faster; "auto" chooses.
 
     Returns:
       The last carry, in the dtypes of the carry or else that of states; and the outputs [batch,
