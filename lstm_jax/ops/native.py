@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).with_name("lstm.c")
 # Of any program; those of a library are added.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast"]
 # The features of an instruction set in which the library multiplies float32, and the flags for it.
-_SETS = (
+SETS = (
     ("avx512f avx512bw avx512vl avx512dq", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"),
     ("avx2 fma", "-mavx2 -mfma"),
     ("asimd", ""),
@@ -34,6 +34,7 @@ _BFLOAT16 = {
     "amx_bf16": "-mavx512bf16 -mamx-tile -mamx-bf16",
     "bf16": "-march=armv8.2-a+bf16",
 }
+_TIMEOUT = 60  # Seconds for the compiler, which takes a few.
 
 
 class Library(NamedTuple):
@@ -77,7 +78,7 @@ def load_library() -> Library | None:
 def list_flags() -> list[str] | None:
     """Return the compiler's flags for this processor; None if it can't run the library."""
     features = read_cpu_features()
-    for needed, flags in _SETS:
+    for needed, flags in SETS:
         if features.issuperset(needed.split()):
             more = [flag for feature, flag in _BFLOAT16.items() if feature in features]
             return [*FLAGS, *" ".join((flags, *more)).split()]
@@ -93,46 +94,48 @@ def list_dtypes() -> list[str]:
 def build_library(flags: list[str]) -> Path:
     """Compile the library, unless the user's cache holds it, and return its path.
 
-    Its name has jaxlib's version, whose interface it uses, and a hash of its source.
+    Its name has jaxlib's version, whose interface it uses, a hash of its source, and one of its
+    content: loading a damaged library would end the process, or compute something else.
 
     Raises:
       UserError: if there is no compiler, or it fails, or the cache can't be used.
     """
-    source = [path.read_text() for path in (_SOURCE, _SOURCE.with_name("platform.h"))]
-    digest = hashlib.sha256("\n".join((*source, *flags)).encode()).hexdigest()
+    source = [path.read_bytes() for path in (_SOURCE, _SOURCE.with_name("platform.h"))]
+    name = f"lstm-{jaxlib.__version__}-{_hash(*source, *map(str.encode, flags))}"
     directory = user_cache.make_directory("library")
     if not directory:
         raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
-    path = directory / f"lstm-{jaxlib.__version__}-{digest[:16]}.so"
-    if path.exists():
-        return path
     try:
+        for path in directory.glob(f"{name}-*.so"):
+            if path.stem == f"{name}-{_hash(path.read_bytes())}":
+                return path
         with tempfile.TemporaryDirectory(dir=directory) as folder:
-            built = Path(folder, path.name)
+            built = Path(folder, "lstm.so")
             _compile(built, flags)
-            with built.open("rb") as file:
-                os.fsync(file.fileno())  # Loading half a library would end the process.
-            built.rename(path)  # Another process may have built the same.
+            # It replaces a damaged one, or one that another process has built.
+            return built.rename(directory / f"{name}-{_hash(built.read_bytes())}.so")
     except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
-    return path
+        raise UserError(f"can't read or write {directory}: {error.strerror}") from None
+
+
+def _hash(*content: bytes) -> str:
+    return hashlib.sha256(b"\n".join(content)).hexdigest()[:16]
+
+
+def make_command(flags: list[str], compiler: str = "cc") -> list[str]:
+    """Return the command that compiles the library, without its output."""
+    return [compiler, *flags, "-I", jax.ffi.include_dir(), str(_SOURCE)]
 
 
 def _compile(path: Path, flags: list[str]) -> None:
-    command = [
-        "cc",
-        *flags,
-        "-shared",
-        "-fPIC",
-        "-I",
-        jax.ffi.include_dir(),
-        str(_SOURCE),
-        "-o",
-        str(path),
-    ]
+    command = [*make_command(flags), "-shared", "-fPIC", "-o", str(path)]
+    env = os.environ | {"LC_ALL": "C"}  # For messages in English.
     try:
-        env = os.environ | {"LC_ALL": "C"}  # For messages in English.
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=env, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the C compiler cc takes more than {_TIMEOUT} seconds") from None
     except OSError as error:
         raise UserError(
             f"the C compiler cc can't be run ({error.strerror}): install gcc or clang"

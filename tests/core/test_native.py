@@ -481,6 +481,11 @@ def test_the_library_is_compiled_once_for_each_source(
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")
         assert native.build_library(flags) == path and list(cache.iterdir()) == [path]
+    content = path.read_bytes()
+    for damaged in (content[:1000], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        path.unlink()  # This process has mapped the file that is to be replaced.
+        path.write_bytes(damaged)
+        assert native.build_library(flags).read_bytes() == content
     shutil.copytree(native._SOURCE.parent, tmp_path / "ops")
     source = tmp_path / "ops" / "lstm.c"
     monkeypatch.setattr(native, "_SOURCE", source)
@@ -511,6 +516,11 @@ def test_without_a_library_a_warning_says_why(
     compiler.write_bytes(b"#!/bin/sh\n/bin/echo 'erreur: r\xe9sum\xe9, error' >&2; exit 1\n")
     compiler.chmod(0o700)
     assert "erreur: r\ufffdsum\ufffd" in read_warning()
+    compiler.write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_TIMEOUT", 0.2)
+        assert "the C compiler cc takes more than 0.2 seconds" in read_warning()
+    assert list(cache.iterdir()) == []
     compiler.unlink()
     assert read_warning() == (
         "warning: LSTMs run without the library in C, which is faster: "
