@@ -322,6 +322,7 @@ typedef struct {
 
 // Compute a @ b. Parts share blocks of rows if `b` was packed, or of columns if `a` was.
 static void matmul(const void *work, size_t part, size_t parts) {
+  (void)parts;
   const Matmul m = *(const Matmul *)work;
   size_t rows = m.a.along, width = m.b.along, words = count_words(m.b);
   if (rows > width) {
@@ -662,7 +663,8 @@ typedef struct {
 // Add to the cotangent of the hidden state before step t what passes through the matmul.
 INLINE void multiply_back(int kind, Backward l, size_t t, Blocks blocks) {
   size_t hidden = l.hidden, words = count_sums(kind) * hidden / l.numbers;
-  Zeros zeros = {.kind = kind == GRU ? LAST_WORDS : NO_ZEROS, .first = 3 * hidden / l.numbers};  // Of n.
+  Zeros zeros = {.kind = kind == GRU ? LAST_WORDS : NO_ZEROS};
+  zeros.first = 3 * hidden / l.numbers;  // Of n.
   for (size_t i = blocks.first; i < blocks.end; i++) {
     Block block = get_block(blocks, i);
     sums sum;

@@ -22,18 +22,18 @@ from lstm_jax.ops.processor import count_cores, read_cpu_features
 _SOURCE = Path(__file__).with_name("lstm.c")
 # Of any program; those of a library are added.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast"]
-# The features of an instruction set in which the library multiplies float32, and the flags for it.
+_AVX512 = "avx512f avx512bw avx512vl avx512dq"
+_AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
+# Features of processors, the best ones first, and the flags with which the library uses them. It
+# multiplies bfloat16 with those that have "bf16".
 SETS = (
-    ("avx512f avx512bw avx512vl avx512dq", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"),
+    (f"{_AVX512} avx512_bf16 amx_bf16", f"{_AVX512_FLAGS} -mavx512bf16 -mamx-tile -mamx-bf16"),
+    (f"{_AVX512} avx512_bf16", f"{_AVX512_FLAGS} -mavx512bf16"),
+    (_AVX512, _AVX512_FLAGS),
     ("avx2 fma", "-mavx2 -mfma"),
+    ("asimd bf16", "-march=armv8.2-a+bf16"),
     ("asimd", ""),
 )
-# The features with which it multiplies bfloat16.
-_BFLOAT16 = {
-    "avx512_bf16": "-mavx512bf16",
-    "amx_bf16": "-mavx512bf16 -mamx-tile -mamx-bf16",
-    "bf16": "-march=armv8.2-a+bf16",
-}
 _TIMEOUT = 60  # Seconds for the compiler, which takes a few.
 
 
@@ -78,17 +78,17 @@ def load_library() -> Library | None:
 def list_flags() -> list[str] | None:
     """Return the compiler's flags for this processor; None if it can't run the library."""
     features = read_cpu_features()
-    for needed, flags in SETS:
-        if features.issuperset(needed.split()):
-            more = [flag for feature, flag in _BFLOAT16.items() if feature in features]
-            return [*FLAGS, *" ".join((flags, *more)).split()]
-    return None
+    found = (flags for needed, flags in SETS if features.issuperset(needed.split()))
+    flags = next(found, None)
+    return None if flags is None else [*FLAGS, *flags.split()]
 
 
 def list_dtypes() -> list[str]:
     """Return the dtypes in which the library can multiply on this processor."""
-    dtypes = ["float32", "bfloat16"][: 2 if read_cpu_features() & _BFLOAT16.keys() else 1]
-    return dtypes if list_flags() else []
+    flags = list_flags()
+    if flags is None:
+        return []
+    return ["float32", "bfloat16"] if any("bf16" in flag for flag in flags) else ["float32"]
 
 
 def build_library(flags: list[str]) -> Path:
