@@ -18,7 +18,6 @@ import os
 import re
 import runpy
 from collections.abc import Iterator, Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
 from lstm_jax.cells import CELLS
-from lstm_jax.errors import UserError, run_user_code
+from lstm_jax.errors import UserError, check_type, run_user_code
 
 T = TypeVar("T")
 
@@ -129,7 +128,8 @@ class ModelConfig:
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
         "(docs/cells.md).", (*CELLS, _OWN_CELL))
     options: Mapping[str, Option] = field({}, "Options that the cell declares, "
-        "as in --config.model.options.rounds=3.")
+        "as in --config.model.options.rounds=3.",
+        "all(isinstance(v, bool | int | float | str) for v in x.values())")
     cell_sha256: str = field("", "Checksum of the file with the cell.", is_flag=False)
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
@@ -263,6 +263,7 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
 
 
 FIELDS = {field.name: field for field in _list_fields(Config)}
+_SECTIONS = {field.name for field in dataclasses.fields(Config) if not field.metadata}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
 # A field whose value is a dict with any names; each can be set like a field.
@@ -367,7 +368,7 @@ def check_value(name: str, value: Any) -> Any:
         return value
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f": did you mean {near[0]}?" if near else ""
-    raise UserError(f"config.{name} is {value!r}: it must be {_list_allowed(allowed)}{hint}")
+    raise UserError(f"config.{name} is {value!r:.99}: it must be {_list_allowed(allowed)}{hint}")
 
 
 def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
@@ -376,9 +377,7 @@ def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
     Raises:
       UserError: with the name that messages have for it, if it does not.
     """
-    wanted: Any = {int: Integral, float: Real}.get(kind, kind)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    check_type(name, value, kind)
     value = getattr(value, "item", lambda: value)()  # Of a number of NumPy.
     if kind in (int, float) and abs(value) < 2**1000:
         value = kind(value)
@@ -386,7 +385,7 @@ def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
         if _is_met(condition, {"x": value}):
             return value
     shown = re.sub(r"\bx\b", name.rpartition(".")[2], condition)
-    raise UserError(f"{name} is {value!r}: it needs {shown}")
+    raise UserError(f"{name} is {value!r:.99}: it needs {shown}")
 
 
 def _list_allowed(words: tuple[str, ...]) -> str:
@@ -415,17 +414,14 @@ def suggest_fields(name: str, prefix: str = "") -> str:
     return f": did you mean {meant}?" if similar else ": docs/config.md lists all"
 
 
-def flatten(
-    config: Config | Mapping[str, object], prefix: str = ""
-) -> Iterator[tuple[str, object]]:
+def flatten(config: Config | Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Yield every field of a config, or of nested dicts, as (dotted name, value)."""
     fields = config.to_dict() if isinstance(config, Config) else config
     for name, value in fields.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and full not in FIELDS:
-            yield from flatten(value, f"{full}.")
+        if isinstance(value, dict) and name in _SECTIONS:
+            yield from ((f"{name}.{inner}", x) for inner, x in value.items())
         else:
-            yield full, value
+            yield name, value
 
 
 def explain(field: Field) -> str:

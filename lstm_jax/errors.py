@@ -6,7 +6,9 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 _LOGGER = logging.getLogger("lstm_jax")
 
@@ -30,6 +32,13 @@ class NotFiniteError(UserError):
 
 class UnavailableError(UserError):
     """A directory can't be used now: its disk is full, or it is not writable or in use."""
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise `UserError` if the value of a setting is of another type; a bool is not a number."""
+    wanted: Any = {int: Integral, float: Real}.get(kind, kind)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name} is {value!r:.99}: it must be of type {kind.__name__}")
 
 
 def one_line(error: BaseException) -> str:

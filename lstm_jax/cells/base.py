@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lstm_jax import ops
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError, check_type, one_line
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -61,11 +60,8 @@ def make_cell(
             f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
         )
     for field in dataclasses.fields(cell):
-        kind: Any = field.type
-        wanted, value = {int: Integral, float: Real}.get(kind), given.get(field.name, 0)
-        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
-            name = f"config.model.options.{field.name}"
-            raise UserError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+        if field.name in given and isinstance(field.type, type):
+            check_type(f"config.model.options.{field.name}", given[field.name], field.type)
     if "dtype" in fields:
         given["dtype"] = dtype
     elif dtype != "float32":

@@ -1,6 +1,7 @@
 """Run a command: parse its flags, and print a user's mistake as one line."""
 
 import ast
+import contextlib
 import functools
 import logging
 import sys
@@ -106,14 +107,14 @@ def define_config_flag(meaning: str) -> None:
 
 
 class _LiteralParser(flags.ArgumentParser[object]):
-    """Parses a Python literal, such as a tuple; anything else is a string."""
+    """Parses a Python literal, such as a tuple; anything else is a string, also None."""
 
     def parse(self, argument: str) -> object:
         """Return the value of the argument."""
-        try:
-            return ast.literal_eval(argument)
-        except (SyntaxError, ValueError):
-            return argument
+        value: object = None  # As if the flag were not given.
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(argument)
+        return argument if value is None else value
 
 
 def _define_field(name: str, kind: type, meaning: str) -> None:

@@ -162,6 +162,7 @@ class Mine(nn.Module):
     input_size: int
     hidden_size: int
     scale: float = 1.0
+    soft: bool = False
     def initial_carry(self, batch_size):
         return jnp.zeros((batch_size, self.hidden_size))
     @nn.compact
@@ -226,7 +227,8 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model.options": {"size": 3}}, "Mine has no option size: its options are scale"),
+        ({"model.options": {"size": 3}}, "Mine has no option size: its options are scale, soft"),
+        ({"model.options": {"soft": "no"}}, "options.soft is 'no': it must be of type bool"),
         ({"model.dtype": "bfloat16"}, "Mine has no field dtype: model.dtype must be float32"),
         ({"model.recurrence": "xla"}, "only the cells lstm, peephole, gru and rnn"),
         (
