@@ -23,6 +23,7 @@ WORDS = regex.compile(
     r"| ?[^\p{White_Space}\p{L}\p{M}\p{N}]{1,32}|\p{White_Space}{0,31}[\r\n]"
     r"|\p{White_Space}{1,32}(?!\P{White_Space})|\p{White_Space}{1,32}"
 )
+_LONGEST = 1 + 32 * 4  # Bytes of a word.
 _ALPHABET = list(map(chr, range(256)))
 _END = "\u0100"  # Between words; the characters up to U+00FF are the 256 bytes.
 _REPEATED = 1000  # Copies of a word passed to the trainer at a time.
@@ -64,6 +65,7 @@ def make_splitter(learned: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     merges = [
         (token[:i], token[i:])
         for token in ids
+        if len(token) <= _LONGEST  # No longer one is part of a word.
         for i in range(1, len(token))
         if token[:i] in ids and token[i:] in ids
     ]

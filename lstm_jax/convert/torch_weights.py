@@ -14,6 +14,7 @@ import safetensors.numpy
 from lstm_jax import model as model_lib
 from lstm_jax import ops
 from lstm_jax.config import ModelConfig
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.ops import weights
@@ -28,7 +29,7 @@ StateDict = dict[str, np.ndarray]
 def read_file(path: Path) -> StateDict:
     """Return the finite arrays of a safetensors file in float32, or raise `UserError`."""
     try:
-        arrays = safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(files.check_file(path))
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
     for name, array in arrays.items():

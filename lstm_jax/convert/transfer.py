@@ -50,7 +50,7 @@ def import_weights(
         tokens, kind, stop = fields["units"][:], fields["kind"], fields["stop"]
         separators = {texts.find_stop_text(s, lambda: [stop]): s for s in SEPARATORS}
         config.data.units, config.data.document_separator = kind, separators[stop]
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
             f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as {example}"
         ) from None

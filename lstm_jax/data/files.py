@@ -1,6 +1,7 @@
-"""Write files atomically, with checksums."""
+"""Write files atomically, with checksums; read them, also those of strangers."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,10 +9,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+_LARGEST_JSON = 2**27  # Bytes. Its objects take up to 20 times more memory.
+
+
+def check_file(path: Path) -> Path:
+    """Return the path of a regular file, or of a link to one; raise `OSError` for any other.
+
+    Reading a device or a pipe may never end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path
+
 
 def hash_file(path: Path, sync: bool = False) -> str:
     """Return the SHA-256 of a file in hexadecimal; if `sync`, flush it to disk first."""
-    with path.open("rb") as file:
+    with check_file(path).open("rb") as file:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -50,14 +63,19 @@ def write_json(path: Path, fields: Mapping[str, object], indent: int = 2) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the fields that `write_json` wrote; raise `ValueError` if the checksum differs."""
+    """Return the fields that `write_json` wrote.
+
+    Raise `OSError` if it can't be read, and `ValueError` if its checksum differs.
+    """
+    if check_file(path).stat().st_size > _LARGEST_JSON:
+        raise ValueError("it is too large")
     try:
         fields = json.loads(path.read_bytes().decode("ascii"))
+        if isinstance(fields, dict) and fields.pop("sha256", None) == _checksum(fields):
+            return fields
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(fields, dict) or fields.pop("sha256", None) != _checksum(fields):
-        raise ValueError("its checksum does not match its fields")
-    return fields
+    raise ValueError("its checksum does not match its fields")
 
 
 def _checksum(fields: Mapping[str, object]) -> str:

@@ -312,7 +312,7 @@ def _list_segments(paths: Iterable[Path], data: DataConfig) -> list[Segment]:
     """
     segments = []
     for path in paths:
-        with name_failure(f"can't read {path}"), path.open("rb") as file:
+        with name_failure(f"can't read {path}"), files.check_file(path).open("rb") as file:
             start = len(_BOM) if file.read(len(_BOM)) == _BOM and data.units != "bytes" else 0
             segments.append(Segment(path, start, file.seek(0, os.SEEK_END)))
         if data.document_separator == "file":

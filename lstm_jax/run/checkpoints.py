@@ -152,7 +152,7 @@ def find_damage(checkpoint: Path) -> str | None:
     Other files are ignored: file managers add some.
     """
     try:
-        lines = (checkpoint / SEAL).read_text().splitlines()
+        lines = files.check_file(checkpoint / SEAL).read_text().splitlines()
         for digest, _, name in (line.partition("  ") for line in lines):
             if files.hash_file(checkpoint / name) != digest:
                 return f"{name} has changed"

@@ -128,9 +128,9 @@ def read_metrics(path: Path) -> list[Row]:
     """
     try:
         with name_failure(f"can't read {path}"):
-            content = path.read_bytes() if path.exists() else b""
+            content = files.check_file(path).read_bytes() if path.exists() else b""
         return [json.loads(line) for line in content.split(b"\n")[:-1]]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None
 
 

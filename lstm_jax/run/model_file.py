@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from lstm_jax import model as model_lib
 from lstm_jax.data import files
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, name_failure
 from lstm_jax.model import Params
 
 
@@ -34,11 +34,18 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
     """
     expected = _name_leaves(params)
     try:
-        with safetensors.safe_open(path, "numpy") as file:
+        with (
+            name_failure(f"can't read {path}"),
+            safetensors.safe_open(files.check_file(path), "numpy") as file,
+        ):
             metadata = file.metadata()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(array.get_shape()) for name, array in slices.items()}
             if shapes != {name: leaf.shape for name, leaf in expected.items()}:
                 raise UserError(f"{path} does not hold the model that the config describes")
+            # The checksum does not cover the dtypes; `write_params` writes these two, of two sizes.
+            if not {array.get_dtype() for array in slices.values()} <= {"F32", "BF16"}:
+                raise ValueError
             arrays = [file.get_tensor(name) for name in expected]
         if metadata["sha256"] != _checksum(metadata["step"], arrays):
             raise ValueError

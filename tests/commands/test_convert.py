@@ -232,6 +232,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     broken.write_bytes(model.read_bytes()[:900])
     words = write_vocabulary(tmp_path / "words.json", ["", "[UNK]", *"abcdefghijklm", "word"])
     (tmp_path / "list.json").write_text(json.dumps(["a", "b"]))
+    (tmp_path / "deep.json").write_text("[" * 10**5)
     itos = {"kind": "characters", "stop": "", "units": {"0": "a", "1": "b"}}
     (tmp_path / "itos.json").write_text(json.dumps(itos))
     latin = {"kind": "bytes", "stop": "", "units": [*map(chr, range(256))]}
@@ -243,6 +244,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
         ((model, tmp_path / "new", words, NAMES), "the model has"),
         ((model, tmp_path / "new", str(tmp_path / "list.json")), "is not a vocabulary.json"),
         ((model, tmp_path / "new", str(tmp_path / "itos.json")), "is not a vocabulary.json"),
+        ((model, tmp_path / "new", str(tmp_path / "deep.json")), "is not a vocabulary.json"),
         ((model, tmp_path / "new", "nothing.json"), "can't read nothing.json"),
         ((all_bytes, tmp_path / "new", str(tmp_path / "bytes.json")), "the vocabulary lacks bytes"),
         ((broken, tmp_path / "new", str(TOKENS)), "not a safetensors file"),
@@ -263,7 +265,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="list.json exists: remove it, or use another --to"):
         transfer.export_folder(trained, tmp_path / "list.json", "float32")
     names = {"run", "mogrifier", "broken.safetensors", "words.json", "list.json", "itos.json"}
-    names |= {"bytes.json", "bytes.safetensors"}
+    names |= {"bytes.json", "bytes.safetensors", "deep.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -43,6 +43,7 @@ def test_the_most_frequent_pairs_are_merged_first() -> None:
     # Any pair that forms a token is merged to it.
     assert bpe.make_splitter(["bc", "abc", "ab"])("abc") == ("abc",)
     assert bpe.make_splitter(["ab", "bc", "abc"])("abc") == ("abc",)
+    assert bpe.make_splitter(["a" * 10**6, "bc"])("abc") == ("a", "bc")  # At once.
 
 
 @settings(max_examples=80 * draws.TIMES)

@@ -109,9 +109,11 @@ def test_a_directory_of_datasets_is_found_from_elsewhere(
 def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9 au lait".encode("latin-1"))
     (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
     for name, message in {
         "missing.txt": "no text file .*missing.txt",
         "gone*": "can't read .*gone.txt: No such file",
+        "endless.txt": "can't read .*endless.txt: it is not a regular file",
         "latin.txt": "latin.txt is not UTF-8 at byte 15",
         "": r"is a directory: name its files, for example .*[^/]/\*$",
         "a;b": "names 2 texts: it must name one, or three .train",

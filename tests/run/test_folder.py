@@ -1,5 +1,7 @@
 """Write a model as a folder; read it, also a damaged one or one that was made to do harm."""
 
+import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -53,6 +55,8 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
     jax.tree.map(np.testing.assert_array_equal, workdir.load_trained(small).params, rounded)
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
+    shutil.copytree(folder, tmp_path / "links", copy_function=os.symlink)
+    assert workdir.load_trained(tmp_path / "links").step == before.step
 
 
 def test_a_run_may_hold_weights_of_the_name_of_a_folder_s_file(
@@ -171,6 +175,33 @@ def change_header(header: bytes, length: int | None = None) -> Change:
     return change
 
 
+def change_dtypes(dtype: str, size: int = 4) -> Change:
+    """Say that the parameters, float32, have another dtype, of `size` bytes."""
+
+    def change(folder: Path) -> None:
+        content = (folder / workdir.MODEL).read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        arrays = [array for name, array in header.items() if name != "__metadata__"]
+        for array in arrays:
+            array["dtype"] = dtype
+            array["data_offsets"] = [x * size // 4 for x in array["data_offsets"]]
+        change_header(json.dumps(header).encode())(folder)
+        end = 8 + len(json.dumps(header)) + max(x["data_offsets"][1] for x in arrays)
+        os.truncate(folder / workdir.MODEL, end)
+
+    return change
+
+
+def link(name: str) -> Change:
+    """Replace a file by a link to a device, like /dev/zero, which never ends."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/null")
+
+    return change
+
+
 def name_cell_file(folder: Path) -> None:
     """Let the config name a cell in a file of the folder, which would end the tests."""
     (folder / "cell.py").write_text("import os; os._exit(1)")
@@ -183,11 +214,23 @@ def write_infinity(folder: Path) -> None:
     model_file.write_params(folder / workdir.MODEL, params, 1, "float32")
 
 
+NESTED = '{"a":' * 900 + "1" + "}" * 900
 DAMAGED, OTHER = "is damaged, or not a model", "does not hold the model that the config describes"
 CASES: dict[str, tuple[Change, str]] = {
     "a file of a cell": (name_cell_file, "whose code runs only if you name it"),
     "a config of lists": (lambda f: (f / workdir.CONFIG).write_text("[" * 10**5), "too deeply"),
     "a longer file": (lambda f: (f / workdir.MODEL).open("ab").write(b"0"), DAMAGED),
+    "a config of dicts": (
+        lambda f: files.write_json(f / workdir.CONFIG, {"model": json.loads(NESTED)}),
+        r"there is no field model\.a:",
+    ),
+    "a huge config": (lambda f: os.truncate(f / workdir.CONFIG, 2**40), "config.json .*too large"),
+    "a config that is a device": (link(workdir.CONFIG), "config.json .*not a regular file"),
+    "a device of tokens": (link(workdir.VOCABULARY), "vocabulary.json .*not a regular file"),
+    "a device of parameters": (link(workdir.MODEL), "safetensors: it is not a regular file"),
+    "integers": (change_dtypes("I32"), DAMAGED),
+    "float8": (change_dtypes("F8_E4M3", 1), DAMAGED),
+    "an option that is a list": (change_config(model__options={"x": [1]}), r"options is .* \[1\]"),
     "an empty file": (lambda f: (f / workdir.MODEL).write_bytes(b""), DAMAGED),
     "a header of lists": (change_header(b"[" * 10**5), DAMAGED),
     "no metadata": (change_header(b'{"__metadata__": 1}'), DAMAGED),

@@ -73,10 +73,11 @@ def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Pat
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    with path.open("ab") as file:
-        file.write(b"\xff\xfe{\n")
-    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-        metrics.read_metrics(path)
+    content = path.read_bytes()
+    for line in (b"\xff\xfe{\n", b"[" * 10**5 + b"\n"):
+        path.write_bytes(content + line)
+        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+            metrics.read_metrics(path)
     with metrics.MetricsWriter(path, 20) as writer:
         # A run that resumes removes later lines.
         path.write_text(json.dumps({**row, "seconds": 100.0}) + "\n")
