@@ -8,7 +8,7 @@ implementation and the loops forwards and backwards in time, `in_c.py` and `lstm
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,23 @@ GATINGS: dict[type[Any], Gating] = {
 }
 
 
+# A carry with a cell state, and one without, by the type of the parameters.
+_CellParams = LSTMParams | PeepholeLSTMParams
+_HiddenParams = GRUParams | RNNParams
+
+
+@overload
+def run(
+    params: _CellParams, inputs: Any, carry: LSTMCarry | None = None, **options: Unpack[Options]
+) -> tuple[LSTMCarry, Array]: ...
+
+
+@overload
+def run(
+    params: _HiddenParams, inputs: Any, carry: HiddenCarry | None = None, **options: Unpack[Options]
+) -> tuple[HiddenCarry, Array]: ...
+
+
 def run(
     params: Any,
     inputs: Float[ArrayLike, "batch time features"],
@@ -166,23 +183,37 @@ def _get_gating(params: Any) -> Gating:
     return GATINGS[type(params)]
 
 
+@overload
+def step(
+    params: _CellParams, inputs: Any, carry: LSTMCarry, *, reset: Any = ..., dtype: Any = ...
+) -> tuple[LSTMCarry, Array]: ...
+
+
+@overload
+def step(
+    params: _HiddenParams, inputs: Any, carry: HiddenCarry, *, reset: Any = ..., dtype: Any = ...
+) -> tuple[HiddenCarry, Array]: ...
+
+
 def step(
     params: Any,
     inputs: Float[ArrayLike, "batch features"],
     carry: Any,
     *,
+    reset: Shaped[ArrayLike, " batch"] | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Any, Float[Array, "batch hidden"]]:
     """Run one step of the layer with these parameters, for example to generate a token.
 
-    Inputs are [batch, features], and `carry` is the one before. Return the next carry, and the
-    outputs [batch, hidden]. A loop over it is slower than one call over time.
+    Inputs are [batch, features], and `carry` is the one before; `reset` [batch] is true where the
+    step reads a carry of zeros instead. Return the next carry, and the outputs [batch, hidden]. A
+    loop over it is slower than one call over time.
 
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    steps = jnp.asarray(inputs)[:, None]
-    carry, outputs = run(params, steps, carry, dtype=dtype, implementation="scan")
+    inputs, reset = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (inputs, reset))
+    carry, outputs = run(params, inputs, carry, reset=reset, dtype=dtype, implementation="scan")
     return carry, outputs[:, 0]
 
 

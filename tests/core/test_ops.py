@@ -149,9 +149,10 @@ def test_every_implementation_agrees(name: str) -> None:
 @every_gated
 def test_single_steps_are_those_of_the_layer(name: str) -> None:
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    last, outputs = call(name, params, inputs, carry)
+    reset = make_reset()
+    last, outputs = call(name, params, inputs, carry, reset=reset)
     for t in range(TIME):
-        carry, one = ops.step(params, inputs[:, t], carry)
+        carry, one = ops.step(params, inputs[:, t], carry, reset=reset[:, t])
         assert_close(one, outputs[:, t])
     assert_close(carry, last)
 
