@@ -1,6 +1,9 @@
-"""Recurrent layers of Flax's Linen, which take the place of `nn.RNN(nn.OptimizedLSTMCell(n))`."""
+"""Recurrent layers of Flax's Linen, which take the place of `nn.RNN(nn.OptimizedLSTMCell(n))`.
 
-from typing import Any, ClassVar
+`nnx_layers.py` has those of NNX.
+"""
+
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, overload
 
 import flax.linen as nn
 import jax
@@ -11,70 +14,59 @@ from lstm_jax import ops
 from lstm_jax.ops.layer import Name
 
 
-class LSTM(nn.Module):
-    """Run LSTM layers over time; the call is that of `flax.linen.RNN`.
+class Options(TypedDict, total=False):
+    """The keyword arguments of a call besides `return_carry`, all optional."""
 
-        layer = LSTM(256)
-        variables = layer.init(jax.random.key(0), inputs)
-        outputs = layer.apply(variables, inputs)
+    initial_carry: Any  # By default zeros.
+    seq_lengths: ArrayLike | None  # Integers [batch].
+    reset: ArrayLike | None  # [batch, time].
+    reverse: bool | None
 
-    It differs from Flax in this:
 
-    - Inputs are [batch, time, features]. There is no `time_major`, `init_key` or `keep_order`.
-    - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
-    - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
-    - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
-      uniform input kernels, orthogonal recurrent ones, 1 as the bias of the forget gate.
-      `lstm_jax.ops.weights` converts Flax's.
-    - `reset` [batch, time] is true at the first step of a document or an episode, which reads a
-      carry of zeros. A layer that runs backwards reads one at the last step of each document.
-    - `dtype` is that of the matmuls' operands only.
+class Stack:
+    """The call of all layers, of Linen and of NNX. `LSTM` explains the attributes."""
 
-    Attributes:
-      features: the number of hidden units in each layer and direction.
-      num_layers: the number of layers, each of which reads the outputs of the one before.
-      bidirectional: whether each layer also runs in the other direction. Outputs are
-        [batch, time, 2 * features], this direction first.
-      return_carry: whether to return (carry, outputs) instead of outputs.
-      reverse: whether to run from the last step to the first.
-      dtype: the argument of `ops.lstm`.
-      param_dtype: the dtype of parameters.
-      implementation: the argument of `ops.lstm`.
-    """
-
-    features: int
-    num_layers: int = 1
-    bidirectional: bool = False
-    return_carry: bool = False
-    reverse: bool = False
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    implementation: Name = "auto"
-
+    num_layers: int
+    bidirectional: bool
+    reverse: bool
+    dtype: DTypeLike | None
+    implementation: Name
     params_type: ClassVar[Any] = ops.LSTMParams
 
-    @nn.compact
+    def _get_params(self, name: str, features: int) -> Any:
+        """Return the parameters of a layer and direction with this number of input features."""
+        raise NotImplementedError
+
+    @overload
+    def __call__(
+        self, inputs: ArrayLike, *, return_carry: Literal[False] = ..., **options: Unpack[Options]
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, inputs: ArrayLike, *, return_carry: Literal[True], **options: Unpack[Options]
+    ) -> tuple[Any, jax.Array]: ...
+
     def __call__(
         self,
-        inputs: jax.Array,
+        inputs: Any,
         *,
         initial_carry: Any = None,
         seq_lengths: ArrayLike | None = None,
         reset: ArrayLike | None = None,
-        return_carry: bool | None = None,
+        return_carry: bool = False,
         reverse: bool | None = None,
     ) -> Any:
         """Return the outputs [batch, time, features], with `return_carry` after the last carry.
 
         The carry of an LSTM is (cell, hidden), that of another layer is the hidden state, each
         [batch, features]. With several layers or directions, it is a tuple: the carry of layer 0,
-        the one of its other direction, then those of layer 1. Options that are not None have
-        priority over the attributes.
+        the one of its other direction, then those of layer 1. `reverse` has
+        priority over the attribute.
 
         Raises:
           ValueError: if a shape or dtype does not fit.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
         reverse = self.reverse if reverse is None else reverse
         directions = [("", reverse), ("_reverse", not reverse)][: 2 if self.bidirectional else 1]
         count = self.num_layers * len(directions)
@@ -102,17 +94,13 @@ class LSTM(nn.Module):
             outputs = jnp.concatenate(joined, axis=-1)
         return (last[0] if count == 1 else tuple(last), outputs) if return_carry else outputs
 
-    def _get_params(self, name: str, features: int) -> Any:
-        def init(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = self.params_type.init(key, features, self.features, self.param_dtype)
-            return dict(drawn._asdict())
-
-        return self.params_type(**self.param(name, init))
-
 
 def _wrap(carry: Any) -> Any:
     """Return the carry of a layer as `ops` takes it."""
-    return carry if carry is None or isinstance(carry, tuple) else ops.HiddenCarry(carry)
+    if carry is None or hasattr(carry, "_fields"):
+        return carry
+    is_pair = isinstance(carry, tuple) and len(carry) == 2
+    return ops.LSTMCarry(*carry) if is_pair else ops.HiddenCarry(carry)
 
 
 def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array | None:
@@ -123,6 +111,55 @@ def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array
     if lengths is not None:  # No document starts in the padding.
         starts &= jnp.arange(starts.shape[1]) < jnp.asarray(lengths)[:, None]
     return jnp.pad(starts, ((0, 0), (0, 1)))[:, 1:]
+
+
+class LSTM(Stack, nn.Module):
+    """Run LSTM layers over time; the call is that of `flax.linen.RNN`.
+
+        layer = LSTM(256)
+        variables = layer.init(jax.random.key(0), inputs)
+        outputs = layer.apply(variables, inputs)
+
+    It differs from Flax in this:
+
+    - Inputs are [batch, time, features]. There is no `time_major`, `init_key` or `keep_order`.
+    - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
+    - `return_carry` is an argument of the call only.
+    - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
+    - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
+      uniform input kernels, orthogonal recurrent ones, 1 as the bias of the forget gate.
+      `lstm_jax.ops.weights` converts Flax's.
+    - `reset` [batch, time] is true at the first step of a document or an episode, which reads a
+      carry of zeros. A layer that runs backwards reads one at the last step of each document.
+    - `dtype` is that of the matmuls' operands only.
+
+    Attributes:
+      features: the number of hidden units in each layer and direction.
+      num_layers: the number of layers, each of which reads the outputs of the one before.
+      bidirectional: whether each layer also runs in the other direction. Outputs are
+        [batch, time, 2 * features], this direction first.
+      reverse: whether to run from the last step to the first.
+      dtype: the argument of `ops.lstm`.
+      param_dtype: the dtype of parameters.
+      implementation: the argument of `ops.lstm`.
+    """
+
+    features: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    reverse: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    implementation: Name = "auto"
+
+    __call__ = nn.compact(Stack.__call__)
+
+    def _get_params(self, name: str, features: int) -> Any:
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = self.params_type.init(key, features, self.features, self.param_dtype)
+            return dict(drawn._asdict())
+
+        return self.params_type(**self.param(name, init))
 
 
 class PeepholeLSTM(LSTM):

@@ -1,14 +1,17 @@
-"""Test the layers of Linen, and weights of other libraries."""
+"""Test the layers of Linen and of NNX, and weights of other libraries."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
-from lstm_jax import layers, ops
+from lstm_jax import layers, nnx_layers, ops
 from lstm_jax.ops import weights
 from test_ops import BATCH, FEATURES, HIDDEN, LENGTHS, TIME, assert_close, make_inputs, make_params
 
@@ -48,10 +51,11 @@ def test_a_layer_takes_the_place_of_flax_rnn(name: str, reverse: bool) -> None:
 @every_kind
 def test_layers_and_directions_are_those_of_flax(name: str) -> None:
     inputs, lengths = make_inputs(name), jnp.asarray(np.maximum(LENGTHS, 1))
-    layer = LAYERS[name](HIDDEN, num_layers=2, bidirectional=True, return_carry=True)
+    layer = LAYERS[name](HIDDEN, num_layers=2, bidirectional=True)
     variables = layer.init(jax.random.key(0), inputs)
-    carry, outputs = layer.apply(variables, inputs, seq_lengths=lengths)
-    again, _ = layer.apply(variables, inputs, seq_lengths=lengths, initial_carry=carry)
+    options: Any = {"seq_lengths": lengths, "return_carry": True}
+    carry, outputs = layer.apply(variables, inputs, **options)
+    again, _ = layer.apply(variables, inputs, initial_carry=carry, **options)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, carry)
     below: Any = inputs
     expected: list[Any] = []
@@ -68,6 +72,37 @@ def test_layers_and_directions_are_those_of_flax(name: str) -> None:
         expected.extend(last)
     assert_close(outputs, np.where((np.arange(TIME) < lengths[:, None])[..., None], below, 0))
     assert_close(carry, tuple(expected))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "PeepholeLSTM", "GRU", "RNN"])
+def test_an_optimizer_of_nnx_trains_like_linen(name: str) -> None:
+    inputs, reset = make_inputs("lstm"), np.arange(TIME)[None] == np.full([BATCH, 1], 3)
+    attributes: Any = {"num_layers": 2, "bidirectional": True, "reverse": True}
+    linen = getattr(layers, name)(HIDDEN, **attributes)
+    model = getattr(nnx_layers, name)(FEATURES, HIDDEN, **attributes, rngs=nnx.Rngs(0))
+    variables: Any = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, linen.init(jax.random.key(0), inputs)
+    )
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    def compute_loss(run: Any) -> jax.Array:
+        carry, outputs = run(inputs, seq_lengths=LENGTHS, reset=reset, return_carry=True)
+        return (outputs**2).sum() + run(inputs, initial_carry=carry, reverse=False).sum()
+
+    @nnx.jit
+    def take_step(model: Any, optimizer: Any) -> Any:
+        grads = nnx.grad(compute_loss)(model)
+        optimizer.update(model, grads)
+
+    differentiate = jax.jit(jax.grad(lambda v: compute_loss(functools.partial(linen.apply, v))))
+    for _ in range(2):
+        take_step(model, optimizer)
+        grads = differentiate(variables)
+        variables = jax.tree.map(lambda x, d: x - 0.1 * d, variables, grads)
+    assert_close(nnx.to_pure_dict(nnx.state(model)), variables["params"])
+    copy = nnx.merge(*nnx.split(model))
+    assert_close(copy(inputs), linen.apply(variables, inputs))
 
 
 def test_options_of_the_functions_reach_them() -> None:
