@@ -375,8 +375,18 @@ def generate_texts(
     key: Array,
     *,
     prompt: str = "",
-    **options: Any,
+    length: int,
+    controls: Controls = DEFAULT_CONTROLS,
+    num_samples: int = 1,
+    stop_token: bool = True,
 ) -> list[str]:
     """Generate whole texts, with the prompt; see `stream_texts`, which takes the same arguments."""
-    pieces = stream_texts(model, params, vocabulary, key, prompt=prompt, **options)
+    pieces = stream_texts(
+        *(model, params, vocabulary, key),
+        prompt=prompt,
+        length=length,
+        controls=controls,
+        num_samples=num_samples,
+        stop_token=stop_token,
+    )
     return [prompt + "".join(text) for text in zip(*pieces, strict=True)]

@@ -12,9 +12,12 @@ SCRIPT = """
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 import lstm_jax
+from lstm_jax import generation, layers, nnx_layers, ops
 
 run = lstm_jax.load("runs/quick", dtype="float32")
 text: str = run.generate("ROMEO:", length=10, temperature=0.5, top_k=3)
@@ -43,13 +46,34 @@ run.generate("ROMEO:", temperature="hot")  # error: arg-type
 run.hidden_states("ROMEO:").shape  # error: attr-defined
 lstm_jax.train(config)  # error: call-arg
 lstm_jax.sample("ROMEO:")  # error: attr-defined
+run.generate("ROMEO:", temprature=1)  # error: call-arg
+
+key, inputs = jax.random.key(0), np.zeros((2, 3, 4), np.float32)
+parts = run.model, run.params, run.vocabulary, key
+texts: list[str] = generation.generate_texts(*parts, length=9, controls=controls)
+generation.generate_texts(*parts, length=9, samples=2)  # error: call-arg
+
+gru, lstm = ops.GRUParams.init(key, 4, 5), ops.LSTMParams.init(key, 4, 5)
+hidden: ops.HiddenCarry = ops.run(gru, inputs, reset=np.zeros((2, 3)))[0]
+both: ops.LSTMCarry = ops.step(lstm, inputs[:, 0], ops.run(lstm, inputs)[0], reset=np.ones(2))[0]
+both = ops.run(gru, inputs)[0]  # error: assignment
+ops.run(gru, inputs, both)  # error: call-overload
+ops.step(lstm, inputs[:, 0], hidden)  # error: call-overload
+
+outputs: jax.Array = layers.LSTM(128, num_layers=2)(inputs, seq_lengths=np.ones(2, int))
+carry, outputs = layers.GRU(128)(inputs, return_carry=True)
+outputs = nnx_layers.GRU(4, 128, rngs=nnx.Rngs(0))(inputs, initial_carry=carry)
+text = layers.LSTM(128)(inputs)  # error: assignment
+text = nnx_layers.LSTM(4, 128, rngs=nnx.Rngs(0))(inputs)  # error: assignment
+layers.LSTM(128, return_carry=True)  # error: call-arg
+nnx_layers.LSTM(4, 128)  # error: call-arg
 """
 
 
 # Mypy would read these packages for half of its time.
 SETTINGS = """
 [mypy]
-[mypy-jax.*,jaxlib.*,optax.*,orbax.*,grain.*,tensorstore.*,absl.*]
+[mypy-jaxlib.*,optax.*,orbax.*,grain.*,tensorstore.*,absl.*]
 follow_imports = skip
 """
 
