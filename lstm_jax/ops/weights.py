@@ -64,9 +64,15 @@ def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: s
     `prefix` is the name of the layer and a dot. Without biases, they are 0.
 
     Raises:
-      ValueError: if the kernels are those of another layer.
+      ValueError: if a kernel is missing, or the kernels are those of another layer.
     """
     *kernels, bias, recurrent_bias = _name_arrays(layer, prefix)
+    if missing := [name for name in kernels if name not in state_dict]:
+        found = [key for key in state_dict if "weight_ih_" in key] or state_dict
+        raise ValueError(
+            f"the state_dict has no {missing[0]}, but {', '.join(found) or 'nothing'}: pass as "
+            "prefix= what is before weight_ih, and as layer= what is after it, such as 'l0'"
+        )
     input_kernel, recurrent_kernel = (np.asarray(state_dict[name]).T for name in kernels)
     zeros = np.zeros(recurrent_kernel.shape[1], recurrent_kernel.dtype)
     biases = (np.asarray(state_dict.get(name, zeros)) for name in (bias, recurrent_bias))

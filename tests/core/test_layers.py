@@ -163,6 +163,17 @@ def test_weights_that_another_library_lacks_raise_an_error() -> None:
         weights.from_flax({"if": {}, "hf": {}, "in": {}, "hn": {}})
 
 
+def test_a_missing_kernel_is_named_with_those_there_are() -> None:
+    state_dict = weights.to_torch(make_params("gru"), prefix="encoder.")
+    message = "no weight_ih_l0, but encoder.weight_ih_l0: pass as prefix="
+    with pytest.raises(ValueError, match=message):
+        weights.from_torch(state_dict)
+    with pytest.raises(ValueError, match="no weight_hh_l0, but weight_ih_l0"):
+        weights.from_torch({"weight_ih_l0": np.zeros((8, 3))})
+    with pytest.raises(ValueError, match="no encoder.weight_ih_l0, but kernel:"):
+        weights.from_torch({"kernel": np.zeros((8, 3))}, prefix="encoder.")
+
+
 def test_weights_of_another_layer_are_an_error() -> None:
     with pytest.raises(ValueError, match="4 hidden units has 8 columns"):
         weights.from_torch({"weight_ih_l0": np.zeros((8, 3)), "weight_hh_l0": np.zeros((8, 4))})
