@@ -13,12 +13,14 @@ import sys
 from typing import Any
 
 import lstm_jax
+from lstm_jax.run import command
 from lstm_jax.run.messages import make_printable
 
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
     """Read lines from standard input and print the continuation of each; see `Run.stream`."""
     text, earlier = "", list[str]()
+    run.stream(**options)  # It checks the options.
     for turn in itertools.count():
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.call_main(main)

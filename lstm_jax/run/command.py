@@ -26,19 +26,23 @@ flags.disclaim_key_flags()
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Parse the flags, call `main`, and exit with the code that it returns (None means 0).
+    """Parse the flags of absl, and call `main` with `call_main`.
 
-    A user's mistake (`UserError`, a bad flag, a config file that fails) is printed as one line on
-    standard error, with exit code 2. For signals, see `interrupts`.
+    A bad flag is printed as one line, too. For signals, see `interrupts`.
     """
     show_log()
     interrupts.exit_at_once()  # While libraries are imported, which takes seconds.
     # A name of a file, or a sample, must not end a training if the terminal can't show it.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app.run(lambda unused: _run(main), flags_parser=_parse_flags)
+    app.run(lambda unused: call_main(main), flags_parser=_parse_flags)
 
 
-def _run(main: Callable[[], int | None]) -> None:
+def call_main(main: Callable[[], int | None]) -> None:
+    """Call `main`, and exit with the code that it returns (None means 0).
+
+    A user's mistake (`UserError`, a config file that fails) is printed as one line on standard
+    error, with exit code 2.
+    """
     import jax
 
     from lstm_jax.devices import compilation_cache

@@ -82,11 +82,33 @@ def test_a_chat_continues_all_that_was_read(
 ) -> None:
     lines = ("/next", "ROMEO:", "", "/undo", "/undo", "/undo", "ROMEO:", "/reset", "/next")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    run_example(monkeypatch, "chat.py", trained, "--length=20", "--temperature=0")
+    with commands.keep_process_state():
+        run_example(monkeypatch, "chat.py", trained, "--length=20", "--temperature=0")
     likely = "".join(f"{share:.4f}  {token!r}\n" for token, share in run.next("", n=5))
     whole = run.generate("ROMEO:", length=40, temperature=0).removeprefix("ROMEO:")
     first, second = whole[:20], whole[20:]
     assert capsys.readouterr().out == f"{likely}{first}\n{second}\n{first}\n{likely}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--length=0"], "length is 0"),
+        (["missing"], "missing"),
+    ],
+)
+def test_a_bad_argument_of_a_chat_is_one_line(
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    with commands.keep_process_state(), pytest.raises(SystemExit) as end:
+        run_example(monkeypatch, "chat.py", trained, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and message in line
 
 
 @pytest.mark.slow

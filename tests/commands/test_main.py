@@ -157,7 +157,7 @@ def test_too_little_memory_is_one_line(
         raise error
 
     with keep_process_state(), pytest.raises(SystemExit):
-        command._run(fail)
+        command.call_main(fail)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: there is not enough memory")
 
