@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ import commands
 import lstm_jax
 import novelty
 import runs
+from lstm_jax import ops
 from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.run import workdir
 
@@ -343,6 +345,23 @@ def test_a_policy_with_memory_recalls_the_cue() -> None:
     assert np.array_equal(last[:, :-1], first[:, 1:])
     assert recall.train(0, 150, has_memory=True) > 0.8
     assert 0.2 < recall.train(0, 150, has_memory=False) < 0.3
+
+
+@pytest.mark.slow
+def test_an_agent_learns_from_the_probabilities_that_it_acted_with() -> None:
+    import actor_critic
+
+    key, ones = jax.random.key(1), np.ones(actor_critic.ENVIRONMENTS, int)
+    head = jax.random.normal(key, [actor_critic.HIDDEN, 4])
+    params = {"lstm": ops.LSTMParams.init(key, 2, actor_critic.HIDDEN), "head": head}
+    before: Any = ones, 0 * ones, ones == 1, ops.LSTMCarry.zeros(len(ones), actor_critic.HIDDEN)
+    before, _ = actor_critic.play(params, before, key)
+    _, steps = actor_critic.play(params, before, key)
+    assert 0 < steps[1][:, 1:].mean() < 0.5, "episodes begin within the steps"
+    _, log_prob = actor_critic.compute_loss(params, before[-1], steps)
+    np.testing.assert_allclose(log_prob, steps[3], atol=1e-5)
+    shares = actor_critic.train(seed=0, updates=50)
+    assert shares[:10].mean() < 0.6 and shares[-5:].mean() > 0.95
 
 
 @pytest.mark.slow
