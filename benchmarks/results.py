@@ -1,14 +1,14 @@
 """Train rows of the tables in docs/results.md again, and compare their losses with those stated.
 
     make results ROWS=quick.py
-    python benchmarks/results.py --rows "learning rate 2e-2,no weight decay" --seeds 1
+    python benchmarks/results.py --rows quick_variants.py:dropout --seeds 1
 
-A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. Its columns are
-those of its table, means and standard deviations over the seeds, in nats per character (for Penn
-Treebank in bits, or the perplexity of words): the losses of `evaluate` for the validation split,
-for the test split, and for the last 10 % of the text, validation and test as one text, also with
-`--context 256` or `--dynamic`. Below is whether each mean lies within two standard deviations of
-the one stated, or within 1 % of a single run. The same command resumes.
+A row is a config; flags --config.FIELD=VALUE change all rows. Its columns are those of its table,
+means and standard deviations over the seeds, in nats per character (for Penn Treebank in bits, or
+the perplexity of words): the losses of `evaluate` for the validation split, for the test split, and
+for the last 10 % of the text, validation and test as one text, also with `--context 256` or
+`--dynamic`. Below is whether each mean lies within two standard deviations of the one stated, or
+within 1 % of a single run. The same command resumes.
 """
 
 import re
@@ -19,19 +19,20 @@ from typing import NamedTuple
 
 from frame import ROOT, evaluate, parse_flags, print_head, print_row, spread, train
 
-# The fields that each row changes: those of the file of its name, or of experiments/quick.py.
-_DROPOUT = ["regularization.embedding_dropout=0.03", "regularization.output_dropout=0.1"]
-ROWS: dict[str, list[str]] = {
-    "quick.py": [],
-    "quick_one_layer.py": [],
-    "shakespeare_best.py": [],
-    "penn_treebank.py": [],
-    "penn_treebank_words.py": [],
-    "dropout": _DROPOUT,
-    "dropout without skip connections": [*_DROPOUT, "model.skip_connections=False"],
-    "dropout without weight decay": [*_DROPOUT, "optimizer.weight_decay=0.0"],
-}
-_MEASURES = {"penn_treebank.py": "bits_per_character", "penn_treebank_words.py": "perplexity"}
+ROWS = (  # Configs in experiments/.
+    "quick.py",
+    "quick_one_layer.py",
+    "quick_variants.py:dropout",
+    "quick_variants.py:no_skip_connections",
+    "quick_variants.py:no_weight_decay",
+    "shakespeare_best.py",
+    "penn_treebank.py",
+    "penn_treebank.py:512",
+    "penn_treebank.py:1024",
+    "penn_treebank_words.py",
+    "penn_treebank_words.py:944",
+)
+_MEASURES = {"penn_treebank": "bits_per_character", "penn_treebank_words": "perplexity"}
 _END = "--split=validation+test"
 COLUMNS = {
     "validation": ["--split=validation"],
@@ -58,13 +59,13 @@ def main() -> None:
         sys.exit(f"there is no row {unknown.pop()!r}; there are {', '.join(ROWS)}")
     for name in names:
         stated = read_stated(options.page.read_text(encoding="utf-8"), name)
-        experiment = f"experiments/{name if name.endswith('.py') else 'quick.py'}"
+        experiment = f"experiments/{name}"
         runs = []
         for seed in range(options.seeds):
             directory: Path = options.workdir / re.sub(r"\W+", "_", name) / str(seed)
-            flags = [f"--config.{field}" for field in (*ROWS[name], f"seed={seed}")]
-            minutes = train(directory, "--config", experiment, *flags, *options.fields)
-            measure = _MEASURES.get(name, "loss")
+            flags = ["--config", experiment, f"--config.seed={seed}", *options.fields]
+            minutes = train(directory, *flags)
+            measure = _MEASURES.get(name.partition(".py")[0], "loss")
             measured = (evaluate(directory, *COLUMNS[x], measure=measure) for x in stated)
             runs.append((*measured, minutes))
         *losses, all_minutes = zip(*runs, strict=True)
@@ -89,7 +90,7 @@ def read_stated(page: str, name: str) -> dict[str, Stated]:
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         head = (head or cells) if cells else []
-        if cells and cells[0].strip("*`") == name:
+        if cells and cells[0].strip("`").partition("`")[0] == name:
             for column, cell in zip(head, cells, strict=True):
                 match = re.fullmatch(r"([\d.]+)(?: ± ([\d.]+))?", cell)
                 if match and column in COLUMNS:

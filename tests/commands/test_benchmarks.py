@@ -90,18 +90,19 @@ def test_a_row_of_results_is_trained_and_compared(
         return done.stdout
 
     page = tmp_path / "page.md"
-    page.write_text("| x | test |\n| --- | --- |\n| **tiny** | 3.0 ± 1.0 |\n| tiny | 9.0 ± 0.1 |\n")
+    rows = "| `quick.py`: tiny | 3.0 ± 1.0 |\n| `quick.py` | 9.0 ± 0.1 |\n"
+    page.write_text(f"| x | test |\n| --- | --- |\n{rows}")
     monkeypatch.setattr(frame, "run_python", run_python)
-    monkeypatch.setattr(results, "ROWS", {"tiny": ["max_steps=3"]})
     fields = [
         field for field in runs.make_arguments(text_file, tmp_path) if field.startswith("--config.")
     ]
+    fields += ["--config.max_steps=3", "--rows=quick.py"]
     monkeypatch.setattr(
         sys, "argv", ["", "--seeds=2", f"--page={page}", f"--workdir={tmp_path / 'runs'}", *fields]
     )
     results.main()
     head, _, measured, stated, within = capsys.readouterr().out.splitlines()
-    assert head == "| tiny | test | minutes |"
+    assert head == "| quick.py | test | minutes |"
     assert 2 < float(measured.split("|")[2].split()[0]) < 4.5
     assert stated.startswith("| stated | 3.000 ± 1.000 |")
     assert within.startswith("| within the spread | yes")
