@@ -41,12 +41,10 @@ class Stack:
     def __call__(
         self, inputs: ArrayLike, *, return_carry: Literal[False] = ..., **options: Unpack[Options]
     ) -> jax.Array: ...
-
     @overload
     def __call__(
         self, inputs: ArrayLike, *, return_carry: Literal[True], **options: Unpack[Options]
     ) -> tuple[Any, jax.Array]: ...
-
     def __call__(
         self,
         inputs: Any,
@@ -61,8 +59,8 @@ class Stack:
 
         The carry of an LSTM is (cell, hidden), that of another layer is the hidden state, each
         [batch, features]. With several layers or directions, it is a tuple: the carry of layer 0,
-        the one of its other direction, then those of layer 1. `reverse` has
-        priority over the attribute.
+        the one of its other direction, then those of layer 1. Unless it is None,
+        `reverse` has priority over the attribute.
 
         Raises:
           ValueError: if a shape or dtype does not fit.

@@ -155,14 +155,10 @@ _HiddenParams = GRUParams | RNNParams
 def run(
     params: _CellParams, inputs: Any, carry: LSTMCarry | None = None, **options: Unpack[Options]
 ) -> tuple[LSTMCarry, Array]: ...
-
-
 @overload
 def run(
     params: _HiddenParams, inputs: Any, carry: HiddenCarry | None = None, **options: Unpack[Options]
 ) -> tuple[HiddenCarry, Array]: ...
-
-
 def run(
     params: Any,
     inputs: Float[ArrayLike, "batch time features"],
@@ -187,14 +183,10 @@ def _get_gating(params: Any) -> Gating:
 def step(
     params: _CellParams, inputs: Any, carry: LSTMCarry, *, reset: Any = ..., dtype: Any = ...
 ) -> tuple[LSTMCarry, Array]: ...
-
-
 @overload
 def step(
     params: _HiddenParams, inputs: Any, carry: HiddenCarry, *, reset: Any = ..., dtype: Any = ...
 ) -> tuple[HiddenCarry, Array]: ...
-
-
 def step(
     params: Any,
     inputs: Float[ArrayLike, "batch features"],
@@ -212,8 +204,10 @@ def step(
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    inputs, reset = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (inputs, reset))
-    carry, outputs = run(params, inputs, carry, reset=reset, dtype=dtype, implementation="scan")
+    steps, marks = (
+        None if x is None else jnp.expand_dims(jnp.asarray(x), axis=1) for x in (inputs, reset)
+    )
+    carry, outputs = run(params, steps, carry, reset=marks, dtype=dtype, implementation="scan")
     return carry, outputs[:, 0]
 
 
