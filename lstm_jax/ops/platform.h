@@ -27,10 +27,11 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef bits16 Halves __attribute__((vector_size(2 * LANES)));
 
-// `relax` lets a waiting thread rest. `multiply_add` is a * b + c, rounded once. Of `lesser` and `greater`, the second operand is the
-// result if one is NaN. `choose_small` is x where |x| < limit, otherwise `other`. `interleave_low` is
-// a[0], b[0], a[1], b[1] and so on, and `interleave_high` the other half. `add_pairs` adds the two
-// products of each pair of words of two numbers in bfloat16, and `round_lanes` rounds to bfloat16.
+// `multiply_add` is a * b + c, rounded once. Of `lesser` and `greater`, the second operand is the result
+// if one is NaN. `choose_small` is x where |x| < limit, otherwise `other`. `interleave_low` is a[0],
+// b[0], a[1], b[1] and so on, and `interleave_high` the other half. `add_pairs` adds the two products
+// of each pair of words of two numbers in bfloat16, and `round_lanes` rounds to bfloat16. `relax` lets
+// a waiting thread rest.
 
 #if defined(__aarch64__)
 
