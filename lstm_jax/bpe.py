@@ -65,7 +65,7 @@ def make_splitter(learned: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     merges = [
         (token[:i], token[i:])
         for token in ids
-        if len(token) <= _LONGEST  # No longer one is part of a word.
+        if len(token) <= _LONGEST  # A longer one is never part of a word.
         for i in range(1, len(token))
         if token[:i] in ids and token[i:] in ids
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_LARGEST_JSON = 2**27  # Bytes. Its objects take up to 20 times more memory.
+_LARGEST_JSON = 2**27  # Bytes. The objects of JSON can take 30 times more memory.
 
 
 def check_file(path: Path) -> Path:
