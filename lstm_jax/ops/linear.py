@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
-from lstm_jax.ops.gates import HiddenCarry, Marks, align
+from lstm_jax.ops.gates import HiddenCarry, Marks, align, clear
 from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 
@@ -67,31 +67,34 @@ def linear_scan(
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
             a = jnp.where(marks.frozen[..., None], 1, a)
-        outputs = (_scan if is_scan else _compose)(a, b, before)
+        outputs = (_scan if is_scan else _compose)(a, b, before, marks.reset)
         return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
 
     last, outputs = run_in_order(run, (a, b), reset, lengths, reverse)
     return last, outputs.astype(dtype)
 
 
-def _scan(a: Array, b: Array, first: Array) -> Array:
-    def step(hidden: Array, ab: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden = ab[0] * hidden + ab[1]
+def _scan(a: Array, b: Array, first: Array, reset: Array | None) -> Array:
+    def step(hidden: Array, read: tuple[Any, ...]) -> tuple[Array, Array]:
+        a, b, mark = read
+        hidden = a * clear(hidden, mark) + b
         return hidden, hidden
 
-    _, hidden = lax.scan(step, first, (a.swapaxes(0, 1), b.swapaxes(0, 1)))
+    _, hidden = lax.scan(step, first, jax.tree.map(lambda x: x.swapaxes(0, 1), (a, b, reset)))
     return hidden.swapaxes(0, 1)
 
 
-def _compose(a: Array, b: Array, first: Array) -> Array:
+def _compose(a: Array, b: Array, first: Array, reset: Array | None) -> Array:
     """Compute `_scan` by composing steps.
 
-    The composition of two steps is a step, (a2 a1, a2 b1 + b2), and composing is associative.
+    The composition of two steps is a step, (a2 a1, a2 b1 + b2), and composing is associative. After
+    a reset, a1 and b1 are cleared: they may not be finite.
     """
 
-    def compose(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
-        (a1, b1), (a2, b2) = earlier, later
-        return a2 * a1, a2 * b1 + b2
+    def compose(earlier: tuple[Any, ...], later: tuple[Any, ...]) -> tuple[Any, ...]:
+        a2, b2, was_reset = later
+        a1, b1 = clear(earlier[:2], was_reset)
+        return a2 * a1, a2 * b1 + b2, jax.tree.map(jnp.logical_or, earlier[2], was_reset)
 
-    decays, hidden = lax.associative_scan(compose, (a, b), axis=1)
-    return decays * first[:, None] + hidden
+    decays, hidden, was_reset = lax.associative_scan(compose, (a, b, reset), axis=1)
+    return decays * clear(first[:, None], was_reset) + hidden

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import Marks, align
+from lstm_jax.ops.gates import Marks, align, clear
 from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
@@ -127,9 +127,7 @@ def step_mlstm(
     written = i[..., None, None] * k[..., :, None] * v[..., None, :]
     memory = f[..., None, None] * carry.memory + written
     normalizer = f[..., None] * carry.normalizer + i[..., None] * k
-    size = jnp.abs((q * normalizer).sum(-1))
-    found = (q[..., None] * memory).sum(-2)
-    found /= jnp.maximum(size, _exp_minus(stabilizer))[..., None]
+    found = _divide((q[..., None] * memory).sum(-2), (q * normalizer).sum(-1), stabilizer)
     return MLSTMCarry(memory, normalizer, stabilizer), found
 
 
@@ -184,7 +182,10 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     past = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
     log_kept = since + carry.stabilizer[..., None]
     log_written = i + since[..., -1:] - since
+    memory, normalizer, _ = carry
     if reset is not None:  # A step reads what was written since the last reset.
+        # Select, because zero times a state that is not finite is NaN.
+        memory, normalizer = clear(memory, reset[..., :1]), clear(normalizer, reset[..., 0])
         segment = jnp.cumsum(reset, axis=-1)
         past = past[None, None] & (segment[..., :, None] == segment[..., None, :])
         log_kept = jnp.where(segment > 0, NEVER, log_kept)
@@ -193,18 +194,25 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     stabilizer = jnp.maximum(log_kept, log_d.max(axis=-1))
     weights = jnp.exp(log_d - stabilizer[..., None]) * (q @ k.swapaxes(-1, -2))
     kept = jnp.exp(log_kept - stabilizer)
-    size = weights.sum(-1) + kept * (q @ carry.normalizer[..., None])[..., 0]
-    found = weights @ v + kept[..., None] * (q @ carry.memory)
-    found /= jnp.maximum(jnp.abs(size), _exp_minus(stabilizer))[..., None]
 
-    last = stabilizer[..., -1]
+    def keep(weight: Array, x: Array) -> Array:
+        return weight * (x if reset is None else jnp.where(weight == 0, 0, x))
+
+    size = weights.sum(-1) + keep(kept, (q @ normalizer[..., None])[..., 0])
+    found = _divide(weights @ v + keep(kept[..., None], q @ memory), size, stabilizer)
+
+    last, after = stabilizer[..., -1], kept[..., -1]
     written = jnp.exp(log_written - last[..., None])[..., None] * k
-    after = kept[..., -1]
-    memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
-    normalizer = after[..., None] * carry.normalizer + written.sum(-2)
+    memory = keep(after[..., None, None], memory) + written.swapaxes(-1, -2) @ v
+    normalizer = keep(after[..., None], normalizer) + written.sum(-2)
     return MLSTMCarry(memory, normalizer, last), found
 
 
-def _exp_minus(stabilizer: Array) -> Array:
-    """Return exp(-m), limited to a number whose gradient is finite."""
-    return jnp.exp(jnp.minimum(-stabilizer, 80.0))
+def _divide(found: Array, size: Array, stabilizer: Array) -> Array:
+    """Return found / max(|size|, exp(-m)), for arrays [..., d], [...] and [...]."""
+    # Beyond these limits, the result or its derivative overflows.
+    least = jnp.exp(jnp.clip(-stabilizer, -80.0, 80.0))
+    # The derivative divides by the square of the denominator: scale it, by a power of 2, to 1/2.
+    _, exponent = jnp.frexp(lax.stop_gradient(jnp.maximum(jnp.abs(size), least)))
+    scale = jnp.ldexp(jnp.ones_like(least), -exponent)
+    return found * scale[..., None] / jnp.maximum(jnp.abs(size * scale), least * scale)[..., None]

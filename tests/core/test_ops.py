@@ -173,6 +173,46 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
     assert_close(short, unread, 0)
 
 
+@every_function
+@pytest.mark.parametrize("implementation", ["scan", "parallel"])
+def test_a_reset_forgets_a_carry_that_is_not_finite(name: str, implementation: Any) -> None:
+    if name in GATED:
+        implementation = {"parallel": "xla"}.get(implementation, implementation)
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    infinite = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), carry)
+    for reset_at in (0, 2):
+        reset = np.arange(TIME) == np.full((BATCH, 1), reset_at)
+        run = functools.partial(call, name, reset=reset, implementation=implementation)
+        found, expected = (run(params, inputs, x) for x in (infinite, carry))
+        assert_close(found[0], expected[0], 0)
+        assert_close(found[1][:, reset_at:], expected[1][:, reset_at:], 0)
+    reset = np.arange(TIME) == np.zeros((BATCH, 1))
+    run = functools.partial(compute_loss, name, reset=reset, implementation=implementation)
+    found, expected = (jax.grad(run, (0, 1))(params, inputs, x) for x in (infinite, carry))
+    assert_close(found, expected, 0)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "parallel"])
+@pytest.mark.parametrize("gate", [45.0, 85.0, 300.0])
+def test_padding_after_a_large_input_gate_has_no_gradient(gate: float, implementation: Any) -> None:
+    """The queries of padding are their bias, here zero, and exp(m) may overflow."""
+    params = ops.MLSTMParams(
+        jnp.ones((1, 4 * HIDDEN)), jnp.zeros(4 * HIDDEN), jnp.array([[gate, 0]]), jnp.zeros(2)
+    )
+    inputs = jnp.ones((1, 3, 1)).at[:, 1:].set(0)
+
+    def differentiate(inputs: Any, **options: Any) -> Any:
+        run = functools.partial(ops.mlstm, implementation=implementation, **options)
+        return jax.grad(lambda p, x: run(p, x)[1].sum(), (0, 1))(params, inputs)
+
+    (found, by_inputs), (expected, by_first) = (
+        differentiate(inputs, lengths=np.ones(1, int)),
+        differentiate(inputs[:, :1]),
+    )
+    assert_close((found, by_inputs[:, :1]), (expected, by_first), 1e-6)
+    assert not by_inputs[:, 1:].any() and np.abs(expected.input_kernel).max() > 0.1
+
+
 @every_gated
 def test_a_batch_of_no_text(name: str) -> None:
     def compute(params: Any, inputs: jax.Array) -> jax.Array:
