@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped, jaxtyped
 
@@ -289,14 +290,14 @@ def _compute(
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer with arrays of the dtype `wide`."""
 
-    def run(inputs: Array, marks: Marks) -> tuple[Any, Array]:
+    def run(params: Any, inputs: Array, first: Any, marks: Marks) -> tuple[Any, Array]:
         arrays = params, inputs.swapaxes(0, 1), first
         wider, steps, carry = jax.tree.map(lambda x: x.astype(wide), arrays)
         marks = jax.tree.map(jnp.transpose, marks)
         last, outputs = run_layer(Layer(gating, wider, steps, carry, marks, low))
         return last, outputs.swapaxes(0, 1)
 
-    last, outputs = run_in_order(run, inputs, reset, lengths, reverse)
+    last, outputs = run_in_order(run, params, inputs, first, reset, lengths, reverse)
     last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
     return last, outputs.astype(inputs.dtype)
 
@@ -346,33 +347,63 @@ def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple
 
 
 def run_in_order(
-    run: Callable[[Any, Marks], tuple[Any, Array]],
+    run: Callable[[Any, Any, Any, Marks], tuple[Any, Array]],
+    params: Any,
     inputs: Any,
+    first: Any,
     reset: Any,
     lengths: Any,
     reverse: bool,
 ) -> tuple[Any, Float[Array, "batch time hidden"]]:
     """Run a layer over inputs, arrays [batch, time, ...], within lengths and in a direction.
 
-    `run` gets the inputs in the order of the steps, which are zero beyond the lengths, and the
-    marks of steps, [batch, time]; it returns the last carry and the outputs, in the same order.
-    `reset` and `lengths` are None or arrays, [batch, time] and integers [batch].
+    `run` gets the parameters, the inputs in the order of the steps, which are zero beyond the
+    lengths, the first carry and the marks of steps, [batch, time]; it returns the last carry and
+    the outputs, in the same order. `reset` and `lengths` are None or arrays, [batch, time] and
+    integers [batch].
     """
-    frozen: Any = None
-    if reset is not None:
-        reset = reset.astype(bool)
-    if reverse:
-        inputs, reset = jax.tree.map(lambda x: reverse_time(x, lengths), (inputs, reset))
-    if lengths is not None:
-        time = jax.tree.leaves(inputs)[0].shape[1]
-        frozen = jnp.arange(time)[None] >= lengths[:, None]
-        # What is there may not be finite.
-        inputs = jax.tree.map(lambda x: jnp.where(frozen[..., None], 0, x), inputs)
-        reset = None if reset is None else reset & ~frozen
-    last, outputs = run(inputs, Marks(reset, frozen))
-    if lengths is not None:
-        outputs = jnp.where(frozen[..., None], 0, outputs)
-    return last, reverse_time(outputs, lengths) if reverse else outputs
+
+    def run_part(params: Any, inputs: Any, first: Any, reset: Any, lengths: Any) -> Any:
+        frozen: Any = None
+        if reset is not None:
+            reset = reset.astype(bool)
+        if reverse:
+            inputs, reset = jax.tree.map(lambda x: reverse_time(x, lengths), (inputs, reset))
+        if lengths is not None:
+            time = jax.tree.leaves(inputs)[0].shape[1]
+            frozen = jnp.arange(time)[None] >= lengths[:, None]
+            # What is there may not be finite.
+            inputs = jax.tree.map(lambda x: jnp.where(frozen[..., None], 0, x), inputs)
+            reset = None if reset is None else reset & ~frozen
+        last, outputs = run(params, inputs, first, Marks(reset, frozen))
+        if lengths is not None:
+            outputs = jnp.where(frozen[..., None], 0, outputs)
+        return last, reverse_time(outputs, lengths) if reverse else outputs
+
+    return _divide_batch(run_part, params, inputs, first, reset, lengths)
+
+
+def _divide_batch(run: Callable[..., Any], params: Any, inputs: Any, *others: Any) -> Any:
+    """Call `run`; on a mesh with explicit axes, on each device with its part of the batch.
+
+    The batch is the first axis of all arrays but parameters.
+    """
+    arrays = params, inputs, *others
+    # Without `jax.set_mesh`, only the types of arrays have the mesh.
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None or AxisType.Manual in mesh.axis_types:  # In a `shard_map`.
+        return run(*arrays)
+    batch = PartitionSpec(jax.typeof(jax.tree.leaves(inputs)[0]).sharding.spec[0])
+    specs = PartitionSpec(), *[batch] * len(arrays[1:])
+
+    @jax.jit  # Without it, `reshard` needs `jax.set_mesh`.
+    def run_parts(*arrays: Any) -> Any:
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        placed = jax.tree.map(lambda place, x: jax.sharding.reshard(x, place), places, arrays)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=batch)(*placed)
+
+    return run_parts(*arrays)
 
 
 def reverse_time(

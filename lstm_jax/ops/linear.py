@@ -60,7 +60,7 @@ def linear_scan(
     if implementation == "auto":
         is_scan = jax.default_backend() == "cpu"
 
-    def run(inputs: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
+    def run(_: tuple[()], inputs: Any, first: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
         arrays = jax.tree.map(lambda x: x.astype(wide), (inputs, first.hidden))
         (a, b), before, marks = align((*arrays, marks))
         if marks.reset is not None:
@@ -70,7 +70,7 @@ def linear_scan(
         outputs = (_scan if is_scan else _compose)(a, b, before, marks.reset)
         return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
 
-    last, outputs = run_in_order(run, (a, b), reset, lengths, reverse)
+    last, outputs = run_in_order(run, (), (a, b), first, reset, lengths, reverse)
     return last, outputs.astype(dtype)
 
 

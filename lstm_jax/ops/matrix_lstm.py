@@ -82,7 +82,7 @@ def mlstm(
     if not time:
         return first, jnp.zeros((batch, 0, heads * size), steps.dtype)
 
-    def run(inputs: Array, marks: Marks) -> tuple[MLSTMCarry, Array]:
+    def run(params: Any, inputs: Array, first: Any, marks: Marks) -> tuple[MLSTMCarry, Array]:
         arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
         *arrays, marks = align((*arrays, marks))
         q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
@@ -92,9 +92,9 @@ def mlstm(
             i, log_f = jnp.where(frozen, 2 * NEVER, i), jnp.where(frozen, 0, log_f)
         chunk = 1 if implementation == "scan" else min(time, _CHUNK)
         last, found = _run_chunks(arrays[2], (q, k, v, i, log_f), marks.reset, chunk)
-        return last, (o * found).swapaxes(1, 2).reshape(batch, time, -1)
+        return last, (o * found).swapaxes(1, 2).reshape(*inputs.shape[:2], -1)
 
-    last, outputs = run_in_order(run, steps, reset, lengths, reverse)
+    last, outputs = run_in_order(run, params, steps, first, reset, lengths, reverse)
     last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
     return last, outputs.astype(steps.dtype)
 

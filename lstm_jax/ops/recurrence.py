@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lstm_jax.ops.gates import Gating, Layer, align
@@ -31,13 +30,7 @@ def run(
 ) -> tuple[Any, Float[Array, "time batch hidden"]]:
     """Return the last carry and the outputs."""
     gating, *arrays, dtype = layer
-    run = functools.partial(_run, implementation, gating, dtype)
-    if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        # Shardings of batches are not part of types within the layer.
-        batch = jax.typeof(layer.inputs).sharding.spec[1]
-        placed = PartitionSpec(batch, None), PartitionSpec(None, batch, None)
-        run = jax.sharding.auto_axes(run, out_sharding=placed)
-    return run(*align(arrays))
+    return _run(implementation, gating, dtype, *align(arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -202,8 +203,8 @@ def test_padding_after_a_large_input_gate_has_no_gradient(gate: float, implement
     inputs = jnp.ones((1, 3, 1)).at[:, 1:].set(0)
 
     def differentiate(inputs: Any, **options: Any) -> Any:
-        run = functools.partial(ops.mlstm, implementation=implementation, **options)
-        return jax.grad(lambda p, x: run(p, x)[1].sum(), (0, 1))(params, inputs)
+        options["implementation"] = implementation
+        return jax.grad(lambda p, x: ops.mlstm(p, x, **options)[1].sum(), (0, 1))(params, inputs)
 
     (found, by_inputs), (expected, by_first) = (
         differentiate(inputs, lengths=np.ones(1, int)),
@@ -394,6 +395,13 @@ def use_explicit_mesh(loss: Callable[..., Any], params: Any, inputs: jax.Array) 
         return jax.jit(jax.grad(loss))(jax.device_put(params, NamedSharding(mesh, P())), inputs)
 
 
+def use_default_mesh(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    """Place a batch only: `jax.make_mesh` has explicit axes, and no mesh is set."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    return jax.jit(jax.grad(loss))(jax.device_put(params, NamedSharding(mesh, P())), inputs)
+
+
 TRANSFORMATIONS = {
     "jit": lambda loss, *arguments: jax.jit(jax.grad(loss))(*arguments),
     "checkpoint": lambda loss, *arguments: jax.grad(jax.checkpoint(loss))(*arguments),
@@ -408,6 +416,7 @@ ON_TWO_DEVICES = {
     "shard_map": use_shard_map,
     "sharded batch": use_sharded_batch,
     "explicit mesh": use_explicit_mesh,
+    "default mesh": use_default_mesh,
 }
 
 
@@ -436,12 +445,17 @@ def test_gradients_on_two_devices() -> None:
 
 
 def check_gradients_on_two_devices() -> None:
-    """Check each layer; the scans of JAX need a carry that is sharded like the inputs."""
     for transformation, transform in ON_TWO_DEVICES.items():
-        is_manual = transformation in ("pmap", "shard_map")
-        for name in NAMES if is_manual else GATED:
-            for implementation in ("auto", "scan") if is_manual else ("auto",):
+        is_short = transformation in ("sharded batch", "explicit mesh")
+        for name in GATED if is_short else NAMES:
+            for implementation in ("auto",) if is_short else ("auto", "scan"):
                 check_gradients(name, transform, implementation)
+    # On explicit axes, the library computes a batch where it lies.
+    mesh = jax.make_mesh((2,), ("data",))
+    inputs = jax.device_put(make_inputs("lstm"), NamedSharding(mesh, P("data")))
+    text = jax.jit(functools.partial(call, "lstm")).lower(make_params("lstm"), inputs).as_text()
+    calls = re.findall(r'custom_call @"lstm-.*-forward".* : \(tensor<(\w+)xf32>', text)
+    assert calls in ([], [f"{TIME}x{BATCH // 2}x{FEATURES}"])
 
 
 @pytest.mark.parametrize("implementation", ["xla", "auto"])
