@@ -126,14 +126,14 @@ def run_sweep(directory: Path, config: str, *flags: object) -> None:
 
 
 def load_trials(sweep: Path) -> list[FrozenTrial]:
-    """Return the trials of a sweep, one at each point, the best one first."""
+    """Return the trials of a sweep, the best one first."""
     study = optuna.load_study(study_name=sweep.name, storage=f"sqlite:///{sweep}/study.db")
-    return search.drop_repeated(search.list_trials(study))
+    return search.list_trials(study)
 
 
 def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
     """Measure the trained model of a trial, and keep the results beside it."""
-    directory = search.get_directory(sweep, trial)
+    directory = search.get_directory(sweep, search.get_number(trial))
     path = directory / "measured.json"
     return Measured(**frame.compute_once(path, lambda: measure(trial, directory)._asdict()))
 

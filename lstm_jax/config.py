@@ -326,7 +326,7 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
     if not isinstance(fields, dict):
         raise UserError(f"the config is a {type(fields).__name__}, not a ConfigDict")
     values = {name: field.default for name, field in FIELDS.items()}
-    for name, value in [*flatten(fields), *changes.items()]:
+    for name, value in [*flatten(fields), *flatten(changes)]:
         if name.startswith(f"{OPTIONS}."):
             values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
         elif name in FIELDS:

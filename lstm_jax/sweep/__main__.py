@@ -35,7 +35,7 @@ _STUDY = flags.DEFINE_string(
     "study", None, "URL of a database that workers share, such as postgresql://..., or a file."
 )
 _SAMPLER = flags.DEFINE_enum(
-    "sampler", "tpe", ["tpe", "grid"], "Algorithm that samples settings; grid: each choice once."
+    "sampler", "tpe", ["tpe", "grid"], "Algorithm that samples settings; grid: each point once."
 )
 _PRUNER = flags.DEFINE_enum(
     "pruner", "hyperband", ["hyperband", "none"], "Algorithm that stops trials of --space early."
