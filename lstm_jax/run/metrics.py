@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar, text
 
 from lstm_jax.data import files
@@ -72,16 +72,19 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._start -= rows[-1]["seconds"] if rows else 0.0
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
-        suffix = f".{time.time_ns()}"  # TensorBoard reads files in the order of their names.
-        self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
+        directory, name = self._path.parent, f"events.out.tfevents.{time.time_ns()}"
+        # TensorBoard reads files in the order of their names, and the clock may have been set back.
+        last = max((path.name for path in directory.glob("events.out.tfevents.*")), default="")
+        self._events = RecordWriter(str(directory / max(name, f"{last}.1")))
         self.callback(self._events.close)
+        self._add(Event(file_version="brain.Event:2"))
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
         self._add(Event(step=self._step + 1, session_log=start))
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._events.write_event(event)
+        self._events.write(event.SerializeToString())
         self._events.flush()
 
     def write(

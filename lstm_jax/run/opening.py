@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import os
 import socket
 import time
@@ -33,6 +34,8 @@ from lstm_jax.train_step import TrainState, drop_parameters, init_state
 from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 
 _LOCK = ".lock"  # A file in the working directory.
+# Files that a killed process can leave (`files.write_file`).
+_PARTIAL = (".config.json.*.partial", ".vocabulary.json.*.partial", ".curves.png.*.partial")
 
 
 class Plan(NamedTuple):
@@ -157,6 +160,8 @@ def _hold_lock(directory: Path) -> Iterator[str]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
         file.flush()
+        for partial in itertools.chain(*map(directory.glob, _PARTIAL)):
+            partial.unlink()
         yield path.read_text()
 
 

@@ -30,8 +30,10 @@ def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
         opening._hold_lock(tmp_path).__enter__()
     first.kill()
     first.wait()
+    for name in (".curves.png.1.partial", ".mine.partial"):
+        (tmp_path / name).touch()
     with opening._hold_lock(tmp_path):
-        pass
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine.partial"}
 
 
 def test_hidden_dropout_of_one_layer_gives_a_warning(
