@@ -276,7 +276,9 @@ def _leave(error: BaseException) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
     message = str(error)
     if not isinstance(error, UserError):
-        traceback.print_exception(error)
+        # The end of another process is such an error, wherever this one notices it.
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exception(error)
         message = (
             f"process {jax.process_index()} failed ({one_line(error)[:300]}): if another process "
             "has ended, see its output; start all with the same command to resume"
