@@ -3,6 +3,7 @@
 import runpy
 import sys
 
+from lstm_jax.errors import make_command
 from lstm_jax.version import __version__
 
 # Their names and purposes are written here, because importing the commands takes seconds.
@@ -28,10 +29,10 @@ def main() -> None:
         print(f"lstm-jax {__version__}")
         return
     if name not in ("--help", "-h", "-?"):
-        print(f"error: there is no command {name!r}: python -m lstm_jax lists all", file=sys.stderr)
+        print(f"error: there is no command {name!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     for name, purpose in COMMANDS.items():
-        print(f"python -m lstm_jax.{name:<10}{purpose}")
+        print(make_command(name) + " " * (10 - len(name)) + purpose)
     print("\nEach explains its flags with --help. lstm-jax sample, ... do the same.")
 
 

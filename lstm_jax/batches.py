@@ -44,8 +44,8 @@ class Order:
         if length < (needed := size * self._window_length):
             raise UserError(
                 f"the training text is too short: {size} {batches.kind} of {self._window_length} "
-                f"need {needed} tokens, but it has {length}; lower batches.batch_size or "
-                "batches.window_length"
+                f"need {needed} tokens, but it has {length}; lower "
+                "--config.batches.batch_size or --config.batches.window_length"
             )
         self.steps_per_epoch = length // needed
         self._length, self._seed = length, seed

@@ -89,6 +89,6 @@ def _import_tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise UserError(
-            "data.units=bpe needs the package tokenizers: pip install 'lstm-jax[bpe]'"
+            "--config.data.units=bpe needs the package tokenizers: pip install 'lstm-jax[bpe]'"
         ) from None
     return tokenizers

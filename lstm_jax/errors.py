@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,19 @@ _LOGGER = logging.getLogger("lstm_jax")
 def name_setting(name: str, value: object) -> str:
     """Return the flag that sets a field of a config, as messages name it."""
     return f"--config.{name}={shlex.quote(str(value))}"
+
+
+def make_command(module: str, *arguments: str) -> str:
+    """Return a command of the package, as it can be pasted in the current directory.
+
+    Without an active environment, `python` is not the interpreter that has the package.
+    """
+    python, found, here = Path(sys.executable), shutil.which("python"), Path.cwd()
+    if found and Path(found).parent.resolve() == python.parent.resolve():
+        python = Path("python")
+    elif python.is_relative_to(here):
+        python = python.relative_to(here)
+    return shlex.join([str(python), "-m", f"lstm_jax.{module}", *arguments])
 
 
 class UserError(Exception):

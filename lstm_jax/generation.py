@@ -294,7 +294,7 @@ def generate_chunks(
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
                 "the model's predictions are not finite: training has diverged; train again with a "
-                "lower optimizer.learning_rate"
+                "lower --config.optimizer.learning_rate"
             )
         count = np.int32(min(chunk, length))
         ids, number, state = _generate(

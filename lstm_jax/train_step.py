@@ -209,7 +209,7 @@ def drop_parameters(
         kernels = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
         if not kernels:
             raise UserError(
-                "config.regularization.recurrent_dropout needs a cell with a parameter "
+                "--config.regularization.recurrent_dropout needs a cell with a parameter "
                 "recurrent_kernel: set it to 0"
             )
         arrays = [array for _, array in leaves]

@@ -3,7 +3,6 @@
 `run/opening.py` opens the run, new or resumed; `train_step.py` has the step.
 """
 
-import shlex
 import time
 from pathlib import Path
 from typing import Unpack
@@ -18,7 +17,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
-from lstm_jax.errors import NotFiniteError
+from lstm_jax.errors import NotFiniteError, make_command
 from lstm_jax.generation import Controls
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
@@ -186,7 +185,7 @@ def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
             f"last good checkpoint, that of step {run.checkpoints.last_step}, with a lower "
-            "optimizer.learning_rate"
+            "--config.optimizer.learning_rate"
         )
 
 
@@ -292,13 +291,12 @@ def finish_run(run: OpenRun) -> Run:
         # On a device, as in `validate`: else the function that generates would be compiled again.
         key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
         described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["test"])
-        workdir_flag = f"--workdir {shlex.quote(str(run.directory))}"
+        command = make_command("sample", "--workdir", str(run.directory))
         run.print(
             f"\n{generate_sample(run, params, key)}\n\n"
             f"Test loss at step {step}, the step with the best validation loss: {described}\n"
             f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
             f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-            f"Generate text: python -m lstm_jax.sample {workdir_flag}"
-            f"{cell_file.make_flag(run.config.model)}"
+            f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
         )
     return Run(trained, run.directory)

@@ -93,7 +93,7 @@ class Vocabulary:
             name = "end of a file" if stop == FILE_END else repr(stop)
             raise UserError(
                 f"the training text has no {name} to end its documents: choose another "
-                "data.document_separator"
+                "--config.data.document_separator"
             )
         frequent = {token for token, count in counts.items() if count >= min_count}
         if kind in ("bytes", "bpe"):
@@ -101,7 +101,7 @@ class Vocabulary:
         if counts and not frequent:
             raise UserError(
                 f"none of the {kind} of the training text occurs {min_count} times: lower "
-                "data.min_count, or choose other data.units"
+                "--config.data.min_count, or choose other --config.data.units"
             )
         tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
         if kind == "bpe":

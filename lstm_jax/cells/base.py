@@ -65,7 +65,9 @@ def make_cell(
     if "dtype" in fields:
         given["dtype"] = dtype
     elif dtype != "float32":
-        raise UserError(f"the cell {cell.__name__} has no field dtype: model.dtype must be float32")
+        raise UserError(
+            f"the cell {cell.__name__} has no field dtype: it needs --config.model.dtype=float32"
+        )
     with name_cell_error(cell):
         return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
 

@@ -1,7 +1,6 @@
 """Convert a file of PyTorch's weights to the folder of a model, and back; make such a folder."""
 
 import json
-import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, make_visible, name_failure, print_line
+from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
 from lstm_jax.run import messages, model_file, workdir
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
@@ -64,7 +63,7 @@ def import_weights(
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
     print_line(f"Wrote the model of {source} to {directory}")
-    print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
+    print_line(f"Generate text: {make_command('sample', '--workdir', str(directory))}")
 
 
 def export_weights(directory: Path, target: Path) -> None:

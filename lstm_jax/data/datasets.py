@@ -28,8 +28,8 @@ def read_dataset(data: DataConfig) -> list[bytes]:
     known = [key for key in features if isinstance(features[key], tfds.features.Text)]
     if feature not in known or "train" not in splits:
         raise UserError(
-            f"{name} has no text feature {feature!r} (data.text_feature) in a train split; it has "
-            f"{', '.join(known) or 'no text'} in {', '.join(splits)}"
+            f"{name} has no text feature {feature!r} (--config.data.text_feature) in a train "
+            f"split; it has {', '.join(known) or 'no text'} in {', '.join(splits)}"
         )
 
     def read_split(split: str) -> bytes:
@@ -54,11 +54,12 @@ def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
-            "correct data.dataset (a file is data.path)"
+            "correct --config.data.dataset (a file is --config.data.path)"
         ) from None
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
         raise UserError(
             f"can't prepare {name} under {data_dir} ({one_line(error)}): prepare it elsewhere, as "
-            "array_record, and copy it there, or use another data.directory or data.dataset"
+            "array_record, and copy it there, or use another --config.data.directory or "
+            "--config.data.dataset"
         ) from None
     return builder

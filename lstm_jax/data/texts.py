@@ -289,7 +289,8 @@ def _find(pattern: str) -> list[Path]:
     matches = {x for x in glob.glob(pattern, recursive=True) if not os.path.isdir(x)}
     if not matches:
         raise UserError(
-            f"there is no text file {pattern!r}: name an existing one (data.path, --data_path)"
+            f"there is no text file {pattern!r}: name an existing one "
+            "(--config.data.path, --data_path)"
         )
     return [*map(Path, sorted(matches))]
 
@@ -400,5 +401,5 @@ def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserE
     return UserError(
         f"{name} is not UTF-8 at byte {before + error.start}: unpack it if it is compressed, "
         "convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, "
-        "GB18030 or another), or train on its bytes with data.units=bytes"
+        "GB18030 or another), or train on its bytes with --config.data.units=bytes"
     )

@@ -108,9 +108,9 @@ def make_mesh(config: Config) -> Mesh:
         number = processes * next(fitting, 1)
     if number > len(devices) or number % processes or rows % number:
         raise UserError(
-            f"{number} devices can't share a batch: config.mesh.data must be a multiple of the "
+            f"{number} devices can't share a batch: --config.mesh.data must be a multiple of the "
             f"number of processes, {processes}; at most the number of devices, {len(devices)}; and "
-            f"divide batches.batch_size / optimizer.microbatches, {rows}"
+            f"divide --config.batches.batch_size / --config.optimizer.microbatches, {rows}"
         )
     return Mesh(by_process[:, : number // processes].reshape(-1), DATA)
 

@@ -74,7 +74,10 @@ def main() -> None:
     else:
         loss = compute_loss(trained.model, trained.params, ids)
     if math.isnan(loss):
-        raise UserError("the loss is not a number: lower the learning rate, of training or dynamic")
+        raise UserError(
+            "the loss is not a number: lower --config.optimizer.learning_rate in training, or "
+            "--dynamic_learning_rate"
+        )
     result |= measurement.report_loss(subject, loss)
     print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
 

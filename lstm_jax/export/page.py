@@ -17,7 +17,7 @@ import numpy as np
 
 from lstm_jax import bpe
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, name_failure, print_line
+from lstm_jax.errors import UserError, name_failure, note, print_line
 from lstm_jax.export import activations, features
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
@@ -49,10 +49,12 @@ def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     if target is None:  # Nothing is written into the package.
         is_here = workdir.find_model(directory) == directory
         target = Path(directory if is_here else ".") / "page.html"
-    page = make_page(workdir.load_trained(directory), directory.resolve().name, text)
+    trained = workdir.load_trained(directory)
+    note(f"The model of {directory}, step {trained.step}, reads {len(text):,} characters")
+    page = make_page(trained, directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
         files.write_file(target, page)
-    print_line(f"{target} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    print_line(f"Wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
 def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
@@ -68,7 +70,7 @@ def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
     if not np.isfinite(reading.bits).all():
         raise UserError(
             f"the predictions of the model of step {trained.step} are not finite: its training "
-            "diverged; train again with a lower optimizer.learning_rate"
+            "diverged; train again with a lower --config.optimizer.learning_rate"
         )
     computed = features.compute_features(text, vocabulary)
     matrix = np.stack([*computed.values()])

@@ -65,7 +65,7 @@ def use_loaded_cell(model: ModelConfig, workdir: Path) -> ModelConfig:
     if not named:
         raise UserError(
             f"the model in {workdir} has the cell {model.cell}, whose code runs only if you name "
-            f"it: --cell {shlex.quote(model.cell)}, cell= in Python, or config.model.cell"
+            f"it: --cell {shlex.quote(model.cell)}, cell= in Python, or --config.model.cell"
         )
     cell = model.cell if model.cell in named else named[-1]
     loaded = dataclasses.replace(model, cell=cell, cell_sha256=cells.LOADED[cell][1])

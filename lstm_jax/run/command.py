@@ -64,8 +64,9 @@ def call_main(main: Callable[[], int | None]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail(
-            f"there is not enough memory ({one_line(error)[:200]}): lower batches.batch_size or "
-            "the sizes of the model, or read or generate less at a time"
+            f"there is not enough memory ({one_line(error)[:200]}): lower "
+            "--config.batches.batch_size or the sizes of the model, or read or generate less at a "
+            "time"
         )
     if code:  # A signal stopped training, which has saved and reported this.
         interrupts.exit_now(code)

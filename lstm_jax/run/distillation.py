@@ -25,7 +25,7 @@ def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
             f"the vocabulary of {teachers}, in config.distill.teachers, is not that of this run: "
-            "train all on one text, with the same data.units"
+            "train all on one text, with the same --config.data.units"
         )
     if trained.config.data.sha256 != config.data.sha256:
         warn(

@@ -41,7 +41,7 @@ def describe_setup(run: OpenRun, is_finished: bool) -> str:
     if is_finished:
         lines.append(
             f"The run in {run.directory} is finished, at step {run.first_step}: to train longer, "
-            "raise num_epochs, max_steps or patience"
+            "raise --config.num_epochs, --config.max_steps or --config.patience"
         )
         return "\n".join(lines)
     lines += run.notes

@@ -204,7 +204,7 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
             )
             raise UserError(
                 f"{directory} holds a run with another config or text ({listed}): resume with "
-                "its values, or use another working directory"
+                "its values, or begin anew: use another --workdir, or remove that directory"
             )
         cell_file.warn_if_changed(config.model, before.model, directory)
         notes = [f"{field} is now {now!r}; it was {was!r}" for field, was, now in changes]
@@ -216,7 +216,7 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
         is_initial = field.startswith("model.initial_") or field in CHANGEABLE
         if field == "data.units" or (field.startswith("model.") and not is_initial):
             raise UserError(
-                f"config.{field} is {ours!r}, but {theirs!r} in {config.init_from}, from which "
+                f"--config.{field} is {ours!r}, but {theirs!r} in {config.init_from}, from which "
                 "this run starts: set the same"
             )
     if config.distill.teachers:  # With other tokens, a model could not learn from them.
@@ -276,7 +276,10 @@ def _make_run(
     drop = functools.partial(drop_parameters, config.regularization)
     jax.eval_shape(drop, state.params, state.key)
     if config.regularization.hidden_dropout and config.model.num_layers == 1:
-        warn("config.regularization.hidden_dropout is between layers: with one, use output_dropout")
+        warn(
+            "config.regularization.hidden_dropout is between layers: with one, use "
+            "--config.regularization.output_dropout"
+        )
     checkpoints = directory / workdir.CHECKPOINTS
     state, step, history = _restore_state(checkpoints, state, plan.total_steps)
     is_recorded = start.is_resumed and read_validation_loss(checkpoints, step) is not None
@@ -330,6 +333,6 @@ def _restore_state(
     if step > total_steps:
         raise UserError(
             f"the run in {checkpoints.parent} has trained {step} steps already: raise "
-            "config.num_epochs or config.max_steps, or use another working directory"
+            "--config.num_epochs or --config.max_steps, or use another --workdir"
         )
     return TrainState(params=items.params, **items.state), step, items.history

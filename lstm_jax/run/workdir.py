@@ -17,7 +17,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
 from lstm_jax.ensemble import Ensemble
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError, make_command, warn
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
 
@@ -54,7 +54,7 @@ def load_config(workdir: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no trained model in {str(workdir)!r} (no {CONFIG}): name the directory of a "
-            "training run, or tiny-shakespeare, or train one with python -m lstm_jax.main"
+            f"training run, or tiny-shakespeare, or train one with {make_command('main')}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {error}") from None

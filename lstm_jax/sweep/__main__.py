@@ -8,14 +8,13 @@ The same command resumes a sweep. Any number of processes may run it at the same
 of the config is a flag, too: `python -m lstm_jax.config` lists them, as docs/config.md does.
 """
 
-import shlex
 import warnings
 from pathlib import Path
 
 from absl import flags
 
 from lstm_jax import config
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, make_command
 from lstm_jax.run import command
 
 command.define_config_flag("Experiment to start from: a Python file with get_config().")
@@ -80,11 +79,11 @@ def main() -> None:
         prune=not seeds and _PRUNER.value == "hyperband",
     )
     given = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
-    fields = shlex.join(f"--{flag.name}={flag.value}" for flag in given if flag.value is not None)
+    fields = [f"--{flag.name}={flag.value}" for flag in given if flag.value is not None]
     try:
         search.run_worker(sweep)
     finally:
-        print(search.describe_results(sweep.study, f"python -m lstm_jax.main {fields}"))
+        print(search.describe_results(sweep.study, make_command("main", *fields)))
 
 
 if __name__ == "__main__":

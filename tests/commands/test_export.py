@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,10 @@ def test_the_command_reads_the_validation_split_or_standard_input(
     done = commands.run("export", f"--workdir={directory}")
     made = directory / "page.html"
     size = f"{made.stat().st_size / 1e6:.1f}"
-    assert done.stdout == f"{made} ({size} MB): open it in a browser\n", done.stderr
+    assert done.stdout == f"Wrote {made} ({size} MB): open it in a browser\n", done.stderr
+    assert re.fullmatch(
+        rf"The model of {directory}, step \d+, reads [\d,]+ characters\n", done.stderr
+    )
     flags = [f"--workdir={directory}", "--text=-", "--to=other.html"]
     done = commands.run("export", *flags, cwd=tmp_path, given="To be, or not")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ import models
 import runs
 from commands import keep_process_state, run, run_python
 from lstm_jax import __main__ as package
-from lstm_jax import config, dynamic, generation, training
+from lstm_jax import config, dynamic, errors, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
@@ -237,6 +237,28 @@ def test_the_full_help_explains_each_field() -> None:
     text = " ".join(run("main", "--helpfull").stdout.split())
     for field in config.FIELDS.values():
         assert (f"config.{field.name}: {field.meaning}" in text) == field.is_flag
+
+
+@pytest.mark.parametrize(
+    ("path", "place", "python"),
+    [
+        (".venv/bin", ".", "python"),
+        ("bin", ".", ".venv/bin/python"),
+        ("bin", "bin", "{root}/.venv/bin/python"),
+    ],
+)
+def test_a_printed_command_starts_the_same_python(
+    path: str, place: str, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (".venv/bin/python", "bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(sys.executable)  # As in an environment.
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    monkeypatch.chdir(tmp_path / place)
+    expected = python.format(root=tmp_path)
+    command = errors.make_command("sample", "--workdir", "my run")
+    assert command == f"{expected} -m lstm_jax.sample --workdir 'my run'"
 
 
 def test_the_package_lists_its_commands(

@@ -220,7 +220,7 @@ def test_an_error_says_why_a_dataset_is_not_read(tfds_dir: Path, tmp_path: Path)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(
-        UserError, match="can.t prepare tiny_shakespeare .*use another data.directory"
+        UserError, match="can.t prepare tiny_shakespeare .*use another --config.data.directory"
     ):
         read_dataset("tiny_shakespeare", tmp_path)
 

@@ -149,7 +149,7 @@ def test_a_finished_run_says_so(
     finished = training.train(tiny_config, directory)
     assert (directory / workdir.CURVES).exists()
     output = capsys.readouterr().out
-    assert "is finished, at step 140: to train longer, raise num_epochs" in output
+    assert "is finished, at step 140: to train longer, raise --config.num_epochs" in output
     assert "weight_decay" not in output and finished.config == workdir.load_config(trained)
     assert (directory / workdir.METRICS).read_bytes() == before
     assert workdir.load_config(directory) == workdir.load_config(trained), "it was trained with it"
@@ -190,7 +190,7 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
     text = Path(tiny_config.data.path).read_text()
     other.write_text(text + ".")
     tiny_config.data.path = str(other)
-    message = "data.path was .*data.sha256 was .*use another working directory"
+    message = "data.path was .*data.sha256 was .*begin anew: use another --workdir, or remove"
     with pytest.raises(UserError, match=message):
         training.train(tiny_config, directory)
     tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
@@ -292,7 +292,7 @@ def test_fewer_epochs_than_a_run_has_had_raise_an_error(
     # As if it had stopped before the last validation.
     (directory / workdir.CHECKPOINTS / "140" / checkpoints.VALIDATION).unlink()
     tiny_config.num_epochs = 1
-    with pytest.raises(UserError, match="trained 140 steps already: raise config.num_epochs"):
+    with pytest.raises(UserError, match="trained 140 steps already: raise --config.num_epochs"):
         training.train(tiny_config, directory)
     assert (directory / workdir.CONFIG).read_bytes() == before
 
