@@ -25,11 +25,11 @@ class Batch(NamedTuple):
 class Order:
     """The places in the text of the windows of each training step.
 
-    An epoch reads the text as a circle, from a random position on; less than a batch is left out.
-    Each of the `batch_size` streams reads the same number of windows. At each step, a stream starts
-    another segment of the text with probability `reset_probability`, or always (`windows`), and
-    otherwise continues. The segments are shuffled, so that other parts of the text meet in a batch
-    in each epoch.
+    An epoch reads the text as a circle, from a random position on: the first token follows the
+    last one. Less than a batch is left out. Each of the `batch_size` streams reads the same number
+    of windows. At each step, a stream starts another segment of the text with probability
+    `reset_probability`, or always (`windows`), and otherwise continues. The segments are shuffled,
+    so that other parts of the text meet in a batch in each epoch.
     """
 
     def __init__(

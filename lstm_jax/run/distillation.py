@@ -38,11 +38,12 @@ def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
 def predict_text(teachers: workdir.Trained, ids: Ids) -> np.ndarray:
     """Return the probabilities of teachers for each token of a text, float16 [n, vocabulary].
 
-    Row i is for ids[i], after the text before it; row 0, which nothing predicts, is zero.
+    Row i is for ids[i], after the text before it. Row 0, which nothing predicts, is one-hot, so
+    that a target that comes after the end of the text has the same loss as without teachers.
     """
     chunks = loss_lib.iterate_chunks(ids)
     rows = loss_lib.read_chunks(_predict_chunk, teachers.model, teachers.params, chunks)
-    return np.concatenate([np.zeros_like(rows[:1]), rows])
+    return np.concatenate([[np.arange(rows.shape[1]) == ids[0]], rows])
 
 
 @jax.jit(static_argnames="model")
