@@ -69,11 +69,13 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
         `state` is all of the training state but `params`, and `history` holds the sizes of the
         files that the run appends to. Raise `UnavailableError` if this checkpoint, or the one
-        before, can't be written.
+        before, can't be written, or that one is gone.
         """
         self.wait()
         path = self._directory / f"{step}{_UNFINISHED}"
         try:
+            if parallel.is_first() and self.last_step >= 0:  # Orbax would make the directory again.
+                (self._directory / str(self.last_step)).stat()
             self._orbax.save(
                 path,
                 args=ocp.args.Composite(
@@ -121,6 +123,11 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
                 raise self._describe(error) from None
 
     def _describe(self, error: Exception) -> UnavailableError:
+        if isinstance(error, FileNotFoundError):
+            return UnavailableError(
+                f"a checkpoint in {self._directory} is gone: the working directory was moved or "
+                "removed during training; resume with its present path in --workdir"
+            )
         return UnavailableError(
             f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
             "make it writable, then resume with the same command"

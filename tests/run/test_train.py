@@ -139,6 +139,26 @@ def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_is_moved_stops_the_run_at_the_next_save(
+    replaced: bool, trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move(row: Mapping[str, Any]) -> None:
+        if row["step"] == 80:
+            directory.rename(moved)
+            if replaced:
+                (directory / workdir.CHECKPOINTS).mkdir(parents=True)
+
+    with pytest.raises(UserError, match=f"{directory}.* is gone: the working directory was moved"):
+        training.train(tiny_config, directory, move)
+    assert not any((directory / workdir.CHECKPOINTS).glob("*"))
+    training.train(tiny_config, moved)
+    runs.assert_same(trained, moved)
+
+
+@pytest.mark.slow
 def test_a_finished_run_says_so(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
