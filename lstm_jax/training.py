@@ -22,8 +22,8 @@ from lstm_jax.generation import Controls
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
-from lstm_jax.run.messages import Progress
 from lstm_jax.run.opening import OpenRun, open_run
+from lstm_jax.run.progress import Progress, describe_setup
 from lstm_jax.train_step import TrainState, make_train_step
 
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
@@ -63,7 +63,7 @@ def train(
         open_run(complete, directory, watch, quiet) as run,
     ):
         done = is_finished(run)
-        run.print(messages.describe_setup(run, done))
+        run.print(describe_setup(run, done))
         if not done:  # A finished run keeps its config.
             take_steps(run)
         return finish_run(run)

@@ -285,6 +285,14 @@ def test_help_imports_no_jax(module: str) -> None:
     assert not re.search(r"\| +(flax|jax|optax|optuna|orbax|torch)\n", done.stderr)
 
 
+@pytest.mark.process
+def test_a_model_in_the_package_needs_neither_orbax_nor_tensorboard() -> None:
+    flags = "--model=tiny-shakespeare", "--length=1"
+    done = run_python("-X", "importtime", "-m", "lstm_jax.sample", *flags)
+    assert done.returncode == 0 and re.search(r"\| +jax\n", done.stderr)
+    assert not re.search(r"\| +(orbax|tensorboardX)\b", done.stderr)
+
+
 def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))

@@ -19,7 +19,7 @@ from lstm_jax import training
 from lstm_jax.devices import parallel
 from lstm_jax.devices.parallel import Pacer
 from lstm_jax.run import checkpoints, metrics, opening, workdir
-from lstm_jax.run.messages import Progress
+from lstm_jax.run.progress import Progress
 from lstm_jax.train_step import TrainState
 
 

@@ -24,7 +24,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import training
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, messages, metrics, workdir
+from lstm_jax.run import checkpoints, metrics, progress, workdir
 from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
 
@@ -69,7 +69,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
     tiny_config.log_every_steps = 1
-    monkeypatch.setattr(messages, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     training.train(tiny_config, whole)
 
     def stop(steps: int, step: TrainStep, state: TrainState, batch: Any) -> TrainState:
