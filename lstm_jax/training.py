@@ -23,7 +23,7 @@ from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run
 from lstm_jax.run.opening import OpenRun, open_run
-from lstm_jax.run.progress import Progress, describe_setup
+from lstm_jax.run.progress import Progress, describe_setup, describe_validation
 from lstm_jax.train_step import TrainState, make_train_step
 
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
@@ -235,16 +235,14 @@ def validate(run: OpenRun, state: TrainState, step: int) -> bool:
         record(run, step, "validation", loss, sample=sample)
         workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
         run.checkpoints.record_validation(step, loss)
-    described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
-    plan = run.plan
-    done, total = map(plan.count_epochs, (step, plan.total_steps))
-    run.print(f"\n=== epoch {done:.4g} of {total:.4g}: validation loss {described}\n{sample}\n")
-    if step == plan.total_steps:
+    if run.prints:
+        run.print(f"\n=== {describe_validation(run, step, loss)}\n{sample}\n")
+    if step == run.plan.total_steps:
         return False  # `finish_run` plots.
     is_over = is_out_of_patience(run)
     if is_over:
         run.print(
-            f"Training ends at step {step} of {plan.total_steps}: the validation loss has not "
+            f"Training ends at step {step} of {run.plan.total_steps}: the validation loss has not "
             f"improved for {run.config.patience} validations"
         )
     elif step:

@@ -1,6 +1,8 @@
 """Test the parts of the training loop: when it acts, what it logs, how it stops."""
 
+import ast
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +21,9 @@ from lstm_jax import training
 from lstm_jax.devices import parallel
 from lstm_jax.devices.parallel import Pacer
 from lstm_jax.run import checkpoints, metrics, opening, workdir
-from lstm_jax.run.progress import Progress
+from lstm_jax.run.progress import Progress, describe_setup, describe_validation
 from lstm_jax.train_step import TrainState
+from lstm_jax.vocabulary import TextSize
 
 
 class KilledError(Exception):
@@ -116,11 +119,56 @@ def test_progress_is_a_line_every_ten_seconds(
     clock.now += 5
     progress.print(6, 2.4, 6400)  # Too early for a line.
     clock.now += 15
-    progress.print(21, 2.25, 9600)
+    progress.print(21, 2.25, 96)
     assert capsys.readouterr().out.splitlines() == [
         "step 1/140, epoch 0.01, loss 2.500",  # The speed was not measured yet.
-        "step 21/140, epoch 0.30, loss 2.250, 9,600 tokens/s, 1:19 left",
+        "step 21/140, epoch 0.30, loss 2.250, 96 tokens/s, 2:12:13 left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [
+        ((4.0, 2.0, 2.5), False),
+        ((4.0, 2.0, 2.5, 2.4), True),
+        ((4.0, 2.0, 2.5, 2.4, 2.6), False),  # The hint has been printed.
+        ((4.0, 2.0, 2.01, 2.01), False),
+    ],
+)
+def test_a_validation_line_compares_its_loss_and_gives_a_hint_when_it_begins_to_rise(
+    losses: tuple[float, ...], rises: bool
+) -> None:
+    rows: list[Any] = [{"step": 60, "split": "train", "loss": 1.5, "learning_rate": 0.0123}]
+    rows += [{"step": 70 * i, "split": "validation", "loss": x} for i, x in enumerate(losses)]
+    regularization = SimpleNamespace(input_dropout=0.3, output_dropout=0.0, recurrent_dropout=0.0)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(regularization=regularization),
+        plan=make_plan(num_epochs=9),
+        vocabulary=SimpleNamespace(token_name="character"),
+        sizes={"validation": TextSize(9, 9, 0)},
+        model=SimpleNamespace(num_layers=1),
+        first_state=make_state()._replace(params={"lstm": {"recurrent_kernel": jnp.zeros(1)}}),
+        read_metrics=lambda: rows,
+    )
+    line, *hints = describe_validation(run, 70 * (len(losses) - 1), losses[-1]).splitlines()
+    assert line.startswith(f"epoch {len(losses) - 1} of 9: validation loss {losses[-1]:.4f} nats")
+    end = "; best 2.0000 at step 70; training loss 1.5000, learning rate 0.0123"
+    assert line.endswith(end) and len(hints) == rises
+    # What the model has no use for, or has enough of, is left out.
+    flags = ["regularization.output_dropout=0.5", "regularization.recurrent_dropout=0.3"]
+    for hint in hints:
+        assert re.findall(r"--config\.(\S+)", hint) == [*flags, "num_epochs=1"]
+
+
+def test_a_run_of_few_steps_names_flags_for_more(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    few = config_lib.complete_config(tiny_config)
+    with opening.open_run(few, tmp_path / "few") as run:
+        (hint,) = [x for x in describe_setup(run, False).splitlines() if x.startswith("Hint: 140")]
+    changes = {k: ast.literal_eval(x) for k, x in re.findall(r"--config\.(\S+)=(\S+)", hint)}
+    more = config_lib.complete_config(few, changes)
+    with opening.open_run(more, tmp_path / "more") as run:
+        assert 1000 <= run.plan.total_steps < 1100
+        assert "Hint" not in describe_setup(run, False)
 
 
 def test_a_row_has_the_means_since_the_last_one(
