@@ -36,6 +36,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 import frame
+import lstm_jax
 from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import memory
@@ -141,7 +142,7 @@ def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
 def measure(trial: FrozenTrial, directory: Path) -> Measured:
     """Measure a trained model."""
     cell_file.resolve_cell(workdir.load_config(directory).model)  # It may be in a file.
-    trained = workdir.load_trained(directory)
+    trained = lstm_jax.load(directory)
     return Measured(
         trial.values[0],
         trial.user_attrs[search.TEST_LOSS],
@@ -154,7 +155,7 @@ def measure(trial: FrozenTrial, directory: Path) -> Measured:
     )
 
 
-def measure_generation(trained: workdir.Trained) -> float:
+def measure_generation(trained: lstm_jax.Run) -> float:
     """Return the characters a second of one generated text, compilation excluded."""
     arguments = trained.model, trained.params, np.full((1, 16), 2, np.int32), jax.random.key(0)
 

@@ -45,6 +45,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 import frame
+import lstm_jax
 from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import cell_file, workdir
@@ -163,7 +164,7 @@ def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -
     flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
     cell_file.resolve_cell(workdir.load_config(path).model)  # It may be in a file.
-    parameters = sum(array.size for array in jax.tree.leaves(workdir.load_trained(path).params))
+    parameters = sum(array.size for array in jax.tree.leaves(lstm_jax.load(path).params))
     last = "--split=validation+test"
     measured = (last, f"--context={WINDOW}"), (last,), ("--split=validation",)
     return Measured(minutes, parameters, *(frame.evaluate(path, *flags) for flags in measured))

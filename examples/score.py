@@ -15,10 +15,9 @@ import lstm_jax
 
 def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float, str]]:
     """Return the bits per character of each sentence with its sentence, the smallest first."""
-    start = run.score("\n\n").carry
     scored = []
     for sentence in sentences:
-        tokens, log_probs, _ = run.score(f"{sentence}\n", start)  # Its end is predicted, too.
+        tokens, log_probs = run.score(f"{sentence}\n", "\n\n")  # Its end is predicted, too.
         # A token that the model lacks is spelled out, with eight bits for each byte and its end.
         unknown = sum(len(t.encode()) + 1 for t in tokens if t not in run.vocabulary)
         bits = -log_probs.sum() / math.log(2) + 8 * unknown

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import NotFiniteError
+from lstm_jax.loss import round_length
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
@@ -185,11 +186,6 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: Promp
     time = ids.shape[1]
     padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
     return _read(model, arrays, state, padded, np.int32(time))
-
-
-def round_length(time: int) -> int:
-    """Round `time` up to a power of two, at least 16, so that few lengths are compiled."""
-    return max(16, 1 << max(time - 1, 0).bit_length())
 
 
 @jax.jit(static_argnames="model")

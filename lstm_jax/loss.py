@@ -90,6 +90,11 @@ def count_streams(ids: Ids) -> int:
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
 
 
+def round_length(time: int) -> int:
+    """Round `time` up to a power of two, at least 16, so that few lengths are compiled."""
+    return max(16, 1 << max(time - 1, 0).bit_length())
+
+
 def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
@@ -97,7 +102,8 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     `compute_loss`.
     """
     streams = 1 if length else count_streams(ids)
-    length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
+    if not length:
+        length = min(round_length(len(ids) - 1), _CHUNK) if streams == 1 else _STREAMS_CHUNK
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
     return _cut_chunks(ids, np.maximum(bounds[:-1] - _PRECEDING, 0), bounds, length)
 

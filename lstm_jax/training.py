@@ -279,7 +279,6 @@ def finish_run(run: OpenRun) -> Run:
     shapes = model_lib.get_param_shapes(run.model)
     params, step = workdir.load_params(run.directory, shapes)
     config = workdir.load_config(run.directory)
-    trained = workdir.Trained(config, run.vocabulary, run.model, params, step)
     losses = find_losses(run, "test", step)
     loss = losses[-1] if losses else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if parallel.is_first():
@@ -297,4 +296,4 @@ def finish_run(run: OpenRun) -> Run:
             f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
             f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
         )
-    return Run(trained, run.directory)
+    return Run(config, run.vocabulary, run.model, params, step, run.directory)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+import lstm_jax
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.convert import transfer
@@ -53,7 +54,7 @@ def load_final_state(directory: Path) -> list[Any]:
 
 def make_diverged_run(trained: Path, directory: Path) -> None:
     """Make a working directory with the model of another one, whose parameters are all NaN."""
-    loaded = workdir.load_trained(trained)
+    loaded = lstm_jax.load(trained)
     params = jax.tree.map(lambda array: array * np.nan, loaded.params)
     transfer.make_folder(directory, loaded.config, loaded.vocabulary, params)
 

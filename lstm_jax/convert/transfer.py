@@ -11,6 +11,7 @@ from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
 from lstm_jax.run import messages, model_file, workdir
+from lstm_jax.run.library import load
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
 MODULES = ("embedding", "lstm", "linear")
@@ -80,7 +81,7 @@ def export_weights(directory: Path, target: Path) -> None:
         torch_weights.check_model(config.model)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
-    trained = workdir.load_trained(directory)
+    trained = load(directory)
     content = torch_weights.to_bytes(torch_weights.from_model(trained.model, trained.params))
     with name_failure(f"can't write {target}"):
         files.write_file(beside, json.dumps(trained.vocabulary.to_fields(), indent=0).encode())
@@ -103,7 +104,7 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
         raise UserError(
             f"{directory} can't be a folder: its cell, {config.model.cell}, is in a file of yours"
         )
-    trained = workdir.load_trained(source)
+    trained = load(source)
     name = make_visible(target.resolve().name)
     make_folder(
         target.absolute(),

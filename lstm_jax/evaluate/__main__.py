@@ -50,9 +50,9 @@ def main() -> None:
     from lstm_jax.dynamic import Settings
     from lstm_jax.evaluate import measurement
     from lstm_jax.loss import compute_loss
-    from lstm_jax.run import workdir
+    from lstm_jax.run.library import load
 
-    trained, steps = workdir.load_models(directories, _DTYPE.value)
+    trained = load(directories, _DTYPE.value)
     vocabulary, splits = trained.vocabulary, dict[str, texts.Text]()
     if not _TEXT.value or _DYNAMIC.value:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
@@ -79,6 +79,7 @@ def main() -> None:
             "--dynamic_learning_rate"
         )
     result |= measurement.report_loss(subject, loss)
+    steps = [member.step for member in trained.members]
     print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
 
 

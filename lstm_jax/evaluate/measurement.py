@@ -12,7 +12,7 @@ from lstm_jax.data import texts
 from lstm_jax.data.texts import Text
 from lstm_jax.ensemble import list_members
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run.library import Run
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, TextSize, Vocabulary
 
 
@@ -58,14 +58,14 @@ def _encode(fields: dict[str, object], parts: Sequence[Text], vocabulary: Vocabu
     return Subject(fields, ids, sizes)
 
 
-def measure_in_windows(trained: workdir.Trained, ids: Ids, context: int) -> float:
+def measure_in_windows(trained: Run, ids: Ids, context: int) -> float:
     """Return the mean loss in nats per token, in windows that are read from a zero state."""
     losses = loss_lib.compute_token_losses(trained.model, trained.params, ids, context)
     return float(losses.mean(dtype=np.float64))
 
 
 def measure_dynamic_loss(
-    trained: workdir.Trained, ids: Ids, train_ids: Ids, settings: dynamic.Settings
+    trained: Run, ids: Ids, train_ids: Ids, settings: dynamic.Settings
 ) -> float:
     """Return the mean loss in nats per token with dynamic evaluation."""
     members = list_members(trained.model, trained.params)

@@ -20,6 +20,7 @@ from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, note, print_line
 from lstm_jax.export import activations, features
 from lstm_jax.run import workdir
+from lstm_jax.run.library import Run, load
 from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
 
 # The cells that the page implements.
@@ -49,7 +50,7 @@ def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     if target is None:  # Nothing is written into the package.
         is_here = workdir.find_model(directory) == directory
         target = Path(directory if is_here else ".") / "page.html"
-    trained = workdir.load_trained(directory)
+    trained = load(directory)
     note(f"The model of {directory}, step {trained.step}, reads {len(text):,} characters")
     page = make_page(trained, directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
@@ -57,7 +58,7 @@ def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     print_line(f"Wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
-def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
+def make_page(trained: Run, name: str, text: str) -> bytes:
     """Return the page of a model called `name` that has read a text.
 
     Raise `UserError` if the text is shorter than two tokens, or predictions are not finite.
@@ -100,7 +101,7 @@ def make_page(trained: workdir.Trained, name: str, text: str) -> bytes:
     return template.replace("null/*data*/", in_script).encode()
 
 
-def pack_model(trained: workdir.Trained) -> dict[str, Any]:
+def pack_model(trained: Run) -> dict[str, Any]:
     """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
     model, params = trained.model, trained.params
 

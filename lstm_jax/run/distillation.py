@@ -10,18 +10,18 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import workdir
+from lstm_jax.run.library import Run, load
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 
-def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
+def load_teachers(config: Config, vocabulary: Vocabulary) -> Run:
     """Load the teachers of a run as one model; warn if they were trained on another text.
 
     Raise `UserError` if one can't be loaded, if they were not all trained on one text, or if their
     vocabulary is not that of the run.
     """
     teachers = config.distill.teachers
-    trained, _ = workdir.load_models(teachers.split(","))
+    trained = load(teachers.split(","))
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
             f"the vocabulary of {teachers}, in config.distill.teachers, is not that of this run: "
@@ -35,7 +35,7 @@ def load_teachers(config: Config, vocabulary: Vocabulary) -> workdir.Trained:
     return trained
 
 
-def predict_text(teachers: workdir.Trained, ids: Ids) -> np.ndarray:
+def predict_text(teachers: Run, ids: Ids) -> np.ndarray:
     """Return the probabilities of teachers for each token of a text, float16 [n, vocabulary].
 
     Row i is for ids[i], after the text before it. Row 0, which nothing predicts, is one-hot, so

@@ -1,11 +1,12 @@
 """Load a trained model and use it from Python: generate, score, look inside."""
 
+import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, cast
 
 import jax
 import numpy as np
@@ -13,15 +14,14 @@ import numpy as np
 from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.config import DTYPES
+from lstm_jax.config import DTYPES, Config, Dtype
 from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, workdir
+from lstm_jax.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from lstm_jax.run.metrics import Row
-
-_LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -36,19 +36,11 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float
 
 
-class TextCarry(NamedTuple):
-    """The state of a model that has read a text, from which `Run.score` continues."""
-
-    compute_carry: Callable[[], model_lib.Carry]  # That before the last token.
-    last: int  # The id of the last token.
-
-
 class Scores(NamedTuple):
     """The log-probabilities of the tokens of a text."""
 
     tokens: list[str]  # Those that were predicted.
     log_probs: np.ndarray  # Natural logarithms, float32 [tokens].
-    carry: TextCarry | None  # After the text; None if nothing was read.
 
 
 class Run:
@@ -64,13 +56,27 @@ class Run:
       model: its `LanguageModel`, or an `Ensemble`.
       params: the parameters of the checkpoint with the best validation loss, to read only.
       step: the training step of this checkpoint.
+      members: the models of an ensemble; of one model, only itself.
     """
 
-    def __init__(self, trained: workdir.Trained, directory: Path | None = None) -> None:
-        """Use a model that `workdir.load_trained` has loaded from a directory."""
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        model: Any,
+        params: Any,
+        step: int,
+        directory: Path | None = None,
+        members: Sequence["Run"] = (),
+    ) -> None:
+        self.config, self.vocabulary, self.model = config, vocabulary, model
+        self.params, self.step = params, step
+        self.members = members or [self]
         self._directory = directory
-        self.config, self.vocabulary, self.model, self.params, self.step = trained
-        self._arrays = generation.prepare_params(self.model, self.params)
+
+    @functools.cached_property
+    def _arrays(self) -> Any:
+        return generation.prepare_params(self.model, self.params)
 
     @property
     def metrics(self) -> list["Row"]:
@@ -161,38 +167,16 @@ class Run:
             state = generation.initial_state(self.model, self._arrays, len(ids))
         return generation.read_tokens(self.model, self._arrays, state, ids)
 
-    def score(self, text: str, carry: TextCarry | None = None) -> Scores:
+    def score(self, text: str, prompt: str = "") -> Scores:
         """Compute the log-probability of each token of a text, given all before it.
 
-        The first token is predicted only with a carry, that of an earlier `Scores`, whose text
-        precedes this one.
+        That is the prompt and the text itself; without a prompt, the first token is not predicted.
         """
-        tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        now = model_lib.first_carry(self.model, self.params, 1)
-        if carry:
-            now, ids = carry.compute_carry(), np.append(np.int32(carry.last), ids)
-        else:
-            tokens = tokens[1:]
-        if not len(ids):
-            return Scores([], np.zeros(0, np.float32), None)
-        log_probs, start, before = [np.zeros(0, np.float32)], 0, now
-        if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
-            log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
-        else:
-            length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
-            for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
-                start, before = number * length, now
-                losses, now = loss_lib.compute_chunk_losses(self.model, self.params, chunk, now)
-                log_probs.append(-np.asarray(losses)[chunk[2]])
-
-        @functools.cache
-        def compute_carry() -> model_lib.Carry:
-            # The last chunk again, without the padding at its end. Most callers need no carry.
-            state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
-            return self.read(ids[None, start:-1], state).carry
-
-        after = TextCarry(compute_carry, int(ids[-1]))
-        return Scores(tokens, np.concatenate(log_probs, dtype=np.float32), after)
+        tokens = [*self.vocabulary.split(prompt), *self.vocabulary.split(text)]
+        prompt_ids = self.vocabulary.encode(prompt)
+        ids, first = np.append(prompt_ids, self.vocabulary.encode(text)), max(len(prompt_ids), 1)
+        losses = loss_lib.compute_token_losses(self.model, self.params, ids)
+        return Scores(tokens[first:], -losses[first - 1 :])
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
@@ -203,7 +187,7 @@ class Run:
         if isinstance(self.model, Ensemble):
             raise UserError("an ensemble has no hidden states of its own: load one of its models")
         ids = self.vocabulary.encode(text)
-        padding = generation.round_length(len(ids)) - len(ids)
+        padding = loss_lib.round_length(len(ids)) - len(ids)
         hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
         return [np.asarray(layer)[: len(ids)] for layer in hidden]
 
@@ -247,9 +231,37 @@ def load(
     for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
+    if not paths:
+        raise UserError("no model is given: name the directory of one")
     with jax.enable_x64(False):  # Parameters are float32.
-        single = workdir.find_model(paths[0]) if len(paths) == 1 else None
-        return Run(workdir.load_models(paths, dtype)[0], single)
+        first, *others = members = [_load_one(path, dtype) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        ours, theirs = ((r.vocabulary.to_fields(), r.config.data.sha256) for r in (first, other))
+        if ours != theirs:
+            raise UserError(
+                f"{paths[0]} and {path} have different texts, splits or vocabularies: the models "
+                "of an ensemble must be trained on one text, with one vocabulary"
+            )
+    if not others:
+        return first
+    models, params = zip(*((member.model, member.params) for member in members), strict=True)
+    return Run(first.config, first.vocabulary, Ensemble(models), params, first.step, None, members)
+
+
+def _load_one(directory: Path | str, dtype: str | None) -> Run:
+    """Load the best checkpoint of a run by validation loss, else its latest, or a folder."""
+    directory = workdir.find_model(directory)
+    config, vocabulary = workdir.load_config(directory), workdir.load_vocabulary(directory)
+    fields = cell_file.use_loaded_cell(config.model, directory)
+    # The run may have used another kind of device.
+    fields = dataclasses.replace(fields, recurrence="auto")
+    if dtype:
+        fields = dataclasses.replace(fields, dtype=cast(Dtype, dtype))
+    config = dataclasses.replace(config, model=fields)
+    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
+    model_lib.check_model(model)
+    params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
+    return Run(config, vocabulary, model, params, step, directory)
 
 
 @jax.jit(static_argnames="model")

@@ -30,6 +30,7 @@ from lstm_jax.run.checkpoints import (
     read_validation_loss,
     restore_latest,
 )
+from lstm_jax.run.library import load
 from lstm_jax.train_step import TrainState, drop_parameters, init_state
 from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 
@@ -211,7 +212,7 @@ def _find_start(config: Config, directory: Path, text: texts.Text) -> _Start:
         return _Start(config, workdir.load_vocabulary(directory), None, True, notes)
     if not config.init_from:
         return _Start(config, text.make_vocabulary(config.data), None, False, notes)
-    source = workdir.load_trained(config.init_from)
+    source = load(config.init_from)
     for field, theirs, ours in _list_changes(source.config, config):
         is_initial = field.startswith("model.initial_") or field in CHANGEABLE
         if field == "data.units" or (field.startswith("model.") and not is_initial):

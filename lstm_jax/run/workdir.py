@@ -6,19 +6,17 @@ folder in the package.
 """
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
-from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError, make_command, warn
-from lstm_jax.run import cell_file, model_file
+from lstm_jax.run import model_file
 from lstm_jax.vocabulary import Vocabulary
 
 CONFIG = "config.json"
@@ -82,68 +80,6 @@ def load_params(workdir: Path, shapes: Any) -> tuple[model_lib.Params, int]:
     from lstm_jax.run import checkpoints
 
     return checkpoints.restore_best_params(workdir / CHECKPOINTS, shapes)
-
-
-class Trained(NamedTuple):
-    """A trained model, read from a working directory or a folder."""
-
-    config: Config
-    vocabulary: Vocabulary
-    model: Any  # A `LanguageModel`, or an `Ensemble` of several.
-    params: Any  # `Params`, or a tuple of those of an ensemble's members.
-    step: int
-
-
-def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
-    """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
-
-    `workdir` may also be a folder, or the name of a model in the package.
-
-    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default the config's.
-
-    Raises:
-      UserError: if there is none, or a file is damaged, or its cell is in a file that was not
-        loaded (`cell_file.load_cell`).
-    """
-    workdir = find_model(workdir)
-    config, vocabulary = load_config(workdir), load_vocabulary(workdir)
-    fields = cell_file.use_loaded_cell(config.model, workdir)
-    # The run may have used another kind of device.
-    fields = dataclasses.replace(fields, recurrence="auto")
-    if dtype:
-        fields = dataclasses.replace(fields, dtype=cast(config_lib.Dtype, dtype))
-    config = dataclasses.replace(config, model=fields)
-    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    model_lib.check_model(model)
-    params, step = load_params(workdir, model_lib.get_param_shapes(model))
-    return Trained(config, vocabulary, model, params, step)
-
-
-def load_models(
-    workdirs: Sequence[Path | str], dtype: str | None = None
-) -> tuple[Trained, list[int]]:
-    """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
-
-    For `dtype`, see `load_trained`.
-
-    Raises:
-      UserError: as `load_trained`, or if there is no directory, or the vocabulary, the text or its
-        splits differ.
-    """
-    if not workdirs:
-        raise UserError("no model is given: name the directory of one")
-    first, *others = members = [load_trained(path, dtype) for path in workdirs]
-    for path, other in zip(workdirs[1:], others, strict=True):
-        ours, theirs = ((t.vocabulary.to_fields(), t.config.data.sha256) for t in (first, other))
-        if ours != theirs:
-            raise UserError(
-                f"{workdirs[0]} and {path} have different texts, splits or vocabularies: the "
-                "models of an ensemble must be trained on one text, with one vocabulary"
-            )
-    if others:
-        models, params = zip(*((member.model, member.params) for member in members), strict=True)
-        first = first._replace(model=Ensemble(models), params=params)
-    return first, [member.step for member in members]
 
 
 def save_fields(workdir: Path, config: Config, vocabulary: Vocabulary) -> None:

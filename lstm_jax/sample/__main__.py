@@ -31,13 +31,13 @@ def main() -> None:
 
     from lstm_jax import generation
     from lstm_jax.generation import Controls, check_number
-    from lstm_jax.run import workdir
+    from lstm_jax.run.library import load
     from lstm_jax.run.messages import make_printable
 
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
 
-    trained, _ = workdir.load_models(directories, _DTYPE.value)
+    trained = load(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if named := vocabulary.name_unknown(prompt):

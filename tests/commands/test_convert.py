@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import commands
+import lstm_jax
 import models
 import runs
 from lstm_jax import config, generation, training
@@ -33,14 +34,14 @@ STORED = {"torch_lstm.safetensors": ("lstm", 3), "torch_gru.safetensors": ("gru"
 NAMES = ("embedding", "layers", "linear")  # Of the modules in these files.
 
 
-def compute_logits(trained: workdir.Trained, text: str) -> np.ndarray:
+def compute_logits(trained: lstm_jax.Run, text: str) -> np.ndarray:
     """Return the logits after each character, [time, vocabulary]."""
     ids = trained.vocabulary.encode(text)[None]
     carry = trained.model.initial_carry(1)
     return np.asarray(models.apply(trained.model, trained.params, ids, carry)[0][0])
 
 
-def generate_greedily(trained: workdir.Trained, prompt: str, length: int) -> str:
+def generate_greedily(trained: lstm_jax.Run, prompt: str, length: int) -> str:
     (text,) = generation.generate_texts(
         trained.model,
         trained.params,
@@ -78,7 +79,7 @@ def convert(arrays: torch_weights.StateDict, cell: str = "lstm") -> tuple[dict[s
 def test_an_imported_model_reproduces_the_logits_of_its_library(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     transfer.import_weights(FIXTURES / name, directory, str(TOKENS), NAMES)
-    trained = workdir.load_trained(directory)
+    trained = lstm_jax.load(directory)
     assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
     with np.load(FIXTURES / "logits.npz") as expected:
         ours = compute_logits(trained, TEXT.read_text())[::10]
@@ -103,14 +104,14 @@ def test_exported_weights_are_read_back_unchanged(cell: str, tied: bool, tmp_pat
 def test_a_run_survives_export_and_import(
     trained: Path, text_file: Path, tiny_config: Any, tmp_path: Path
 ) -> None:
-    before = workdir.load_trained(trained)
+    before = lstm_jax.load(trained)
     text = text_file.read_text(encoding="utf-8")[:300]
     target, directory = tmp_path / "model.safetensors", tmp_path / "again"
     transfer.export_weights(trained, target)
     transfer.import_weights(target, directory, f"{target}.vocabulary.json")
     done = commands.run("evaluate", f"--workdir={directory}")  # The text of the run is not known.
     assert done.returncode == 2 and "name one with --text" in done.stderr
-    after = workdir.load_trained(directory)
+    after = lstm_jax.load(directory)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     ours, theirs = compute_logits(before, text), compute_logits(after, text)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
@@ -127,7 +128,7 @@ def test_missing_special_tokens_are_added_and_never_predicted(
     model = save(arrays, tmp_path / "model.safetensors")
     vocabulary = write_vocabulary(tmp_path / "tokens.json", tokens)
     transfer.import_weights(model, tmp_path / "run", vocabulary)
-    trained = workdir.load_trained(tmp_path / "run")
+    trained = lstm_jax.load(tmp_path / "run")
     assert trained.vocabulary.tokens == ("", "[UNK]", *"abcd")
     carry = trained.model.initial_carry(1)
     model_of_own = trained.model.clone(vocabulary_size=len(tokens))
@@ -147,7 +148,7 @@ def test_documents_keep_their_stop_token(separator: str, stop: str, tmp_path: Pa
     model = save(make_arrays(tokens=len(vocabulary)), tmp_path / "model.safetensors")
     (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary.to_fields()))
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"))
-    trained = workdir.load_trained(tmp_path / "run")
+    trained = lstm_jax.load(tmp_path / "run")
     assert trained.vocabulary.stop == stop
     assert trained.config.data.document_separator == separator
 
@@ -310,7 +311,7 @@ def test_torch_and_back(cell: str, num_layers: int, tmp_path: Path) -> None:
     safetensors.save_file(model.state_dict(), path)
     tokens = write_vocabulary(tmp_path / "tokens.json", sorted(set(text)))
     transfer.import_weights(path, tmp_path / "run", tokens, modules)
-    trained = workdir.load_trained(tmp_path / "run")
+    trained = lstm_jax.load(tmp_path / "run")
     ids, ours = trained.vocabulary.encode(text), compute_logits(trained, text)
     np.testing.assert_allclose(ours[:, 2:], model.predict(ids - 2), rtol=0, atol=1e-5)
     transfer.export_weights(tmp_path / "run", tmp_path / "back.safetensors")

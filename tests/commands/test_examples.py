@@ -26,7 +26,6 @@ import novelty
 import runs
 from lstm_jax import ops
 from lstm_jax.data.standard_texts import SPLITS
-from lstm_jax.run import workdir
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = EXAMPLES.parent / "experiments" / "quick.py"
@@ -283,7 +282,7 @@ def test_a_student_learns_from_what_its_teachers_wrote(
         with commands.keep_process_state(), pytest.raises(SystemExit) as end:
             run_example(monkeypatch, "student.py", *flags)
         assert not end.value.code
-    student = workdir.load_trained(tmp_path / "student")
+    student = lstm_jax.load(tmp_path / "student")
     assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
     text = text_file.read_text(encoding="utf-8")
     train, validation, test = (

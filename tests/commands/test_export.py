@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import commands
+import lstm_jax
 import models
 from lstm_jax import generation
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.export import activations, features, page
 from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
 from lstm_jax.model import LanguageModel
-from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 # Words of several scripts, numbers, contractions, several spaces, emoji of several code points.
@@ -37,19 +37,19 @@ TEXT = (
 )
 
 
-def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> workdir.Trained:
+def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> lstm_jax.Run:
     """Return a model with random parameters, large enough for predictions that vary."""
     vocabulary = Vocabulary.from_text(text + stop + text, kind, stop=stop)
     model = LanguageModel(len(vocabulary), 5, 7, stop_id=vocabulary.stop_id, **fields)
-    return workdir.Trained(ConfigDict(), vocabulary, model, models.draw_params(model, 1.0), 7)
+    return lstm_jax.Run(Config(), vocabulary, model, models.draw_params(model, 1.0), 7)
 
 
-def record(trained: workdir.Trained, text: str) -> activations.Reading:
+def record(trained: lstm_jax.Run, text: str) -> activations.Reading:
     ids = trained.vocabulary.encode(text)
     return activations.record_activations(trained.model, trained.params, ids)
 
 
-def compute_probabilities(trained: workdir.Trained, text: str) -> np.ndarray:
+def compute_probabilities(trained: lstm_jax.Run, text: str) -> np.ndarray:
     """Return the probabilities after each token of a text: float32 [n, vocabulary]."""
     ids = trained.vocabulary.encode(text)
     padded = np.pad(ids[None], ((0, 0), (0, -len(ids) % 512)))  # What follows has no effect.
@@ -61,7 +61,7 @@ def compute_probabilities(trained: workdir.Trained, text: str) -> np.ndarray:
 class Page:
     """A page in a browser."""
 
-    def __init__(self, browser: Any, path: Path, trained: workdir.Trained, text: str = TEXT):
+    def __init__(self, browser: Any, path: Path, trained: lstm_jax.Run, text: str = TEXT):
         """Make the page of a model, and open it."""
         path.write_bytes(page.make_page(trained, "<i>name</i>", text))
         browser.get(path.as_uri())
@@ -181,7 +181,7 @@ def test_line_breaks_of_windows_are_read_as_in_python(
 def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    loaded = workdir.load_trained(trained)
+    loaded = lstm_jax.load(trained)
     text = page.read_text(trained, None, [])
     shown = Page(browser, tmp_path / "page.html", loaded, text)
     find, area = shown.find, shown.find("#text")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import lstm_jax
 import models
 import runs
 from commands import keep_process_state, run, run_python
@@ -117,7 +118,7 @@ def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None
     # Both restart the carry at each document.
     (loss,) = [loss for _, split, loss in runs.read_losses(words) if split == evaluated["split"]]
     assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
-    assert workdir.load_trained(words).model.stop_id is not None
+    assert lstm_jax.load(words).model.stop_id is not None
     options = ["--workdir", words, "--prompt=First Citizen:", "--length=3000"]
     stopped = run("sample", *options, cwd=ROOT)
     on = run("sample", *options, "--nostop", cwd=ROOT)
@@ -175,7 +176,7 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
         split, text = measure(f"--split={name}"), measure(f"--text={path}")
         assert text.pop("text") == path and text.pop("unknown_tokens") == 0
         assert split.pop("split") == name and text == split
-    loaded = workdir.load_trained(trained)
+    loaded = lstm_jax.load(trained)
     ids = loaded.vocabulary.encode(text_file.read_text())
     # The gradients are measured on the training text.
     members, settings = [(loaded.model, loaded.params)], dynamic.Settings(1e-3, 0.003, 50)

@@ -211,7 +211,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
         name_cell(tiny_config, path, "Mine")
         training.train(tiny_config, tmp_path / name, quiet=True)
     for name in ("one", "two"):
-        trained = workdir.load_trained(tmp_path / name)
+        trained = lstm_jax.load(tmp_path / name)
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
     assert capsys.readouterr().err == ""
     cell_file.load_cell(f"{tmp_path}/one.py:Mine")
@@ -220,7 +220,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     path.write_text(SOURCE.replace(RETURNED, "carry, inputs"))
     cell_file.load_cell(f"{path}:Mine")
     with pytest.raises(UserError, match=r"the cell Mine \(.*two.py\): "):
-        workdir.load_trained(tmp_path / "two")
+        lstm_jax.load(tmp_path / "two")
     assert "has changed since the model" in capsys.readouterr().err
 
 

@@ -24,7 +24,7 @@ text: str = run.generate("ROMEO:", length=10, temperature=0.5, top_k=3)
 pieces: Iterator[str] = run.stream("ROMEO:")
 scores = run.score("ROMEO:")
 log_probs: np.ndarray = scores.log_probs
-later: list[str] = run.score("JULIET:", scores.carry).tokens
+later: list[str] = run.score("JULIET:", "O ").tokens
 states: list[np.ndarray] = run.hidden_states("ROMEO:")
 state = run.read(run.vocabulary.encode("ROMEO:")[None])
 logits: np.ndarray = np.asarray(run.read(np.zeros((1, 1), np.int32), state).logits)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import draws
+import lstm_jax
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
@@ -378,7 +379,7 @@ def test_training_is_the_same_from_memory_and_from_a_file(
     assert len(list((tmp_path / "cache" / "lstm-jax" / "texts").iterdir())) == 3
     # Batches that are cut on the device use another program than those from the host.
     runs.assert_same(tmp_path / "memory", tmp_path / "file", rtol=1e-6)
-    trained = workdir.load_trained(tmp_path / "file")
+    trained = lstm_jax.load(tmp_path / "file")
     ids = texts.load_texts_of_run(trained.config.data)["train"].encode(trained.vocabulary)
     monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 20_000)
     expected = loss_lib.compute_loss(trained.model, trained.params, ids)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import commands
+import lstm_jax
 import models
 import runs
 from lstm_jax import config as config_lib
@@ -57,7 +58,7 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
         assert predicted.dtype == np.float16
         assert predicted.shape == (len(of_text), len(vocabulary))
         np.testing.assert_array_equal(predicted[0], np.eye(len(vocabulary))[of_text[0]])
-        model = workdir.load_trained(trained)
+        model = lstm_jax.load(trained)
         losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
         chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
         np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)

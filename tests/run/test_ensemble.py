@@ -112,7 +112,7 @@ def test_each_member_adapts_on_its_own_loss() -> None:
 
 def make_run(trained: Path, directory: Path, changes: dict[str, Any]) -> Path:
     """Make a working directory like another one, with fields of its config changed."""
-    loaded = workdir.load_trained(trained)
+    loaded = lstm_jax.load(trained)
     config = config_lib.complete_config(loaded.config, changes)
     params = models.draw_params(model_lib.make_model(config.model, len(loaded.vocabulary)))
     transfer.make_folder(directory, config, loaded.vocabulary, params)
@@ -130,12 +130,12 @@ def run(module: str, *directories: Path, options: str = "") -> str:
 def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
     other = make_run(trained, tmp_path / "other", {"model.cell": "gru", "model.hidden_size": 16})
     mixed = json.loads(run("evaluate", trained, other))
-    runs = [workdir.load_trained(directory) for directory in (trained, other)]
+    runs = [lstm_jax.load(directory) for directory in (trained, other)]
     assert mixed["step"] == [loaded.step for loaded in runs]
     for options in ("", " --temperature=0"):
         text = run("sample", trained, other, options=f"--prompt=ROMEO: --length=30{options}")
         assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
-    loaded, _ = workdir.load_models([trained, other])
+    loaded = lstm_jax.load([trained, other])
     ids = generation.encode_prompt(loaded.vocabulary, "")
     carry = loaded.model.initial_carry(1)
     logits, _ = models.apply(loaded.model, loaded.params, ids[None], carry)
@@ -154,4 +154,4 @@ def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> 
             other = Vocabulary([*tokens, last + "\u0301"], "words")
             workdir.save_fields(run, workdir.load_config(run), other)
         with pytest.raises(UserError, match=f"{trained} and {run} have different texts"):
-            workdir.load_models([trained, run])
+            lstm_jax.load([trained, run])

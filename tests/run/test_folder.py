@@ -43,7 +43,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_path: Path) -> None:
-    before, after = workdir.load_trained(trained), workdir.load_trained(folder)
+    before, after = lstm_jax.load(trained), lstm_jax.load(folder)
     assert (after.config, after.step) == (before.config, before.step)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
@@ -53,10 +53,10 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     small = tmp_path / "small"
     transfer.export_folder(folder, small, "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
-    jax.tree.map(np.testing.assert_array_equal, workdir.load_trained(small).params, rounded)
+    jax.tree.map(np.testing.assert_array_equal, lstm_jax.load(small).params, rounded)
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
     shutil.copytree(folder, tmp_path / "links", copy_function=os.symlink)
-    assert workdir.load_trained(tmp_path / "links").step == before.step
+    assert lstm_jax.load(tmp_path / "links").step == before.step
 
 
 def test_a_run_may_hold_weights_of_the_name_of_a_folder_s_file(
@@ -65,14 +65,14 @@ def test_a_run_may_hold_weights_of_the_name_of_a_folder_s_file(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     transfer.export_weights(run, run / workdir.MODEL)
-    before, after = workdir.load_trained(trained), workdir.load_trained(run)
+    before, after = lstm_jax.load(trained), lstm_jax.load(run)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
 
 
 def test_the_file_is_one_of_safetensors(folder: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     arrays = library.load_file(folder / workdir.MODEL)
-    params = workdir.load_trained(folder).params
+    params = lstm_jax.load(folder).params
     np.testing.assert_array_equal(arrays["lstm_0.bias"], params["lstm_0"]["bias"])
     assert len(arrays) == len(jax.tree.leaves(params))
 
@@ -109,7 +109,7 @@ def test_a_run_starts_from_a_folder_but_not_in_it(
 
 
 def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, copy: Path) -> None:
-    content, model = (folder / workdir.MODEL).read_bytes(), workdir.load_trained(folder).model
+    content, model = (folder / workdir.MODEL).read_bytes(), lstm_jax.load(folder).model
     header = 8 + int.from_bytes(content[:8], "little")
     for at in [*range(0, header, 37), *range(header, len(content), len(content) // 7)]:
         flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
@@ -209,7 +209,7 @@ def name_cell_file(folder: Path) -> None:
 
 
 def write_infinity(folder: Path) -> None:
-    trained = workdir.load_trained(folder)
+    trained = lstm_jax.load(folder)
     params = jax.tree.map(lambda x: x.at[0].set(float("inf")), trained.params)
     model_file.write_params(folder / workdir.MODEL, params, 1, "float32")
 
@@ -255,7 +255,7 @@ def test_a_folder_that_was_made_to_do_harm(name: str, copy: Path) -> None:
     change, message = CASES[name]
     change(copy)
     with pytest.raises(UserError, match=message) as error:
-        workdir.load_trained(copy)
+        lstm_jax.load(copy)
     assert "\n" not in str(error.value)
 
 
@@ -267,7 +267,7 @@ def test_any_value_of_a_field_is_read_or_named(folder: Path, copy: Path) -> None
         field, value = drawn.choice(fields), drawn.choice(VALUES)
         change_config(**{field.replace(".", "__"): value})(copy)
         try:
-            trained = workdir.load_trained(copy)
+            trained = lstm_jax.load(copy)
         except UserError as error:
             assert "\n" not in str(error), (field, value)
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import draws
+import lstm_jax
 import runs
 import test_interruption
 from lstm_jax.run import checkpoints, workdir
@@ -63,7 +64,7 @@ def assert_close(one: Path, other: Path) -> None:
     ):
         assert a == b and abs(loss - other_loss) < 1e-5
     arrays, others = runs.load_final_state(one), runs.load_final_state(other)
-    parameters = len(jax.tree.leaves(workdir.load_trained(one).params))
+    parameters = len(jax.tree.leaves(lstm_jax.load(one).params))
     for k, (a, b) in enumerate(zip(arrays, others, strict=True)):
         # The carry and the optimizer's moments have larger values.
         np.testing.assert_allclose(a, b, atol=5e-5 if k < parameters else 1e-3)

@@ -19,6 +19,7 @@ import commands
 import lstm_jax
 import models
 from lstm_jax import loss as loss_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import library, workdir
@@ -37,7 +38,7 @@ def make_run(text: str = "abc", stop: str = "", **fields: Any) -> library.Run:
     vocabulary = Vocabulary.from_text(text, stop=stop)
     model = LanguageModel(len(vocabulary), 5, 7, **fields)
     params = models.draw_params(model, 1.0)
-    return library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
+    return library.Run(Config(), vocabulary, model, params, 0)
 
 
 def compute_log_probs(run: library.Run, text: str) -> np.ndarray:
@@ -160,22 +161,17 @@ def test_several_texts_are_read_step_by_step() -> None:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_scores_are_those_of_the_model_in_one_part_or_several(cell: str) -> None:
+def test_scores_are_those_of_the_model_with_a_prompt_and_without(cell: str) -> None:
     run = make_run("abcdefgh", cell=cell, num_layers=2)
     text = "".join(np.random.default_rng(1).choice(list("abcdefgh"), 2500))
     expected = compute_log_probs(run, text)[np.arange(2499), run.vocabulary.encode(text)[1:]]
     whole = run.score(text)
     assert whole.tokens == list(text[1:])
     np.testing.assert_allclose(whole.log_probs, expected, atol=1e-4)
-    parts: list[np.ndarray] = []
-    carry = None
-    for part in (text[:1], text[1:1026], "", text[1026:1027], text[1027:1100], text[1100:]):
-        scores = run.score(part, carry)
-        carry = scores.carry
-        assert scores.tokens == list(part if parts else part[1:])
-        parts.append(scores.log_probs)
-    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4)
-    assert run.score("").tokens == [] and run.score("").carry is None
+    for end in (0, 1, 2, 1027, 2500):
+        scores = run.score(text[end:], text[:end])
+        assert scores.tokens == list(text[max(end, 1) :])
+        np.testing.assert_allclose(scores.log_probs, expected[max(end - 1, 0) :], atol=1e-4)
 
 
 def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
@@ -302,11 +298,6 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
     assert len(scores.log_probs) == len(scores.tokens) == 2999
     loss = loss_lib.compute_loss(run.model, run.params, run.vocabulary.encode(text))
     np.testing.assert_allclose(-scores.log_probs.mean(dtype=np.float64), loss, rtol=1e-6)
-    # The carry after it is that of the whole text.
-    expected = compute_log_probs(run, text + "abc")[-4:-1]
-    expected = expected[range(3), run.vocabulary.encode("abc")]
-    more = run.score("abc", carry=scores.carry)
-    np.testing.assert_allclose(more.log_probs, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
+import lstm_jax
 import runs
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -132,7 +133,7 @@ def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
     validation = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     (test,) = [row for row in rows if row["split"] == "test"]
     assert test["step"] == min(validation, key=lambda step: validation[step])
-    loaded = workdir.load_trained(trained)
+    loaded = lstm_jax.load(trained)
     text = Path(loaded.config.data.path).read_text(encoding="utf-8")
     ids = loaded.vocabulary.encode(text[19_000:])
     assert loss_lib.compute_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
@@ -328,7 +329,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     tiny_config.init_from = str(trained)
     tiny_config.max_steps = 1
     training.train(tiny_config, tmp_path / "run")
-    source = workdir.load_trained(trained)
+    source = lstm_jax.load(trained)
     output = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in output
     assert "2 new tokens: 'ß', 'é'" in output

@@ -5,22 +5,23 @@ from pathlib import Path
 
 import pytest
 
+import lstm_jax
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 
 
 def test_an_error_names_a_missing_or_damaged_file(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="no trained model in .*no config.json"):
-        workdir.load_trained(tmp_path)
+        lstm_jax.load(tmp_path)
     (tmp_path / workdir.CONFIG).write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
-        workdir.load_trained(tmp_path)
+        lstm_jax.load(tmp_path)
     (tmp_path / workdir.CONFIG).write_bytes((trained / workdir.CONFIG).read_bytes())
     with pytest.raises(UserError, match="vocabulary.json is missing or damaged"):
-        workdir.load_trained(tmp_path)
+        lstm_jax.load(tmp_path)
     (tmp_path / workdir.VOCABULARY).write_bytes((trained / workdir.VOCABULARY).read_bytes())
     with pytest.raises(UserError, match="no checkpoint in .* yet"):
-        workdir.load_trained(tmp_path)
+        lstm_jax.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", [workdir.CONFIG, workdir.VOCABULARY])
