@@ -200,33 +200,32 @@ def run_worker(sweep: Sweep) -> None:
             note(make_row(trial))
         jax.clear_caches()  # Each trial compiles its own functions.
 
+    run_trial = functools.partial(_run_trial, sweep)
     seconds, waited = STALE_SECONDS + BEAT_SECONDS, 0
     while waited <= seconds:
         fail_stale_trials(sweep.study)  # Queues them again.
         states = [trial.state for trial in list_trials(sweep.study)]
-        if len(states) >= sweep.trials and TrialState.WAITING not in states:
-            running = states.count(TrialState.RUNNING)
-            if not running:
-                return
+        running = states.count(TrialState.RUNNING)
+        if len(states) < sweep.trials or TrialState.WAITING in states:
+            waited = 0
+            try:
+                sweep.study.optimize(run_trial, 1, callbacks=[end_trial], catch=(_SurplusError,))
+            except (StorageInternalError, AssertionError) as error:
+                # While Optuna handles it, it asserts that the trial has ended.
+                if StorageInternalError not in (type(error), type(error.__context__)):
+                    raise
+                message = "can't write the study: free space, then run it again"
+                raise UnavailableError(message) from None
+        elif running:
             if not waited:
                 note(
                     f"Unfinished trials of other workers: {running}. Waiting at most {seconds} "
                     "seconds, to resume those of dead workers"
                 )
-            time.sleep(1)
             waited += 1
-            continue
-        waited = 0
-        run_trial = functools.partial(_run_trial, sweep)
-        try:
-            sweep.study.optimize(
-                run_trial, n_trials=1, callbacks=[end_trial], catch=(_SurplusError,)
-            )
-        except (StorageInternalError, AssertionError) as error:
-            # While Optuna handles it, it asserts that the trial has ended.
-            if StorageInternalError not in (type(error), type(error.__context__)):
-                raise
-            raise UnavailableError("can't write the study: free space, then run it again") from None
+            time.sleep(1)
+        else:
+            return
 
 
 def _run_trial(sweep: Sweep, trial: Trial) -> float:
