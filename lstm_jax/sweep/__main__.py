@@ -8,7 +8,6 @@ The same command resumes a sweep. Any number of processes may run it at the same
 of the config is a flag, too: `python -m lstm_jax.config` lists them, as docs/config.md does.
 """
 
-import warnings
 from pathlib import Path
 
 from absl import flags
@@ -49,8 +48,6 @@ def main() -> None:
         import optuna
     except ModuleNotFoundError:
         raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
-    # Heartbeats, and what they need, are experimental.
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     import jax
 
     from lstm_jax.devices import memory, parallel

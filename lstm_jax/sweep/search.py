@@ -50,18 +50,19 @@ Points = list[dict[str, Any]]  # The parameters of each point of a grid.
 # `STALE_SECONDS`.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
 
+MOST_POINTS = 1000  # Listing the points takes longer than linear time: six seconds for these.
 EXPERIMENT = "experiment"  # Attribute of a study: its grid, and the config that trials change.
 # Attributes of a trial, which it keeps when it is run again.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 REASON = "reason"  # Why it can't be trained.
-SURPLUS = "surplus"  # It is not one of the sweep.
 
+# Heartbeats, what they need, and two samplers are experimental.
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
 # Queue a trial again, with its parameters and losses. If the storage has heartbeats, Optuna does so
 # for a trial of a dead worker, whose death it may have caused.
-with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-    retry = Retry(max_retry=10, inherit_intermediate_values=True)
-    retry_interrupted = Retry(max_retry=None, inherit_intermediate_values=True)
+retry = Retry(max_retry=10, inherit_intermediate_values=True)
+retry_interrupted = Retry(max_retry=None, inherit_intermediate_values=True)
 
 
 class Sweep(NamedTuple):
@@ -157,7 +158,9 @@ def open_study(name: str, location: str, **options: Any) -> Study:
 def list_points(space: Space, experiment: Config) -> Points:
     """Return all points of a grid, in the same order in each worker; check their configs."""
     study = optuna.create_study(sampler=BruteForceSampler(seed=0))
-    study.optimize(lambda trial: bool(complete_config(experiment, space(trial))))
+    study.optimize(lambda trial: bool(complete_config(experiment, space(trial))), MOST_POINTS + 1)
+    if len(study.trials) > MOST_POINTS:
+        raise UserError(f"a grid has at most {MOST_POINTS:,} points: use --sampler tpe")
     return [trial.params for trial in study.get_trials(states=[TrialState.COMPLETE])]
 
 
@@ -174,17 +177,12 @@ def get_directory(sweep: Path, number: int) -> Path:
 
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return the last attempt at each trial: first the complete ones, by their losses."""
-    attempts = study.get_trials(deepcopy=False)
-    last = {get_number(trial): trial for trial in attempts if SURPLUS not in trial.user_attrs}
+    last = {get_number(trial): trial for trial in study.get_trials(deepcopy=False)}
 
     def rank(trial: FrozenTrial) -> tuple[bool, float]:
         return trial.state != TrialState.COMPLETE, math.inf if trial.value is None else trial.value
 
     return sorted(last.values(), key=rank)
-
-
-class _SurplusError(Exception):
-    """Other workers have started the last trials at the same time."""
 
 
 def run_worker(sweep: Sweep) -> None:
@@ -196,8 +194,7 @@ def run_worker(sweep: Sweep) -> None:
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
-        if SURPLUS not in trial.user_attrs:
-            note(make_row(trial))
+        note(make_row(trial))
         jax.clear_caches()  # Each trial compiles its own functions.
 
     run_trial = functools.partial(_run_trial, sweep)
@@ -209,7 +206,7 @@ def run_worker(sweep: Sweep) -> None:
         if len(states) < sweep.trials or TrialState.WAITING in states:
             waited = 0
             try:
-                sweep.study.optimize(run_trial, 1, callbacks=[end_trial], catch=(_SurplusError,))
+                sweep.study.optimize(run_trial, 1, callbacks=[end_trial])
             except (StorageInternalError, AssertionError) as error:
                 # While Optuna handles it, it asserts that the trial has ended.
                 if StorageInternalError not in (type(error), type(error.__context__)):
@@ -235,11 +232,11 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
     its loss is not finite or memory runs out.
     """
     number = get_number(sweep.study.trials[trial.number])
-    index = sorted(map(get_number, list_trials(sweep.study))).index(number)
-    if index >= sweep.trials:
-        trial.set_user_attr(SURPLUS, True)
-        raise _SurplusError
     if sweep.points is not None:
+        index = sorted(map(get_number, list_trials(sweep.study))).index(number)
+        if index >= len(sweep.points):
+            trial.set_user_attr(REASON, "other workers have started all points of the grid")
+            raise optuna.TrialPruned
         sweep.study.sampler = PartialFixedSampler(sweep.points[index], RandomSampler())
     directory = get_directory(sweep.directory, number)
     try:
