@@ -279,9 +279,10 @@ def _leave(error: BaseException) -> NoReturn:
         # The end of another process is such an error, wherever this one notices it.
         if not isinstance(error, jax.errors.JaxRuntimeError):
             traceback.print_exception(error)
+        reason = one_line(error).replace("Error dispatching computation: ", "")
         message = (
-            f"process {jax.process_index()} failed ({one_line(error)[:300]}): if another process "
-            "has ended, see its output; start all with the same command to resume"
+            f"process {jax.process_index()} failed ({reason[:300]}): if another process has ended, "
+            "see its output; start all with the same command to resume"
         )
     print("error:", make_visible(message), file=sys.stderr, flush=True)
     os._exit(2)

@@ -122,7 +122,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
             except Exception as error:
                 raise self._describe(error) from None
 
-    def _describe(self, error: Exception) -> UnavailableError:
+    def _describe(self, error: Exception) -> Exception:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # Another process has ended.
+            return error
         if isinstance(error, FileNotFoundError):
             return UnavailableError(
                 f"a checkpoint in {self._directory} is gone: the working directory was moved or "

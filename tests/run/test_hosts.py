@@ -86,7 +86,8 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
         processes[victim].kill()
         # The heartbeat's timeout is 30 s.
         _, errors = processes[1 - victim].communicate(timeout=150)
-        assert processes[1 - victim].returncode != 0 and "Traceback" not in errors
+        assert processes[1 - victim].returncode != 0
+        assert "Traceback" not in errors and "free space" not in errors, errors
         processes[victim].communicate()
     processes = start(text_file, directory, 2)
     wait(processes[0])
