@@ -43,10 +43,11 @@ def compute_cross_entropy(
     """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, in nats.
 
     `kernel` is [features, vocabulary], or [vocabulary, features] if `is_transposed`. Operands of
-    matmuls are rounded to `dtype`. In C, the gradient can't be differentiated again.
+    matmuls are rounded to `dtype`. The loss of a target outside of the vocabulary is NaN. In C, the
+    gradient can't be differentiated again.
     """
-    uses_c = inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
-    options = _Options(is_transposed, dtype, uses_c)
+    uses_c = len(inputs) and inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
+    options = _Options(is_transposed, dtype, bool(uses_c))
     return _compute(*align((inputs, kernel, bias, targets)), options)
 
 
@@ -71,7 +72,9 @@ def _forward(
     else:
         logits = _multiply(low, rounded, False, options.is_transposed, options) + bias[None]
         log_sums = jax.nn.logsumexp(logits, axis=1)
-        losses = log_sums - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        # JAX counts negative indices from the end.
+        columns = jnp.where(targets < 0, len(bias), targets.astype("int32"))
+        losses = log_sums - jnp.take_along_axis(logits, columns[:, None], axis=1)[:, 0]
         is_target = targets[:, None] == jnp.arange(len(bias))[None]
         d_logits = _round(jnp.exp(logits - log_sums[:, None]) - is_target, options)
     return losses, (inputs, rounded, d_logits)

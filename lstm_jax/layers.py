@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from lstm_jax import ops
-from lstm_jax.ops.layer import Name
+from lstm_jax.ops.layer import GATINGS, Name
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +80,7 @@ class Stack:
                 carry, one = ops.run(
                     params,
                     outputs,
-                    _wrap(next(first)),
+                    _wrap(self.params_type, next(first)),
                     reset=_mark_ends(reset, seq_lengths) if backward else reset,
                     lengths=seq_lengths,
                     reverse=backward,
@@ -93,12 +93,10 @@ class Stack:
         return (last[0] if count == 1 else tuple(last), outputs) if return_carry else outputs
 
 
-def _wrap(carry: Any) -> Any:
-    """Return the carry of a layer as `ops` takes it."""
-    if carry is None or hasattr(carry, "_fields"):
-        return carry
-    is_pair = isinstance(carry, tuple) and len(carry) == 2
-    return ops.LSTMCarry(*carry) if is_pair else ops.HiddenCarry(carry)
+def _wrap(params_type: Any, carry: Any) -> Any:
+    """Return the carry of a layer, or a tuple of arrays or an array, as `ops` takes it."""
+    kind, arrays = GATINGS[params_type].carry, carry if isinstance(carry, tuple) else (carry,)
+    return carry if carry is None or len(arrays) != len(kind._fields) else kind(*arrays)
 
 
 def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array | None:

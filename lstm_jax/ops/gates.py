@@ -80,8 +80,12 @@ def draw_params(
 ]:
     """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel, as Keras does.
 
-    Also return biases of 0.
+    Also return biases of 0. Raise ValueError without features or hidden units.
     """
+    if features < 1 or hidden < 1:
+        raise ValueError(
+            f"features={features}, hidden={hidden}: a layer needs at least one of each"
+        )
     keys, width = jax.random.split(key), gates * hidden
     glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
     input_kernel = glorot(keys[0], (features, width), dtype)

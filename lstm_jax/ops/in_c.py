@@ -2,9 +2,9 @@
 
 `forward`, `backward` and `differentiate_params` together are the recurrence and its derivatives.
 Arrays are float32, operands of matmuls are rounded to `dtype`, and the hidden size is a multiple
-of the library's lanes, for which `pad_units` adds hidden units that stay zero. Marks, uint8 [time,
-batch], are `RESET` where a step reads zeros instead of the carry, `FROZEN` where it leaves the
-carry as it is (its output then is the hidden state), and otherwise 0.
+of the library's lanes, for which `pad_units` adds hidden units. Marks, uint8 [time, batch], are
+`RESET` where a step reads zeros instead of the carry, `FROZEN` where it leaves the carry as it is
+(its output then is the hidden state), and otherwise 0.
 """
 
 import functools
@@ -137,13 +137,11 @@ def differentiate_params(
     return d_params, d_inputs
 
 
-def pad_units(x: Array, hidden: int) -> Array:
-    """Return [..., n * hidden] with zeros for more hidden units, up to a multiple of the lanes.
-
-    Where their parameters and their first carry are zero, so are their states and outputs.
-    """
+def pad_units(x: Array, hidden: int, value: float = 0) -> Array:
+    """Return [..., n * hidden] with a value for more hidden units, up to a multiple of the lanes."""
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // hidden, hidden)
-    parts = jnp.pad(parts, (*[(0, 0)] * x.ndim, (0, -hidden % count_lanes())))
+    padding = *[(0, 0)] * x.ndim, (0, -hidden % count_lanes())
+    parts = jnp.pad(parts, padding, constant_values=value)
     return parts.reshape(*x.shape[:-1], parts.shape[-2] * parts.shape[-1])
 
 

@@ -76,7 +76,7 @@ def lstm(
         place of their inputs.
       dtype: "bfloat16" rounds the operands of matmuls, and in C also biases; sums are float32.
         "float32" rounds nothing. By default, that of the inputs. States are float32, or float64 if
-        any array is.
+        any array is; without one, "float64" is an error.
       implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
         and TPUs); "xla" and "c" (on CPUs) are faster; "auto" chooses.
 
@@ -85,7 +85,7 @@ def lstm(
       time, hidden], which are the hidden states, in the dtype of the inputs.
 
     Raises:
-      ValueError: if a shape or dtype does not fit, or the implementation can't run this here.
+      ValueError: if a type, shape or dtype does not fit, or the implementation can't run this here.
       TypeError: if `dtype` is no dtype.
     """
     return _run(LSTM, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
@@ -232,6 +232,8 @@ def _run(
         lengths=(lengths, Integer[Array, " batch"]),
     )
     (batch, time, _), hidden = inputs.shape, len(params.recurrent_kernel)
+    if not hidden:
+        raise ValueError("params.recurrent_kernel has no row: a layer needs at least one")
     low, wide = choose_dtypes(dtype, inputs, params, carry)
     first = gating.carry.zeros(batch, hidden, wide) if carry is None else carry
     name = choice.choose(
@@ -266,11 +268,17 @@ _IN_C = Implementation(in_c.forward, in_c.backward, in_c.differentiate_params, b
 
 
 def _run_in_c(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
-    """Run a layer with as many hidden units as the library needs, and return those of the layer."""
+    """Run a layer with as many hidden units as the library needs, and return those of the layer.
+
+    The rows of the added units are zero, so no other unit reads them. Their columns are tiny: zero
+    times an infinite input would be NaN, and all units read zero times that NaN.
+    """
     params, hidden = layer.params, layer.carry.hidden.shape[1]
     rows = jnp.pad(params.recurrent_kernel, ((0, -hidden % in_c.count_lanes()), (0, 0)))
-    arrays = params._replace(recurrent_kernel=rows), layer.carry
-    params, carry = jax.tree.map(lambda x: in_c.pad_units(x, hidden), arrays)
+    kernels = [in_c.pad_units(x, hidden, 1e-20) for x in (params.input_kernel, rows)]
+    arrays = params[2:], layer.carry
+    others, carry = jax.tree.map(lambda x: in_c.pad_units(x, hidden), arrays)
+    params = layer.gating.params(*kernels, *others)
     results = recurrence.run(_IN_C, layer._replace(params=params, carry=carry))
     return jax.tree.map(lambda x: x[..., :hidden], results)
 
@@ -309,7 +317,7 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
     Sizes of the same name must be the same in all.
 
     Raises:
-      ValueError: if a shape, a dtype or a number of fields does not fit.
+      ValueError: if a shape, a dtype or the type of a NamedTuple does not fit.
     """
     checked: list[Any] = []
     with jaxtyped("context"):
@@ -318,7 +326,7 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
                 checked.append(None)
                 continue
             fields = getattr(kind, "_fields", ())
-            if fields and not (isinstance(value, tuple) and len(value) == len(fields)):
+            if fields and not isinstance(value, kind):
                 raise ValueError(
                     f"{name} is a {type(value).__name__}: it must be {kind.__name__}"
                     f"({', '.join(fields)})"
@@ -340,10 +348,13 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
 
 def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:
     """Return the dtype that operands of matmuls are rounded to, and that of all other arrays."""
-    if dtype is not None and jnp.dtype(dtype).name not in ("bfloat16", "float32", "float64"):
-        raise ValueError(f"dtype is {jnp.dtype(dtype).name}: matmuls are in bfloat16 or float32")
-    low = "bfloat16" if jnp.dtype(dtype or inputs.dtype) == jnp.bfloat16 else "float32"
-    return low, jnp.promote_types(jnp.result_type(inputs, *jax.tree.leaves(others)), "float32")
+    wide = jnp.promote_types(jnp.result_type(inputs, *jax.tree.leaves(others)), "float32")
+    name = jnp.dtype(dtype or inputs.dtype).name
+    if dtype is not None and name not in ("bfloat16", "float32", wide.name):
+        raise ValueError(
+            f"dtype is {name}: matmuls are in bfloat16 or float32, or in float64 if an array is"
+        )
+    return "bfloat16" if name == "bfloat16" else "float32", wide
 
 
 def run_in_order(

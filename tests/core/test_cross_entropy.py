@@ -92,6 +92,29 @@ def test_a_number_that_is_not_finite_reaches_the_loss(bad: float) -> None:
     assert not np.isfinite(grads[1]).all()
 
 
+@pytest.mark.usefixtures("uses_c")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@jax.debug_nans(False)
+def test_the_loss_of_a_target_outside_of_the_vocabulary_is_nan(dtype: str) -> None:
+    arrays, targets, _ = draw_problem((4, 16, 100), False)
+    targets[1:3] = -1, 100
+    losses = compute_losses(to_float32(arrays), targets, False, dtype)
+    assert np.isnan(losses).tolist() == [False, True, True, False]
+
+
+@pytest.mark.usefixtures("uses_c")
+def test_gradients_without_a_row_are_zero() -> None:
+    arrays, targets, _ = draw_problem((0, 16, 100), False)
+
+    def loss_fn(*arrays: jax.Array) -> jax.Array:
+        return compute_losses(arrays, targets, False, "bfloat16").sum()
+
+    # Without `jit`: XLA removes calls whose results are empty.
+    grads = jax.grad(loss_fn, (0, 1, 2))(*to_float32(arrays))
+    assert [x.shape for x in grads] == [x.shape for x in arrays]
+    assert not any(x.any() for x in grads)
+
+
 def test_losses_in_c_do_not_depend_on_the_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,7 @@ import call_handlers
 import commands
 import models
 import test_cross_entropy
-from lstm_jax import model
+from lstm_jax import model, ops
 from lstm_jax.ops import LSTMCarry, LSTMParams, in_c, native, processor
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
@@ -253,6 +253,25 @@ def test_a_step_of_every_kind_agrees_with_its_equations(
     expected = run_equations(gating, None, params, inputs, carry)[1]
     errors = measure_errors(jax.jit(run)(params, inputs, carry), expected)
     assert max(jax.tree.leaves(errors)) < bound
+
+
+@pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
+@jax.debug_nans(False)
+def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating) -> None:
+    (params, inputs, carry), *_ = draw_layer(gating, 5, 3, 4, 20, False)
+    inputs = inputs.at[2, 1, 3].set(jnp.inf).swapaxes(0, 1)
+
+    def run(implementation: Any) -> Any:
+        def loss_fn(bias: jax.Array) -> Any:
+            options: Any = {"implementation": implementation}
+            _, outputs = ops.run(params._replace(bias=bias), inputs, carry, **options)
+            return outputs.sum(), outputs
+
+        return jax.grad(loss_fn, has_aux=True)(params.bias)
+
+    found, expected = run("c"), run("scan")
+    assert np.isfinite(expected[0]).all() and np.isfinite(expected[1]).all()
+    assert_close(found, expected, 1e-5)
 
 
 def test_wrong_arrays_are_errors_of_xla() -> None:

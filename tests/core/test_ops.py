@@ -215,6 +215,16 @@ def test_padding_after_a_large_input_gate_has_no_gradient(gate: float, implement
 
 
 @every_gated
+def test_a_layer_of_no_hidden_units_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="hidden=0: a layer needs at least one of each"):
+        GATED[name].init(jax.random.key(0), FEATURES, 0)
+    params = jax.tree.map(lambda x: x[..., :0], make_params(name))
+    params = params._replace(recurrent_kernel=params.recurrent_kernel[:0])
+    with pytest.raises(ValueError, match="has no row: a layer needs"):
+        getattr(ops, name)(params, make_inputs(name))
+
+
+@every_gated
 def test_a_batch_of_no_text(name: str) -> None:
     def compute(params: Any, inputs: jax.Array) -> jax.Array:
         return getattr(ops, name)(params, inputs, dtype="bfloat16")[1].sum()
@@ -287,7 +297,7 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
         ("carry", {"carry": jax.tree.map(lambda x: x[:3], carry)}),
         ("carry", {"carry": jax.tree.map(lambda x: x[..., :-1], carry)}),
         ("carry", {"carry": jax.tree.map(lambda x: x.astype(int), carry)}),
-        ("carry", {"carry": tuple(carry)[:-1]}),
+        (rf"carry is a tuple: it must be {type(carry).__name__}\(", {"carry": tuple(carry)}),
         ("reset is float", {"reset": np.zeros((TIME, BATCH))}),
         ("lengths", {"lengths": np.zeros(TIME, int)}),
         ("lengths", {"lengths": np.zeros(BATCH)}),
@@ -303,7 +313,8 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
     return [
         *found,
         ("dtype is float16", {"dtype": "float16"}),
-        ("params is a tuple", {"params": tuple(params)[1:]}),
+        ("dtype is float64: .* if an array is", {"dtype": "float64"}),
+        ("params is a tuple", {"params": tuple(params)}),
     ]
 
 
