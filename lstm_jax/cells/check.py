@@ -34,8 +34,10 @@ def check_cell(
     """Check that a cell follows `lstm_jax.cells.base`, with random parameters and inputs.
 
     Check shapes and dtypes; single steps, and the parallel form, against a scan; a sequence against
-    its two parts with the carry kept; that texts of a batch are independent; and gradients against
-    finite differences, in float64.
+    its two parts with the carry kept; that texts of a batch are independent; bfloat16 against
+    float32, if it has the field `dtype`; and gradients against finite differences, in float64. Of
+    `gates` and `activation`, only the range is checked, because a step may compute anything from
+    its gates.
 
     `cell` is a class, which is made with the other arguments, of which `options` are further fields
     by name; or an unbound module. Raise `UserError` with the name and file of the cell, and what
@@ -43,6 +45,8 @@ def check_cell(
     """
     made: Any = cell
     if not isinstance(cell, nn.Module):
+        if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
+            raise UserError(f"{cell!r} is no cell: it must be a class of flax.linen.Module")
         made = make_cell(cell, input_size, hidden_size, options=options)
     with name_cell_error(type(made)):
         made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
@@ -53,20 +57,28 @@ def check_cell(
 
 
 def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> None:
-    """Check the shapes and dtypes of a step; a scan checks those of the next carry."""
+    """Check the shapes and dtypes of a step, and the range of its gates and activations.
+
+    A scan checks the shapes and dtypes of the next carry.
+    """
     if not all(x.shape[:1] == (_BATCH,) for x in jax.tree.leaves(carry)):
         raise _failure(cell, "the first axis of every array of initial_carry must be the batch")
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> dict[str, jax.Array]:
-        gates = get_gates(cell, carry, inputs)
         after, outputs = cell(carry, inputs)
-        return {**gates, "outputs": outputs, "activation": get_activation(cell, after, outputs)}
+        activation = get_activation(cell, after, outputs)
+        return {**get_gates(cell, carry, inputs), "outputs": outputs, "activation": activation}
 
-    named = jax.eval_shape(nn.apply(inspect, cell), variables, carry, inputs)
+    named = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs)
+    real = -np.inf, np.inf
+    ranges = {"outputs": real, "candidate": real, "activation": (-1, 1)}
     for name, x in [("outputs", named["outputs"]), *named.items()]:
         if x.shape != (_BATCH, cell.hidden_size) or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats [batch, hidden_size], here {[_BATCH, cell.hidden_size]}"
             raise _failure(cell, f"{name} is {x.dtype}{list(x.shape)}: it must be {wanted}")
+        least, most = ranges.get(name, (0, 1))
+        if (x < least - _TOLERANCE).any() or (x > most + _TOLERANCE).any():
+            raise _failure(cell, f"{name} is not in [{least}, {most}]")
 
 
 def _check_values(cell: Any) -> Any:
@@ -107,6 +119,12 @@ def _check_values(cell: Any) -> Any:
         documents = carry, inputs, rng.random((_BATCH, _TIME)) < 0.3
         message = "with documents, the parallel form differs from a scan"
         _compare(cell, message, run(*documents), scan(*documents))
+    forms = ("scan", "auto") if hasattr(cell, "run_parallel") else ("scan",)
+    for name in forms if hasattr(cell, "dtype") else ():
+        low = _make_run(cell.clone(dtype="bfloat16"), variables, name)(carry, inputs)
+        low = jax.tree.map(lambda x, y: x.astype(y.dtype), low, whole)
+        message = f"its results in bfloat16 differ from those in float32 ({name})"
+        _compare(cell, message, low, whole, tolerance=0.1)
     return variables
 
 
@@ -117,15 +135,18 @@ def _check_gradients(cell: Any, variables: Any) -> None:
     inputs = np.random.default_rng(1).normal(size=(_BATCH, _TIME, cell.input_size))
     carry, variables = jax.tree.map(to_float64, (cell.initial_carry(_BATCH), variables))
 
-    def loss(variables: Any, inputs: jax.Array, implementation: str) -> jax.Array:
-        before, run = jax.tree.map(jnp.asarray, carry), nn.apply(run_cell, cell)
-        after, outputs = run(variables, before, inputs, implementation=implementation)
+    def loss(variables: Any, inputs: jax.Array, starts: Any, implementation: str) -> jax.Array:
+        before, starts = jax.tree.map(jnp.asarray, (carry, starts))
+        run = nn.apply(run_cell, cell)
+        after, outputs = run(variables, before, inputs, starts, implementation)
         states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
         weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
         return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
 
-    for name in ("scan", "auto") if hasattr(cell, "run_parallel") else ("scan",):
-        run = jax.jit(functools.partial(loss, implementation=name))
+    starts = np.arange(_TIME) == np.full((_BATCH, 1), _CUT)
+    forms = ("scan", None), ("auto", None), ("auto with documents", starts)
+    for name, mask in forms if hasattr(cell, "run_parallel") else forms[:1]:
+        run = jax.jit(functools.partial(loss, starts=mask, implementation=name[:4]))
         try:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
@@ -142,7 +163,9 @@ def _make_run(cell: Any, variables: Any, implementation: str) -> Callable[..., A
     )
 
 
-def _compare(cell: Any, message: str, actual: Any, expected: Any) -> None:
+def _compare(
+    cell: Any, message: str, actual: Any, expected: Any, tolerance: float = _TOLERANCE
+) -> None:
     """Raise an error with this message if two pytrees differ in a shape, dtype or value."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if (a.shape, a.dtype) != (e.shape, e.dtype):
@@ -150,7 +173,7 @@ def _compare(cell: Any, message: str, actual: Any, expected: Any) -> None:
         # In float64: booleans can't be subtracted, and unsigned integers wrap.
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         difference, scale = (float(abs(x).max(initial=0)) for x in (a - e, e))
-        if not difference <= _TOLERANCE * max(scale, 1):
+        if not difference <= tolerance * max(scale, 1):
             raise _failure(cell, f"{message}: by {difference:.2g}, of values up to {scale:.2g}")
 
 

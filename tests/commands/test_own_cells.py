@@ -371,6 +371,19 @@ class WrongGradient(Sum):
         return super().__call__(jax.lax.stop_gradient(carry), inputs)
 
 
+class WrongGradientOfDocuments(Sum):
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs = inputs if starts is None else jax.lax.stop_gradient(inputs)
+        return super().run_parallel(carry, inputs, starts)
+
+
+class WrongInBfloat16(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry, inputs if self.dtype == "float32" else 0.5 * inputs)
+
+
 class Infinite(Sum):
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         return super().__call__(carry, inputs / 0)
@@ -396,6 +409,16 @@ class WrongGate(Sum):
         return {"input": inputs}
 
 
+class OpenGate(Sum):
+    def gates(self, carry: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        return {"candidate": carry + 2, "input": carry + 2}
+
+
+class LargeActivation(Sum):
+    def activation(self, carry: jax.Array) -> jax.Array:
+        return carry - 9
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
@@ -403,11 +426,15 @@ class WrongGate(Sum):
         (Forgetting, "the parallel form differs from a scan: by"),
         (WithoutDocuments, "with documents, the parallel form differs from a scan: by"),
         (WrongGradient, "its gradient differs from finite differences"),
+        (WrongGradientOfDocuments, r"differs from finite differences \(auto with documents\)"),
+        (WrongInBfloat16, r"bfloat16 differ from those in float32 \(scan\): by"),
         (Infinite, "single steps differ from a scan: by nan"),
         (Narrow, r"outputs is float32\[3, 5\]: it must be .* here \[3, 8\]"),
         (OneText, "the first axis of every array of initial_carry must be the batch"),
         (OtherCarry, "TypeError: scan body function carry"),
         (WrongGate, r"input is float32\[3, 5\]: it must be floats"),
+        (OpenGate, r"input is not in \[0, 1\]"),
+        (LargeActivation, r"activation is not in \[-1, 1\]"),
     ],
 )
 def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
@@ -415,6 +442,12 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"{place}.*{message}") as error:
         lstm_jax.check_cell(cell)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cell", ["lstm", int])
+def test_check_cell_needs_a_cell(cell: Any) -> None:
+    with pytest.raises(UserError, match="is no cell: it must be a class of flax.linen.Module"):
+        lstm_jax.check_cell(cell)
 
 
 def test_auto_is_float32_for_a_cell_without_a_dtype(
