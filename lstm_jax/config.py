@@ -421,7 +421,7 @@ def flatten(config: Config | Mapping[str, object]) -> Iterator[tuple[str, object
         if isinstance(value, dict) and name in _SECTIONS:
             yield from ((f"{name}.{inner}", x) for inner, x in value.items())
         else:
-            yield name, value
+            yield str(name), value
 
 
 def explain(field: Field) -> str:

@@ -138,7 +138,7 @@ def differentiate_params(
 
 
 def pad_units(x: Array, hidden: int, value: float = 0) -> Array:
-    """Return [..., n * hidden] with a value for more hidden units, up to a multiple of the lanes."""
+    """Return [..., n * hidden] with a value for more hidden units, up to whole vectors."""
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // hidden, hidden)
     padding = *[(0, 0)] * x.ndim, (0, -hidden % count_lanes())
     parts = jnp.pad(parts, padding, constant_values=value)

@@ -195,7 +195,7 @@ def test_parameters_on_a_device_compile_each_function_once() -> None:
     params = jax.device_put(models.draw_params(model), device)
     functions: list[Any] = [loss.compute_chunk_losses, generation._read, generation._generate]
     before = [function._cache_size() for function in functions]
-    for length in (500, 3000, 5000):  # One chunk, and several.
+    for length in (1000, 3000, 5000):  # One chunk, and several.
         loss.compute_loss(model, params, np.arange(length) % 7 + 2)
     for key in map(jax.random.key, (1, 2)):
         models.generate_tokens(model, params, PROMPT, key, length=30)
