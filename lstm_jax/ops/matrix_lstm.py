@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import Marks, align, clear
+from lstm_jax.ops.gates import Marks, align
 from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
@@ -178,34 +178,49 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     carry, and what each step reads from the memory, [batch, heads, chunk, d].
     """
     q, k, v, i, log_f, reset = steps
-    since = jnp.cumsum(log_f, axis=-1)  # log f, summed from the start of the chunk to each step.
-    past = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
-    log_kept = since + carry.stabilizer[..., None]
-    log_written = i + since[..., -1:] - since
-    memory, normalizer, _ = carry
+    past: Any = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
     if reset is not None:  # A step reads what was written since the last reset.
-        # Select, because zero times a state that is not finite is NaN.
-        memory, normalizer = clear(memory, reset[..., :1]), clear(normalizer, reset[..., 0])
         segment = jnp.cumsum(reset, axis=-1)
         past = past[None, None] & (segment[..., :, None] == segment[..., None, :])
+        # Zero times what is not finite is NaN: clear it, and mark the steps that do read it.
+        q, reads_bad = _clear_infinite(q, 3)
+        (k, v, i, log_f), is_bad = _clear_infinite((k, v, i, log_f), 3)
+        carry, is_bad_carry = _clear_infinite(carry, 2)
+        ends_bad = (past & is_bad[..., None, :]).any(-1) | (
+            is_bad_carry[..., None] & (segment == 0)
+        )
+    since = jnp.cumsum(log_f, axis=-1)  # log f, summed from the start of the chunk to each step.
+    log_kept = since + carry.stabilizer[..., None]
+    log_written = i + since[..., -1:] - since
+    if reset is not None:
         log_kept = jnp.where(segment > 0, NEVER, log_kept)
         log_written = jnp.where(segment == segment[..., -1:], log_written, NEVER)
     log_d = jnp.where(past, since[..., :, None] + (i - since)[..., None, :], NEVER)
     stabilizer = jnp.maximum(log_kept, log_d.max(axis=-1))
     weights = jnp.exp(log_d - stabilizer[..., None]) * (q @ k.swapaxes(-1, -2))
     kept = jnp.exp(log_kept - stabilizer)
-
-    def keep(weight: Array, x: Array) -> Array:
-        return weight * (x if reset is None else jnp.where(weight == 0, 0, x))
-
-    size = weights.sum(-1) + keep(kept, (q @ normalizer[..., None])[..., 0])
-    found = _divide(weights @ v + keep(kept[..., None], q @ memory), size, stabilizer)
+    size = weights.sum(-1) + kept * (q @ carry.normalizer[..., None])[..., 0]
+    found = _divide(weights @ v + kept[..., None] * (q @ carry.memory), size, stabilizer)
 
     last, after = stabilizer[..., -1], kept[..., -1]
     written = jnp.exp(log_written - last[..., None])[..., None] * k
-    memory = keep(after[..., None, None], memory) + written.swapaxes(-1, -2) @ v
-    normalizer = keep(after[..., None], normalizer) + written.sum(-2)
+    memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
+    normalizer = after[..., None] * carry.normalizer + written.sum(-2)
+    if reset is not None:
+        found = jnp.where((reads_bad | ends_bad)[..., None], jnp.nan, found)
+        normalizer = jnp.where(ends_bad[..., -1:], jnp.nan, normalizer)
     return MLSTMCarry(memory, normalizer, last), found
+
+
+def _clear_infinite(arrays: Any, axes: int) -> tuple[Any, Bool[Array, "..."]]:
+    """Return arrays that are zero where any is not finite, and where that is: [the first axes]."""
+    leaves = jax.tree.leaves(arrays)
+    finite = jnp.stack([jnp.isfinite(x).all(tuple(range(axes, x.ndim))) for x in leaves]).all(0)
+
+    def clear(x: Array) -> Array:
+        return jnp.where(finite.reshape(*finite.shape, *[1] * (x.ndim - axes)), x, 0)
+
+    return jax.tree.map(clear, arrays), ~finite
 
 
 def _divide(found: Array, size: Array, stabilizer: Array) -> Array:

@@ -176,21 +176,46 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
 
 @every_function
 @pytest.mark.parametrize("implementation", ["scan", "parallel"])
-def test_a_reset_forgets_a_carry_that_is_not_finite(name: str, implementation: Any) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("reset_at", [0, 2])
+@jax.debug_nans(False)
+def test_a_reset_forgets_what_is_not_finite(
+    name: str, implementation: Any, value: float, reset_at: int
+) -> None:
+    """Compare results after a reset, and their gradients, with those after finite numbers."""
     if name in GATED:
         implementation = {"parallel": "xla"}.get(implementation, implementation)
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    infinite = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), carry)
-    for reset_at in (0, 2):
-        reset = np.arange(TIME) == np.full((BATCH, 1), reset_at)
-        run = functools.partial(call, name, reset=reset, implementation=implementation)
-        found, expected = (run(params, inputs, x) for x in (infinite, carry))
-        assert_close(found[0], expected[0], 0)
-        assert_close(found[1][:, reset_at:], expected[1][:, reset_at:], 0)
-    reset = np.arange(TIME) == np.zeros((BATCH, 1))
-    run = functools.partial(compute_loss, name, reset=reset, implementation=implementation)
-    found, expected = (jax.grad(run, (0, 1))(params, inputs, x) for x in (infinite, carry))
-    assert_close(found, expected, 0)
+    options: Any = {"implementation": implementation}
+    options |= {"reset": np.arange(TIME) == np.full((BATCH, 1), reset_at)}
+
+    def differentiate(inputs: Any, carry: Any) -> Any:
+        def loss_fn(inputs: Any) -> Any:
+            last, outputs = call(name, params, inputs, carry, **options)
+            outputs = outputs[:, reset_at:]
+            return jnp.sin(outputs).sum(), (last, outputs)
+
+        grads, results = jax.grad(loss_fn, has_aux=True)(inputs)
+        return grads[:, reset_at:], results
+
+    expected = differentiate(inputs, carry)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, value), carry)
+    assert_close(differentiate(inputs, bad), expected, 0)
+    assert_close(differentiate(inputs.at[:, :reset_at].set(value), carry), expected)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "parallel"])
+@jax.debug_nans(False)
+def test_a_reset_hides_no_nan_of_its_own_document(implementation: Any) -> None:
+    params, inputs, carry = make_params("mlstm"), make_inputs("mlstm"), make_carry("mlstm")
+    reset = np.arange(TIME) == np.full((BATCH, 1), 2)
+    inputs = inputs.at[0, 1].set(jnp.nan).at[1, 4].set(jnp.nan)
+    carry = jax.tree.map(lambda x: x.at[2].set(jnp.inf), carry)
+    last, outputs = ops.mlstm(params, inputs, carry, reset=reset, implementation=implementation)
+    expected = np.zeros((BATCH, TIME), bool)
+    expected[0, 1], expected[1, 4:], expected[2, :2] = True, True, True
+    assert np.isnan(outputs).any(2).tolist() == expected.tolist()
+    assert np.isnan(last.normalizer).any((1, 2)).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("implementation", ["scan", "parallel"])
