@@ -30,18 +30,18 @@ static char *tile(int i) {
   return tiles.content[i][0];
 }
 
-static void load(int i, const char *from, size_t stride) {
+static void load_tile(int i, const char *from, size_t stride) {
   memset(tile(i), 0, sizeof(tiles.content[i]));
   for (int r = 0; r < tiles.rows[i]; r++)
     memcpy(tiles.content[i][r], from + r * stride, tiles.bytes[i]);
 }
 
-static void save(int i, char *to, size_t stride) {
+static void save_tile(int i, char *to, size_t stride) {
   for (int r = 0; r < tiles.rows[i]; r++)
     memcpy(to + r * stride, tile(i) + 64 * r, tiles.bytes[i]);
 }
 
-static void add(int to, int a, int b) {
+static void add_tile(int to, int a, int b) {
   if (tiles.rows[a] != tiles.rows[to] || tiles.bytes[b] != tiles.bytes[to]) abort();
   if (4 * tiles.rows[b] != tiles.bytes[a]) abort();
   float *sums = (float *)tile(to);
@@ -61,7 +61,7 @@ static void add(int to, int a, int b) {
 #define _tile_loadconfig(config) configure((const void *)(config))
 #define _tile_release() (tiles.configured = 0)
 #define _tile_zero(i) memset(tile(i), 0, sizeof(tiles.content[i]))
-#define _tile_loadd(i, from, stride) load(i, (const char *)(from), stride)
-#define _tile_stored(i, to, stride) save(i, (char *)(to), stride)
-#define _tile_dpbf16ps(to, a, b) add(to, a, b)
+#define _tile_loadd(i, from, stride) load_tile(i, (const char *)(from), stride)
+#define _tile_stored(i, to, stride) save_tile(i, (char *)(to), stride)
+#define _tile_dpbf16ps(to, a, b) add_tile(to, a, b)
 #define syscall(...) 0
