@@ -14,17 +14,9 @@ import accelerators
 import commands
 from lstm_jax import config, matmul, ops
 from lstm_jax.ops import choice, in_c, xla
-from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
+from lstm_jax.ops.gates import GRU, LSTM, Gating, Layer, Marks
 from lstm_jax.ops.layer import find_implementation
-from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
-from test_recurrence import (
-    SIZES,
-    assert_close,
-    make_problem,
-    reference,
-    run_layer,
-    value_and_gradients,
-)
+from references import assert_close, draw_layer
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,45 +26,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose what a GPU runs, and run it on the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(choice, "choose", lambda name, *_, **__: name.replace("auto", "xla"))
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.usefixtures("gpu")
-def test_float32_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
-    *arguments, cotangents = make_problem(*sizes)
-    expected = value_and_gradients(reference, cotangents, *arguments)
-    run: Any = run_layer
-    assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
-    assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
-
-
-@pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
-@pytest.mark.usefixtures("gpu")
-@jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
-    *arguments, cotangents = make_problem(*sizes)
-    run = functools.partial(run_layer, dtype="bfloat16")
-    results = value_and_gradients(run, cotangents, *arguments)
-    expected = run_numpy(arguments, cotangents, to_bfloat16)
-    assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
-
-
-@pytest.mark.parametrize("gating", [LSTM, GRU, RNN, PEEPHOLE_LSTM], ids=lambda gating: gating.name)
-@pytest.mark.usefixtures("gpu")
-@jax.numpy_rank_promotion("allow")
-def test_every_kind_agrees_with_its_equations(gating: Gating) -> None:
-    arguments, codes, cotangents = draw_layer(gating, 7, 3, 5, 6, True)
-    pair = codes == in_c.RESET, codes == in_c.FROZEN
-
-    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        run_layer = find_implementation("xla", "gpu")
-        last, outputs = run_layer(Layer(gating, params, inputs, carry, Marks(*pair), "float32"))
-        return outputs, last
-
-    expected = value_and_gradients(
-        functools.partial(run_equations, gating, codes), cotangents, *arguments
-    )
-    assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

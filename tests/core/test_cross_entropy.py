@@ -14,7 +14,7 @@ import models
 from lstm_jax.cross_entropy import compute_cross_entropy
 from lstm_jax.model import LanguageModel
 from lstm_jax.ops import choice, native
-from test_recurrence import assert_close
+from references import assert_close
 
 # (rows, features, vocabulary): one row; odd numbers; parts of tiles; more and fewer rows than
 # tokens; and a depth that is divided into blocks.

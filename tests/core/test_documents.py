@@ -14,9 +14,7 @@ from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.model import LanguageModel
-from lstm_jax.ops import choice, native
-from test_native import measure_errors, run_numpy, to_bfloat16, uses_library
-from test_recurrence import make_problem, run_layer, value_and_gradients
+from lstm_jax.ops import native
 
 BATCH, TIME, STOP = 3, 21, 4
 IDS = np.random.default_rng(0).choice([0, 1, 2, 3, 5, 6], (BATCH, TIME)).astype(np.int32)
@@ -107,35 +105,6 @@ def test_every_document_is_read_alone(
     for t in range(TIME):
         one, after = step(arrays, IDS[:, t], after)
         np.testing.assert_allclose(one, expected[:, t], atol=2e-5)
-
-
-STARTS = np.zeros((3, 11), bool)
-STARTS[[0, 0, 0, 2, 2], [0, 4, 5, 7, 10]] = True
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["xla", "library", "accelerator"])
-@jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_gated_layers_agree_with_numpy(
-    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name != "library":
-        monkeypatch.setattr(native, "load_library", lambda: None)
-    elif not choice.runs_in_c("windows", dtype, 32):
-        pytest.skip("the library in C does not run here")
-    if name == "accelerator":
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    *arguments, cotangents = make_problem(3, 11, 5, 32)
-    run = functools.partial(run_layer, dtype=dtype, starts=jnp.asarray(STARTS))
-    assert uses_library(run, *arguments) == (name == "library")
-    results = value_and_gradients(run, cotangents, *arguments)
-    rounded = to_bfloat16 if dtype == "bfloat16" else np.asarray
-    expected = run_numpy(arguments, cotangents, rounded, STARTS)
-    bound = 5e-3 if dtype == "bfloat16" else 1e-6
-    assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
-    if name == "accelerator":  # Without derivatives.
-        outputs = measure_errors(jax.jit(run)(*arguments), expected[0])
-        assert max(jax.tree.leaves(outputs)) < bound
 
 
 def test_measures_of_a_text_are_those_of_its_documents() -> None:
