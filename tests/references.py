@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lstm_jax import ops
 from lstm_jax.ops import LSTMParams, in_c
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
 from lstm_jax.ops.layer import find_implementation
@@ -108,6 +109,7 @@ def run_equations(
     return outputs, gating.carry(*last[::-1])
 
 
+@jax.numpy_rank_promotion("allow")
 def run_model(
     params: Any, ids: np.ndarray, carry: Any, masks: Any = None, skip: bool = False
 ) -> tuple[Array, list[Any]]:
@@ -163,6 +165,52 @@ def draw_layer(
         marks = jnp.asarray(draw.choice(3, (time, batch), p=[0.6, 0.2, 0.2]), jnp.uint8)
         d_outputs = jnp.where((marks == in_c.FROZEN)[:, :, None], 0, d_outputs)
     return (gating.params(*arrays), inputs, carry), marks, (d_outputs, d_last)
+
+
+# Small arguments of every function of `ops`.
+BATCH, TIME, FEATURES, HIDDEN, HEADS = 4, 6, 5, 16, 2
+LENGTHS = np.array([6, 3, 0, 4])
+
+# Every function, with the type of its parameters; `linear_scan` has none.
+GATED: dict[str, Any] = {
+    "lstm": ops.LSTMParams,
+    "peephole_lstm": ops.PeepholeLSTMParams,
+    "gru": ops.GRUParams,
+    "rnn": ops.RNNParams,
+}
+
+
+def make_params(name: str) -> Any:
+    """Draw parameters, no array of which is zero."""
+    draw = np.random.default_rng(0)
+
+    def perturb(x: jax.Array) -> jax.Array:
+        return x + jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype)
+
+    if name in GATED:
+        return jax.tree.map(perturb, GATED[name].init(jax.random.key(0), FEATURES, HIDDEN))
+    if name == "mlstm":
+        shapes = (FEATURES, 4 * HIDDEN), (4 * HIDDEN,), (FEATURES, 2 * HEADS), (2 * HEADS,)
+        return ops.MLSTMParams(*(perturb(jnp.zeros(shape)) for shape in shapes))
+    return ()
+
+
+def make_carry(name: str) -> Any:
+    draw = np.random.default_rng(1)
+    zeros: Any = ops.HiddenCarry.zeros(BATCH, HIDDEN)
+    if name in ("lstm", "peephole_lstm"):
+        zeros = ops.LSTMCarry.zeros(BATCH, HIDDEN)
+    if name == "mlstm":
+        zeros = ops.MLSTMCarry.zeros(BATCH, HEADS, HIDDEN // HEADS)
+        zeros = zeros._replace(stabilizer=jnp.zeros_like(zeros.stabilizer))
+    return jax.tree.map(lambda x: x + jnp.asarray(draw.uniform(0.1, 0.9, x.shape), x.dtype), zeros)
+
+
+def make_inputs(name: str) -> jax.Array:
+    draw = np.random.default_rng(2).normal(size=(BATCH, TIME, FEATURES))
+    if name == "linear_scan":
+        draw = np.random.default_rng(2).uniform(0.1, 0.9, size=(BATCH, TIME, 2 * HIDDEN))
+    return jnp.asarray(draw, jnp.float32)
 
 
 def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tuple[Any, Any]:

@@ -1,6 +1,9 @@
-"""Compare recorded activations with the equations in NumPy, in float64."""
+"""Compare recorded activations with the equations, in float64."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +11,7 @@ import models
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.export import activations
-from test_cells import STEPS, sigmoid
+from references import STEPS, project, sigmoid
 
 LENGTH = 1100  # Two chunks, the second partial.
 GATES = {"lstm": ("input", "forget", "", "output"), "gru": ("reset", "update", "")}
@@ -33,16 +36,21 @@ def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) 
 
     inputs, expected = params["embedding"]["embedding"][ids], []
     for layer in range(layers):
-        p, (step, number) = params[f"{cell}_{layer}"], STEPS[cell]
-        states = [(np.zeros((1, 9)),) * number]
-        for x in inputs:
-            states.append(step(p, x[None], *states[-1]))
-        hidden, *cells = (np.concatenate(part) for part in zip(*states, strict=True))
+        p, take_step = params[f"{cell}_{layer}"], STEPS[cell]
+
+        def step(state: Any, x: Any, p: Any = p, take_step: Any = take_step) -> Any:
+            after = take_step(p, x[None], *state)
+            return after, after
+
+        with jax.enable_x64():
+            first = (jnp.zeros((1, 9)),) * (1 if cell in ("gru", "rnn") else 2)
+            _, states = jax.lax.scan(step, first, inputs)
+        hidden, *cells = (np.concatenate([np.zeros((1, 9)), x[:, 0]]) for x in states)
         expected.append(np.tanh(cells[0][1:]) if cells else hidden[1:])
         assert set(reading.saturation[layer]) == gates
         if cell in GATES:
-            sums = inputs @ p["input_kernel"] + hidden[:-1] @ p["recurrent_kernel"] + p["bias"]
-            parts = np.split(sigmoid(sums), len(GATES[cell]), axis=1)
+            sums = map(np.add, *project(p, inputs, hidden[:-1], len(GATES[cell])))
+            parts = [np.asarray(sigmoid(x)) for x in sums]
             for name, gate in zip(GATES[cell], parts, strict=True):
                 if name:  # Rounding may move a gate across a threshold.
                     shares = [(gate < 0.1).mean(axis=0), (gate > 0.9).mean(axis=0)]

@@ -13,7 +13,16 @@ from flax import nnx
 
 from lstm_jax import layers, nnx_layers, ops
 from lstm_jax.ops import weights
-from test_ops import BATCH, FEATURES, HIDDEN, LENGTHS, TIME, assert_close, make_inputs, make_params
+from references import (
+    BATCH,
+    FEATURES,
+    HIDDEN,
+    LENGTHS,
+    TIME,
+    assert_close,
+    make_inputs,
+    make_params,
+)
 
 CELLS: dict[str, Any] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
 LAYERS: dict[str, Any] = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.RNN}

@@ -13,30 +13,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.model import LanguageModel
 from lstm_jax.ops import LSTMCarry
 from lstm_jax.run import messages
-from test_cells import lstm
-
-
-def apply_in_numpy(
-    params: model_lib.Params,
-    ids: np.ndarray,
-    carry: model_lib.Carry,
-    num_layers: int,
-    skip_connections: bool = False,
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return logits and the last carry, in float64."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    features = params["embedding"]["embedding"][ids]
-    last = []
-    for layer in range(num_layers):
-        c, h = (np.asarray(x, np.float64) for x in carry[layer])
-        steps = []
-        for x in features.swapaxes(0, 1):
-            h, c = lstm(params[f"lstm_{layer}"], x, h, c)
-            steps.append(h)
-        outputs = np.stack(steps, axis=1)
-        features = outputs + features if skip_connections and layer else outputs
-        last.append((c, h))
-    return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
+from references import assert_close, run_model
 
 
 def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
@@ -48,7 +25,7 @@ def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model
 @pytest.mark.parametrize(
     ("num_layers", "skip", "recurrence"), [(1, False, "auto"), (3, True, "auto"), (3, True, "scan")]
 )
-def test_agrees_with_the_equations_in_numpy_at_once_and_token_by_token(
+def test_agrees_with_the_equations_at_once_and_token_by_token(
     num_layers: int, skip: bool, recurrence: str
 ) -> None:
     model = LanguageModel(11, 6, 9, num_layers, recurrence, skip_connections=skip)
@@ -56,17 +33,12 @@ def test_agrees_with_the_equations_in_numpy_at_once_and_token_by_token(
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
     carry = make_random_carry(jax.random.key(2), model, 3)
     logits, last = models.apply(model, params, ids, carry)
-    expected_logits, expected_last = apply_in_numpy(params, ids, carry, num_layers, skip)
-    np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
-    for got, (cell, hidden) in zip(last, expected_last, strict=True):
-        assert isinstance(got, LSTMCarry)
-        np.testing.assert_allclose(got.cell, cell, atol=1e-5)
-        np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
+    assert_close((logits, list(last)), run_model(params, ids, carry, skip=skip))
     step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
     for t in range(20):
         one, carry = step(ids[:, t], carry)
         np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, carry)
+    assert_close(carry, last)
 
 
 # A small vocabulary is folded into the recurrence; a large one is looked up.

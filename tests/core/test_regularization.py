@@ -1,4 +1,4 @@
-"""Compare each regularizer with NumPy."""
+"""Compare each regularizer with NumPy, and with the equations of a model."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import train_step
-from test_cells import lstm
+from references import assert_close, run_model
 
 
 def make_rates(**rates: float) -> ConfigDict:
@@ -50,7 +50,7 @@ def test_masks_keep_the_expectation(rate: float) -> None:
 
 @pytest.mark.parametrize(("recurrence", "skip"), [("scan", False), ("auto", True)])
 def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -> None:
-    """Compare a model whose masks are constant over time with NumPy."""
+    """Compare with a model whose masks are constant over time."""
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence, skip_connections=skip)
     params = models.draw_params(model)
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
@@ -64,24 +64,8 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
         logits: jax.Array = bound.predict(model_lib.apply_mask(outputs, masks[-1]))
         return logits
 
-    logits = predict(params)
-
-    def layer(name: str, inputs: np.ndarray) -> np.ndarray:
-        p = {key: np.asarray(value, np.float64) for key, value in params[name].items()}
-        cell = hidden = np.zeros((3, 9))
-        outputs = []
-        for x in inputs.swapaxes(0, 1):
-            hidden, cell = lstm(p, x, hidden, cell)
-            outputs.append(hidden)
-        return np.stack(outputs, axis=1)
-
-    m = [np.asarray(mask)[:, None] for mask in masks]
-    embedded = np.asarray(params["embedding"]["embedding"])[ids] * m[0]
-    first = layer("lstm_0", embedded)
-    outputs = (layer("lstm_1", first * m[1]) + skip * first) * m[2]
-    dense = jax.tree.map(np.asarray, params["dense"])
-    expected = outputs @ dense["kernel"] + dense["bias"]
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    expected, _ = run_model(params, ids, model.initial_carry(3), masks, skip)
+    assert_close(predict(params), expected)
 
 
 def test_embedding_dropout_drops_whole_tokens() -> None:
