@@ -1,6 +1,7 @@
 """Make training batches of token ids, with iterators that can start at any step."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -56,14 +57,12 @@ class Order:
         dtype = np.min_scalar_type(-self._num_windows)
         self._first = np.arange(0, self._num_windows, self.steps_per_epoch, dtype=dtype)
         self._first_of_part = self._first.reshape(part[1], -1)[part[0]]
-        self._drawn: tuple[int, Any] = -1, ()  # An epoch and its segments.
+        self._segments = functools.lru_cache(1)(self._draw_segments)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where in the text windows begin, int64 [batch], and which start segments, bool."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if self._drawn[0] != epoch:
-            self._drawn = epoch, self._draw_segments(epoch)
-        offset, first, before = self._drawn[1]
+        offset, first, before = self._segments(epoch)
         windows = self._first_of_part + step_in_epoch
         segments = np.searchsorted(first, windows, side="right") - 1
         since = windows - first[segments]
@@ -114,17 +113,11 @@ def make_batches(
 ) -> tuple[Iterator[Batch], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
-    Grain reads them in advance. `seed` determines the order; `part` is (k, n) for the k-th of n
-    equal parts of each batch, and only this part is read; `first_step` is that of the first batch.
-    Raise `UserError` if the text is shorter than one batch.
+    `seed` determines the order; `part` is (k, n) for the k-th of n equal parts of each batch, and
+    only this part is read; `first_step` is that of the first batch. Raise `UserError` if the text
+    is shorter than one batch.
     """
-    import grain  # Importing it takes a tenth of a second.
-
     order = Order(len(ids), batches, seed, part)
-
-    def read_step(step: int) -> Batch:
-        return cut_batch(ids, *order[step], batches.window_length)
-
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    steps = grain.MapDataset.range(first_step, 2**31)  # Grain's epochs would be the same.
-    return iter(steps.map(read_step).to_iter_dataset(options)), order.steps_per_epoch
+    places = map(order.__getitem__, itertools.count(first_step))
+    cut = (cut_batch(ids, *place, batches.window_length) for place in places)
+    return cut, order.steps_per_epoch

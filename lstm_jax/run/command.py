@@ -98,7 +98,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(left) > 1:
         _fail(f"stray argument {left[1]!r}: every argument is a flag, see --help")
     if flags.FLAGS["verbosity"].using_default_value:
-        # Orbax, Grain and TFDS log a lot. If one of them fails, its exception is reported.
+        # Orbax and TFDS log a lot. If one of them fails, its exception is reported.
         flags.FLAGS.verbosity = absl_logging.FATAL
     return left
 

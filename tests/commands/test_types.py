@@ -73,7 +73,7 @@ nnx_layers.LSTM(4, 128)  # error: call-arg
 # Mypy would read these packages for half of its time.
 SETTINGS = """
 [mypy]
-[mypy-jaxlib.*,optax.*,orbax.*,grain.*,tensorstore.*,absl.*]
+[mypy-jaxlib.*,optax.*,orbax.*,tensorstore.*,absl.*]
 follow_imports = skip
 """
 
