@@ -132,11 +132,18 @@ def run_model(
 
 
 def run_layer(
-    name: str, backend: str, gating: Gating, marks: Any, dtype: str, params: Any, *arrays: Any
+    name: str,
+    backend: str,
+    gating: Gating,
+    marks: Any,
+    dtype: str,
+    params: Any,
+    inputs: Any,
+    carry: Any,
 ) -> Any:
     """Run an implementation of the package as `run_equations` does, as on a kind of device."""
     pair = (None, None) if marks is None else (marks == in_c.RESET, marks == in_c.FROZEN)
-    layer = Layer(gating, params, *arrays, Marks(*pair), dtype)
+    layer = Layer(gating, params, inputs, carry, Marks(*pair), dtype)
     last, outputs = find_implementation(name, backend)(layer)
     return outputs, last
 
@@ -254,10 +261,10 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
 def check_layer(
-    gating: Gating, sizes: tuple[int, ...], dtype: str, *implementations: tuple[str, str]
+    gating: Gating, sizes: tuple[int, int, int, int], dtype: str, *implementations: tuple[str, str]
 ) -> None:
     """Compare results and gradients of implementations, each on a backend, with the equations."""
-    (params, *others), marks, cotangents = draw_layer(gating, *sizes, has_marks=sizes[0] > 1)
+    (params, *others), marks, cotangents = draw_layer(gating, *sizes, sizes[0] > 1)
     if dtype == "bfloat16":  # Only the library in C rounds biases.
         params = jax.tree.map(lambda x: to_bfloat16(x) if x.ndim == 1 else x, params)
     equations = functools.partial(run_equations, gating, marks, dtype)

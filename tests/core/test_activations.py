@@ -49,7 +49,8 @@ def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) 
         expected.append(np.tanh(cells[0][1:]) if cells else hidden[1:])
         assert set(reading.saturation[layer]) == gates
         if cell in GATES:
-            sums = map(np.add, *project(p, inputs, hidden[:-1], len(GATES[cell])))
+            before: Any = hidden[:-1]
+            sums = map(np.add, *project(p, inputs, before, len(GATES[cell])))
             parts = [np.asarray(sigmoid(x)) for x in sums]
             for name, gate in zip(GATES[cell], parts, strict=True):
                 if name:  # Rounding may move a gate across a threshold.

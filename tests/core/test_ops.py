@@ -74,17 +74,17 @@ def test_carry_resets_lengths_and_direction(name: str) -> None:
         rows, carries = [], []
         for i, length in enumerate(LENGTHS):
             after = jax.tree.map(lambda x, i=i: x[i : i + 1], carry)
-            expected = np.zeros((TIME, HIDDEN))
+            row = np.zeros((TIME, HIDDEN))
             steps = range(length)
             for t in reversed(steps) if reverse else steps:
                 if reset[i, t]:
                     after = None
                 after, one = call(name, params, inputs[i : i + 1, t : t + 1], after)
-                expected[t] = one[0, 0]
-            rows.append(expected)
+                row[t] = one[0, 0]
+            rows.append(row)
             carries.append(after)
         expected = jax.tree.map(lambda *x: np.concatenate(x), *carries), np.stack(rows)
-        options = {"reset": reset.astype(np.float32), "lengths": LENGTHS, "reverse": reverse}
+        options: Any = {"reset": reset.astype(np.float32), "lengths": LENGTHS, "reverse": reverse}
         for implementation in ("scan", "xla" if name in GATED else "parallel", "auto"):
             options["implementation"] = implementation
             assert_close(call(name, params, inputs, carry, **options), expected)
