@@ -132,30 +132,24 @@ def run_model(
 
 
 def run_layer(
-    name: str,
-    backend: str,
-    gating: Gating,
-    marks: Any,
-    dtype: str,
-    params: Any,
-    inputs: Any,
-    carry: Any,
+    name: str, backend: str, gating: Gating, marks: Any, dtype: str, *arguments: Any
 ) -> Any:
     """Run an implementation of the package as `run_equations` does, as on a kind of device."""
     pair = (None, None) if marks is None else (marks == in_c.RESET, marks == in_c.FROZEN)
+    params, inputs, carry = arguments
     layer = Layer(gating, params, inputs, carry, Marks(*pair), dtype)
     last, outputs = find_implementation(name, backend)(layer)
     return outputs, last
 
 
 def draw_layer(
-    gating: Gating, time: int, batch: int, features: int, hidden: int, has_marks: bool = False
+    gating: Gating, sizes: tuple[int, ...], has_marks: bool = False
 ) -> tuple[tuple[Any, Array, Any], Any, Any]:
     """Return random parameters, inputs and a carry, marks or None, and cotangents of the results.
 
     Arrays are time-major. The cotangents of outputs are zero at frozen steps.
     """
-    draw = np.random.default_rng(0)
+    (time, batch, features, hidden), draw = sizes, np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
         return jnp.asarray(draw.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
@@ -261,10 +255,10 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
 def check_layer(
-    gating: Gating, sizes: tuple[int, int, int, int], dtype: str, *implementations: tuple[str, str]
+    gating: Gating, sizes: tuple[int, ...], dtype: str, *implementations: tuple[str, str]
 ) -> None:
     """Compare results and gradients of implementations, each on a backend, with the equations."""
-    (params, *others), marks, cotangents = draw_layer(gating, *sizes, sizes[0] > 1)
+    (params, *others), marks, cotangents = draw_layer(gating, sizes, sizes[0] > 1)
     if dtype == "bfloat16":  # Only the library in C rounds biases.
         params = jax.tree.map(lambda x: to_bfloat16(x) if x.ndim == 1 else x, params)
     equations = functools.partial(run_equations, gating, marks, dtype)

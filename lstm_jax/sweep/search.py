@@ -107,6 +107,7 @@ def open_sweep(
     prune: bool = False,
 ) -> Sweep:
     """Open or create a sweep in a directory; see `python -m lstm_jax.sweep --help`."""
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # The caller may have reset it.
     points = list_points(space, experiment) if grid else None
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import random
 import shlex
-import sqlite3
 import subprocess
 import sys
 import time
@@ -290,9 +289,7 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
         raise GeneratorExit  # Nothing handles it, as nothing is left of a process that is killed.
 
     def pass_hour(seconds: float = 0) -> None:
-        with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as database:
-            database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
-            database.commit()
+        storage.grace_period = -1
 
     def run_worker(train: Any) -> list[FrozenTrial]:
         monkeypatch.setattr(training, "train", train)
@@ -302,6 +299,8 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
 
     monkeypatch.setattr(time, "sleep", pass_hour)  # A worker waits until it sees who is dead.
     sweep = make_sweep(tmp_path, tiny_config, 1)
+    storage: Any = sweep.study._storage
+    storage = storage._backend
     run_worker(die)
     (dead,) = run_worker(die)
     assert dead.state == TrialState.RUNNING and dead.intermediate_values == {1: 3.0}
@@ -311,6 +310,7 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
     assert trial.intermediate_values == {1: 3.0}
 
     sweep = sweep._replace(trials=2)
+    storage.grace_period = search.STALE_SECONDS
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     run_worker(die)
     # No time has passed, so it seems to be alive.

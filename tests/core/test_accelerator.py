@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("gating", [LSTM, GRU], ids=lambda gating: gating.name)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bfloat16_rounds_what_the_scan_rounds(gating: Gating, batch: int, backend: str) -> None:
-    (params, inputs, carry), codes, _ = draw_layer(gating, 12, batch, 5, 6, True)
+    (params, inputs, carry), codes, _ = draw_layer(gating, (12, batch, 5, 6), True)
     marks = Marks(codes == in_c.RESET, codes == in_c.FROZEN)
     # Gates remember, so that a step changes less than bfloat16 can tell apart.
     bias = params.bias.at[6:12].add(5).at[:6].add(-5 if gating is LSTM else 0)

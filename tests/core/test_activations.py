@@ -49,9 +49,9 @@ def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) 
         expected.append(np.tanh(cells[0][1:]) if cells else hidden[1:])
         assert set(reading.saturation[layer]) == gates
         if cell in GATES:
-            before: Any = hidden[:-1]
-            sums = map(np.add, *project(p, inputs, before, len(GATES[cell])))
-            parts = [np.asarray(sigmoid(x)) for x in sums]
+            with jax.enable_x64():
+                sums = project(p, inputs, jnp.asarray(hidden[:-1]), len(GATES[cell]))
+                parts = [np.asarray(sigmoid(x + h)) for x, h in zip(*sums, strict=True)]
             for name, gate in zip(GATES[cell], parts, strict=True):
                 if name:  # Rounding may move a gate across a threshold.
                     shares = [(gate < 0.1).mean(axis=0), (gate > 0.9).mean(axis=0)]

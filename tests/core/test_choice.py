@@ -59,23 +59,19 @@ def test_the_library_runs_what_the_table_has_for_a_processor(
     library = native.load_library()
     assert (library and choice.name_processor(library)) == name
     assert native.list_dtypes() == dtypes.split()
+    row = choice.Row(f"VIA {name}", "windows losses", "float32", "lstm gru", 20)
+    others = row._replace(dtype="bfloat16", largest=float("inf")), row._replace(processors="VIA")
+    monkeypatch.setattr(choice, "TABLE", (row, *others))
     for dtype in ("float32", "bfloat16", "float64"):
-        sizes = [
-            row.largest
-            for row in choice.TABLE
-            if str(name) in row.processors and dtype in dtypes and row.dtype == dtype
-            if "lstm" in row.gatings.split() and "windows" in row.work
-        ]
-        assert choice.runs_in_c("windows", dtype, 16) == bool(sizes)
-        assert choice.runs_in_c("windows", dtype, 2**20) == (float("inf") in sizes)
-        for size in {*sizes} - {float("inf")}:
-            assert choice.runs_in_c("windows", dtype, int(size))
-            assert not choice.runs_in_c("windows", dtype, int(size) + 1)
-        assert not choice.runs_in_c("window", dtype, 16)
+        runs = dtype in dtypes.split()
+        assert choice.runs_in_c("windows", dtype, 20, "gru") == runs
+        assert choice.runs_in_c("windows", dtype, 21) == (runs and dtype == "bfloat16")
+        assert not choice.runs_in_c("window", dtype, 20)
+        assert not choice.runs_in_c("windows", dtype, 20, "rnn")
     runpy.run_module("lstm_jax.ops", run_name="__main__")
     printed = capsys.readouterr().out
     assert ("library in C: none" in printed) == (name is None)
-    assert (" of lstm in float32, up to" in printed) == (name in ("Intel", "AMX"))
+    assert printed.count("of lstm, gru in float32, up to 20 hidden units") == (name is not None)
     in_bfloat16 = features == AMD or "amx_bf16" in features
     assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for gated layers" in printed
     assert choice.choose_dtype(False) == "float32"
@@ -111,16 +107,18 @@ def test_devices_share_only_what_the_library_does_not_share_better(
         settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
         return parallel._count_useful_cores(config.complete_config(settings))
 
+    row = choice.Row("AMD", "windows", "bfloat16", "lstm")
+    intel = row._replace(processors="Intel", dtype="float32", gatings="lstm gru", largest=512)
+    monkeypatch.setattr(choice, "TABLE", (row, intel))
     simulate(monkeypatch, *AMD)
-    assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
+    assert count() == count(dtype="bfloat16") == count(hidden_size=500) == 1
     others: Any = {"hidden_size": 256, "cell": "mogrifier", "recurrence": "scan"}
-    for field, value in {**others, "block": "residual"}.items():
+    for field, value in {**others, "block": "residual", "dtype": "float32"}.items():
         assert count(**{field: value}) == 2
-    assert count(hidden_size=500) == 1 and count(recurrence="xla") == 2
-    gru: Any = {"cell": "gru", "dtype": "float32"}
-    assert count(**gru) == 1 and count(hidden_size=640, **gru) == 2
+    assert count(recurrence="xla") == count(cell="gru") == 2
     simulate(monkeypatch, *INTEL)
-    assert count(hidden_size=640) == 1 and count(hidden_size=640, dtype="bfloat16") == 2
+    assert count() == count(cell="gru") == 1
+    assert count(hidden_size=640) == count(dtype="bfloat16") == 2
     monkeypatch.setattr(native, "load_library", lambda: None)
     assert count() == 2
 

@@ -95,7 +95,7 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str) -> Non
 @in_both
 @every_kind
 def test_a_step_of_every_kind_agrees_with_its_equations(gating: Gating, dtype: str) -> None:
-    (params, inputs, carry), *_ = draw_layer(gating, 1, 7, 31, 80)
+    (params, inputs, carry), *_ = draw_layer(gating, (1, 7, 31, 80))
     inputs, carry = jnp.clip(inputs, -2, 2), carry._replace(hidden=jnp.tanh(carry.hidden))
 
     def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
@@ -115,7 +115,7 @@ def test_a_step_of_every_kind_agrees_with_its_equations(gating: Gating, dtype: s
 @every_kind
 @jax.debug_nans(False)
 def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating) -> None:
-    (params, inputs, carry), *_ = draw_layer(gating, 5, 3, 4, 20)
+    (params, inputs, carry), *_ = draw_layer(gating, (5, 3, 4, 20))
     inputs = inputs.at[2, 1, 3].set(jnp.inf).swapaxes(0, 1)
 
     def run(implementation: Any) -> Any:
@@ -133,7 +133,7 @@ def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating) -> None:
 
 def test_wrong_arrays_are_errors_of_xla() -> None:
     """Call the library as `in_c` does, with arrays that don't fit each other."""
-    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, 3, 2, 5, 16)
+    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, (3, 2, 5, 16))
     layer = Layer(GRU, params, inputs, carry, Marks(None, None), "float32")
     _, saved = in_c.forward(layer)
     message = r"INVALID_ARGUMENT: lstm_forward: expected f32\[3,2,5\] for inputs, got f32\[3,2,7\]"
@@ -219,7 +219,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     batch: int, hidden: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
-    arguments, _, cotangents = draw_layer(LSTM, 6, batch, 9, hidden)
+    arguments, _, cotangents = draw_layer(LSTM, (6, batch, 9, hidden))
     run = functools.partial(run_layer, "c", "cpu", LSTM, None, dtype)
     results = []
     for threads in (1, 2, 3, 100):
@@ -272,7 +272,7 @@ def test_steps_agree_with_windows(
 
 @in_both
 def test_layers_use_the_library_where_it_is_faster(dtype: str) -> None:
-    arguments, *_ = draw_layer(LSTM, 4, 3, 5, 24)
+    arguments, *_ = draw_layer(LSTM, (4, 3, 5, 24))
     run: Any = functools.partial(ops.lstm, dtype=dtype)
     params, inputs, carry = arguments[0], arguments[1].swapaxes(0, 1), arguments[2]
     assert uses_library(run, params, inputs, carry)

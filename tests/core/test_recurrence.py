@@ -36,7 +36,7 @@ def test_every_kind_agrees_with_its_equations(
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with float32 matmuls of rounded factors."""
-    arguments, marks, cotangents = draw_layer(LSTM, 20, 16, 48, 60)
+    arguments, marks, cotangents = draw_layer(LSTM, (20, 16, 48, 60))
     low = functools.partial(run_layer, "xla", "cpu", LSTM, marks, "bfloat16")
     results = []
     for in_bfloat16 in (True, False):
