@@ -341,6 +341,19 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
     return config
 
 
+def list_changes(before: Config, config: Config) -> list[tuple[str, object, object]]:
+    """Return name, value before and value now of each changed field; a cell's file may move."""
+    old, new = (
+        dict(flatten(one)) | {"model.cell": one.model.cell.rpartition(":")[2]}
+        for one in (before, config)
+    )
+    return [
+        (field, old[field], value)
+        for field, value in new.items()
+        if value != old[field] and field != "model.cell_sha256"
+    ]
+
+
 def _is_met(condition: str, names: Mapping[str, object]) -> bool:
     """Return whether a condition of `Field` holds for these names; the empty one does."""
     return bool(eval(condition or "True", globals(), {**names}))

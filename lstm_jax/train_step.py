@@ -5,6 +5,7 @@ at every position of its windows. Kept values are divided by the probability of 
 that expectations do not change.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from lstm_jax.batches import Batch
 from lstm_jax.cells.base import restart
 from lstm_jax.config import Config, RegularizationConfig
 from lstm_jax.devices import parallel
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 
 
 class TrainState(NamedTuple):
@@ -218,6 +219,18 @@ def drop_parameters(
             arrays[i] *= _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[i].shape)
         dropped = jax.tree.unflatten(structure, arrays)
     return dropped
+
+
+def check_dropout(
+    rates: RegularizationConfig, model: model_lib.LanguageModel, state: TrainState
+) -> None:
+    """Raise `UserError` for a rate that can't apply to the parameters; warn of one in vain."""
+    jax.eval_shape(functools.partial(drop_parameters, rates), state.params, state.key)
+    if rates.hidden_dropout and model.num_layers == 1:
+        warn(
+            "config.regularization.hidden_dropout is between layers: with one, use "
+            "--config.regularization.output_dropout"
+        )
 
 
 def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

@@ -1,30 +1,36 @@
-"""Train a model: the loop, with what it logs, saves and validates, up to the test loss.
+"""Train a model: from a config to the test loss, in one function.
 
-`run/opening.py` opens the run, new or resumed; `train_step.py` has the step.
+`train_step.py` has the step, and `run/progress.py` what is printed.
 """
 
+import contextlib
+import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
-from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.config import Config
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import CHANGEABLE, Config
+from lstm_jax.data import texts
 from lstm_jax.devices import parallel
-from lstm_jax.errors import NotFiniteError, make_command
-from lstm_jax.generation import Controls
-from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
+from lstm_jax.errors import NotFiniteError, UserError, make_command
+from lstm_jax.run import cell_file, distillation, messages, metrics, progress, workdir
+from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
-from lstm_jax.run.library import Run
-from lstm_jax.run.opening import OpenRun, open_run
-from lstm_jax.run.progress import Progress, describe_setup, describe_validation
-from lstm_jax.train_step import TrainState, make_train_step
+from lstm_jax.run.library import Run, load
+from lstm_jax.train_step import TrainState, check_dropout, init_state, make_train_step
+from lstm_jax.vocabulary import Vocabulary
 
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 
@@ -55,245 +61,403 @@ def train(
         loss, a gradient or a parameter is not finite.
       Stopped: a `KeyboardInterrupt`, after Ctrl-C or SIGTERM, with everything saved.
     """
-    complete, directory = config_lib.complete_config(config), workdir.expand_path(directory)
-    with (
-        jax.enable_x64(False),  # The caller may have enabled it.
+    config, directory = config_lib.complete_config(config), workdir.expand_path(directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))  # The caller may have enabled it.
         # The caller may have set a mesh: this is none.
-        jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
-        open_run(complete, directory, watch, quiet) as run,
-    ):
-        done = is_finished(run)
-        run.print(describe_setup(run, done))
-        if not done:  # A finished run keeps its config.
-            take_steps(run)
-        return finish_run(run)
+        stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
+        mesh = parallel.make_mesh(config)
+
+        # The text, and the run or model that this one starts from.
+        with parallel.main_process_first("text and lock"):
+            splits = texts.load_texts(config.data)
+            lock = stack.enter_context(workdir.hold_lock(directory))
+        config = dataclasses.replace(config, data=splits.resolve(config.data))
+        initial_params, notes = None, list[str]()
+        if is_resumed := workdir.has_run(directory):
+            config, notes = change_config(config, directory)
+            vocabulary = workdir.load_vocabulary(directory)
+        elif config.init_from:
+            vocabulary, initial_params, notes = load_initial(config, splits.texts["train"])
+        else:
+            vocabulary = splits.texts["train"].make_vocabulary(config.data)
+        parallel.check_same(f"{lock} {is_resumed} {config.to_dict()}")
+        with parallel.main_process_first("ids"):
+            ids, sizes = splits.encode(vocabulary)
+
+        # The model and its state.
+        plan = Plan(config, len(ids["train"]))
+        model = make_model(config, vocabulary)
+        optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
+        state = init_state(
+            model,
+            optimizer,
+            jax.random.key(config.seed),
+            config.batches.batch_size,
+            trained=initial_params,
+            counts=None if is_resumed else texts.count_ids(ids["train"], len(vocabulary)),
+        ).place(mesh)
+        check_dropout(config.regularization, model, state)
+        state, step, history = restore_state(directory, state, plan.total_steps)
+
+        checkpoints = stack.enter_context(CheckpointWriter(directory / workdir.CHECKPOINTS))
+        metrics_path = directory / workdir.METRICS
+        writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
+
+        def show(text: str) -> None:
+            """Print to standard output, in process 0 only."""
+            # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
+            with contextlib.suppress(BrokenPipeError):
+                if parallel.is_first() and not quiet:
+                    print(text, flush=True)
+
+        def record(step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
+            """Write a row of metrics and pass it to `watch`, in process 0 only."""
+            if split != "train":
+                bits = loss_lib.compute_bits_per_character(loss, [sizes[split]])
+                extra["bits_per_character"] = bits
+            if parallel.is_first():
+                writer.write(step, plan.count_epochs(step), split, loss, **extra)
+
+        def validate(state: TrainState, step: int) -> bool:
+            """Record the validation loss and a sample; return whether `patience` ends training."""
+            params, key = parallel.get_local_copy((state.params, state.key))
+            loss = loss_lib.compute_loss(model, params, ids["validation"])
+            key = jax.random.fold_in(key, step)
+            sample = generate_sample(config, model, vocabulary, params, key)
+            checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
+            if parallel.is_first():
+                record(step, "validation", loss, sample=sample)
+                workdir.append_sample(directory, step, config.sample.temperature, sample)
+                checkpoints.record_validation(step, loss, workdir.measure_history(directory))
+                rows = metrics.read_metrics(metrics_path)
+                described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
+                title = progress.describe_validation(
+                    rows, plan.steps_per_epoch, plan.total_steps, described, dropout_flags
+                )
+                show(f"\n=== {title}\n{sample}\n")
+            is_over = is_out_of_patience(directory, config.patience)
+            if 0 < step < plan.total_steps and not is_over:  # At the end, `train` plots.
+                plot_curves(directory, _SECONDS_BETWEEN_PLOTS)
+            return is_over
+
+        rates = config.regularization
+        dropout_flags = progress.suggest_dropout(rates, model.num_layers, state.params)
+        setup = progress.describe_setup(
+            vocabulary, state.params, ids, config.batches, plan.steps_per_epoch, model.dtype, mesh
+        )
+        lines = [setup]
+        # Training longer removes the test loss, and may have ended before its first step.
+        is_over = step == plan.total_steps or is_out_of_patience(directory, config.patience)
+        is_finished = is_over and has_row(directory, "test")
+        if is_finished:
+            lines.append(
+                f"The run in {directory} is finished, at step {step}: to train longer, raise "
+                "--config.num_epochs, --config.max_steps or --config.patience"
+            )
+        else:
+            lines += notes
+            if is_resumed:
+                of_total = f"{step} of {plan.total_steps}"
+                lines.append(f"Resuming from step {of_total}, saved in {directory}")
+            elif not (config.max_steps or config.init_from):
+                length, total = len(ids["train"]), plan.total_steps
+                lines += progress.suggest_steps(config.batches, length, total, dropout_flags)
+        show("\n".join(lines))
+
+        if not is_finished:  # A finished run keeps its config.
+            train_step = make_train_step(model, optimizer, config, mesh)
+            make_feed = functools.partial(parallel.Feed, ids["train"], config, mesh, step)
+            if config.distill.teachers:
+                show("The teachers predict the training text")
+                teachers = distillation.load_teachers(config, vocabulary)
+                feed = make_feed(True, distillation.predict_text(teachers, ids["train"]))
+                del teachers  # Their parameters take memory of the device.
+            else:
+                fits = parallel.fits_on_device(ids["train"])
+                feed = make_feed(on_devices=not parallel.max_over_processes(not fits))
+            pacer = parallel.Pacer(step)
+            meter = progress.Progress(plan.total_steps, config.batches, show)
+            compiled = set[int]()  # Numbers of steps in a call.
+            if parallel.is_first():  # Now that no mistake is left.
+                workdir.restore_history(directory, history)
+                workdir.save_fields(directory, config, vocabulary)
+            with StopRequest() as stop:
+                if not is_resumed:  # A run that is killed in this validation resumes from step 0.
+                    checkpoints.save(
+                        step, state.params, state.rest, workdir.measure_history(directory)
+                    )
+                if has_row(directory, "validation", step):
+                    is_over = is_out_of_patience(directory, config.patience)
+                else:
+                    is_over = plan.validates_at(step) and validate(state, step)
+                while step < plan.total_steps and not is_over:
+                    steps = plan.count_steps_of_call(step)
+                    batch = feed.next(steps)
+                    # Any other transfer to the devices is an error.
+                    with jax.transfer_guard("disallow"):
+                        state = train_step(state, batch)
+                    step += steps
+                    if steps not in compiled:
+                        meter.stop_clock()
+                        compiled.add(steps)
+                    meter.after_step(step, state.loss_sum)
+                    is_synchronized = pacer.wait(step, state.loss_sum)
+                    code = parallel.max_over_processes(stop.code) if is_synchronized else 0
+                    # What happens at certain steps ends a call: `Plan.count_steps_of_call`.
+                    logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
+                    saves = (
+                        validates or code or (is_synchronized and is_save_due(checkpoints, config))
+                    )
+                    if logs or saves:
+                        raise_if_not_finite(checkpoints, state, step)
+                    if logs:
+                        state = log(state, step, plan, meter, record)
+                    if saves:
+                        checkpoints.save(
+                            step, state.params, state.rest, workdir.measure_history(directory)
+                        )
+                    if code:
+                        break
+                    if validates:  # After the save: a run that is killed in it resumes from here.
+                        is_over = validate(state, step)
+                        meter.stop_clock()
+                if is_over and step < plan.total_steps:
+                    show(
+                        f"Training ends at step {step} of {plan.total_steps}: the validation loss "
+                        f"has not improved for {config.patience} validations"
+                    )
+                if code := parallel.max_over_processes(stop.code):
+                    checkpoints.wait()
+                    plot_curves(directory)
+                    show(
+                        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
+                        f"{directory}: the same command resumes."
+                    )
+                    raise Stopped(code)
+
+        # The test loss of the best checkpoint.
+        checkpoints.wait()
+        parallel.wait_for_all("all is saved")
+        params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
+        run = Run(workdir.load_config(directory), vocabulary, model, params, step, directory)
+        losses = read_losses(directory, "test", step)
+        loss = losses[-1] if losses else loss_lib.compute_loss(model, params, ids["test"])
+        if parallel.is_first():
+            if not losses:
+                record(step, "test", loss)
+            plot_curves(directory)
+            # On a device, as in `validate`: else the function that generates is compiled again.
+            key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
+            sample = generate_sample(config, model, vocabulary, params, key)
+            described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
+            command = make_command("sample", "--workdir", str(directory))
+            show(
+                f"\n{sample}\n\n"
+                f"Test loss at step {step}, the step with the best validation loss: {described}\n"
+                f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+                f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
+                f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
+            )
+        return run
 
 
-def is_finished(run: OpenRun) -> bool:
-    """Return whether the run has taken its last step, and recorded its last validation."""
-    step = run.first_step
-    if not run.is_validated or not (step == run.plan.total_steps or is_out_of_patience(run)):
-        return False
-    # A resume with more epochs removes this row, and may have ended before its first step.
-    is_recorded = parallel.is_first() and bool(find_losses(run, "validation", step))
-    return bool(parallel.max_over_processes(is_recorded))
+class Plan:
+    """The steps of a run on a training text of `length` tokens."""
+
+    def __init__(self, config: Config, length: int) -> None:
+        order = batches.Order(length, config.batches, config.seed)
+        self._config, self.steps_per_epoch = config, order.steps_per_epoch
+        total_steps = config.num_epochs * order.steps_per_epoch
+        # Until the end of the run, unless `patience` ends it earlier.
+        self.total_steps = min(total_steps, config.max_steps or total_steps)
+        schedule = optimizer_lib.make_schedule(config.optimizer, self.total_steps)
+        self._schedule = jax.jit(schedule)  # It has many operations.
+
+    def count_epochs(self, step: int) -> float:
+        """Return the number of passes over the training text after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def validates_at(self, step: int) -> bool:
+        """Return whether the run validates, and saves before that, after `step` steps, or 0."""
+        every = self._config.validate_every_steps or self.steps_per_epoch
+        return not step % every or not step % self.steps_per_epoch or step == self.total_steps
+
+    def count_steps_of_call(self, step: int) -> int:
+        """Return the number of steps of the next call, which must not cross a log or validation."""
+        number, every = self._config.steps_per_call, self._config.log_every_steps
+        inside = range(step + 1, step + number)
+        return 1 if any(not n % every or self.validates_at(n) for n in inside) else number
+
+    def get_learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1, in the six digits of float32."""
+        return float(f"{float(self._schedule(step - 1)):.6g}")
 
 
-def find_losses(run: OpenRun, split: str, step: int) -> list[float]:
-    """Return the losses in metrics.jsonl of a split after `step` steps."""
-    rows = run.read_metrics()
-    return [row["loss"] for row in rows if (row["split"], row["step"]) == (split, step)]
+def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
+    """Return the config of a run that resumes, and a line about each field that has changed.
+
+    Raise `UserError` if a field that is not in `CHANGEABLE` has.
+    """
+    saved = workdir.load_config(directory)
+    config = dataclasses.replace(config, init_from=config.init_from or saved.init_from)
+    changes = config_lib.list_changes(saved, config)
+    if any(name not in CHANGEABLE for name, _, _ in changes):
+        listed = "; ".join(
+            f"{name} was {was!r} and is {now!r}"
+            for name, was, now in changes
+            if name not in CHANGEABLE or name == "data.path"  # Which names the other text.
+        )
+        raise UserError(
+            f"{directory} holds a run with another config or text ({listed}): resume with "
+            "its values, or begin anew: use another --workdir, or remove that directory"
+        )
+    cell_file.warn_if_changed(config.model, saved.model, directory)
+    return config, [f"{name} is now {now!r}; it was {was!r}" for name, was, now in changes]
 
 
-def write_files(run: OpenRun) -> None:
-    """Write config and vocabulary, and remove what is later than the checkpoint, in process 0."""
-    if parallel.is_first():
-        workdir.restore_history(run.directory, run.history)
-        workdir.save_fields(run.directory, run.config, run.vocabulary)
+def load_initial(
+    config: Config, text: texts.Text
+) -> tuple[Vocabulary, model_lib.Params, list[str]]:
+    """Return vocabulary and parameters of `config.init_from`, and a line about them.
+
+    The vocabulary also has the new tokens of the training text. Raise `UserError` if the model has
+    other sizes.
+    """
+    source = load(config.init_from)
+    for field, theirs, ours in config_lib.list_changes(source.config, config):
+        is_initial = field.startswith("model.initial_") or field in CHANGEABLE
+        if field == "data.units" or (field.startswith("model.") and not is_initial):
+            raise UserError(
+                f"--config.{field} is {ours!r}, but {theirs!r} in {config.init_from}, from which "
+                "this run starts: set the same"
+            )
+    if config.distill.teachers:  # With other tokens, a model could not learn from them.
+        own = workdir.load_vocabulary(workdir.find_model(config.distill.teachers.split(",")[0]))
+    else:  # No tokens of "bpe" are learned: those of the model can spell any word.
+        own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
+    vocabulary = source.vocabulary.extend(own)
+    new = vocabulary.tokens[len(source.vocabulary) :]
+    listed = f": {', '.join(map(repr, new[:10]))}" if new else ""
+    note = (
+        f"The initial weights are those of step {source.step} in {config.init_from}; "
+        f"{len(new)} new tokens{listed}"
+    )
+    return vocabulary, source.params, [note]
 
 
-def is_out_of_patience(run: OpenRun) -> bool:
+def make_model(config: Config, vocabulary: Vocabulary) -> model_lib.LanguageModel:
+    """Return the model of a run, checked."""
+    try:
+        model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
+    model_lib.check_model(model)
+    return model
+
+
+def restore_state(
+    directory: Path, state: TrainState, total_steps: int
+) -> tuple[TrainState, int, dict[str, int]]:
+    """Return state and step of the latest checkpoint, else the given state and 0.
+
+    Also return the sizes at this step, after its validation, of the files that a run appends to.
+    """
+    checkpoints = directory / workdir.CHECKPOINTS
+    restored = restore_latest(checkpoints, state.params, state.rest)
+    if not restored:
+        return state, 0, {}
+    step, items = restored
+    if step > total_steps:
+        raise UserError(
+            f"the run in {directory} has trained {step} steps already: raise "
+            "--config.num_epochs or --config.max_steps, or use another --workdir"
+        )
+    history = read_validation(checkpoints, step).get("history", items.history)
+    return TrainState(params=items.params, **items.state), step, history
+
+
+def read_losses(directory: Path, split: str, step: int | None = None) -> list[float]:
+    """Return the losses in metrics.jsonl of a split, or only that after `step` steps."""
+    rows = metrics.read_metrics(directory / workdir.METRICS)
+    return [row["loss"] for row in rows if row["split"] == split and step in (None, row["step"])]
+
+
+def has_row(directory: Path, split: str, step: int | None = None) -> bool:
+    """Return whether metrics.jsonl has such a loss; process 0 decides."""
+    has_loss = parallel.is_first() and bool(read_losses(directory, split, step))
+    return bool(parallel.max_over_processes(has_loss))
+
+
+def is_out_of_patience(directory: Path, patience: int) -> bool:
     """Return whether the last `patience` > 0 validations did not improve on those before.
 
     A run that was stopped or killed and has resumed has the same rows as one that was not, so both
     end at the same step. Process 0 decides.
     """
-    if not (number := run.config.patience):
+    if not patience:
         return False  # Without reading the file.
-    rows = run.read_metrics() if parallel.is_first() else []
-    losses = [row["loss"] for row in rows if row["split"] == "validation"]
-    is_over = number < len(losses) and min(losses[-number:]) >= min(losses[:-number])
+    losses = read_losses(directory, "validation") if parallel.is_first() else []
+    is_over = patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
     return bool(parallel.max_over_processes(is_over))
 
 
-def take_steps(run: OpenRun) -> None:
-    """Take training steps until the last, or until `patience` or a signal ends them.
-
-    Raise `Stopped` after a signal, when the state is saved.
-    """
-    config, plan = run.config, run.plan
-    state, step, is_over = run.first_state, run.first_step, False
-    train_step = make_train_step(run.model, run.optimizer, config, run.mesh)
-    feed, pacer, progress = make_feed(run), parallel.Pacer(step), Progress(plan, run.print)
-    compiled = set[int]()  # Numbers of steps in a call.
-    write_files(run)  # Now that no mistake is left.
-    with StopRequest() as stop:
-        if not run.is_resumed:  # A run that is killed in this validation resumes from step 0.
-            save(run, state, step)
-        # Resuming removes the row of a validation, which follows its checkpoint: validate again.
-        if run.is_validated or plan.validates_at(step):
-            is_over = validate(run, state, step)
-        while step < plan.total_steps and not is_over:
-            steps = plan.count_steps_of_call(step)
-            batch = feed.next(steps)
-            with jax.transfer_guard("disallow"):  # Any other transfer to the devices is an error.
-                state = train_step(state, batch)
-            step += steps
-            if steps not in compiled:
-                progress.stop_clock()
-                compiled.add(steps)
-            progress.after_step(step, state.loss_sum)
-            is_synchronized = pacer.wait(step, state.loss_sum)
-            code = parallel.max_over_processes(stop.code) if is_synchronized else 0
-            # What happens at certain steps ends a call: `Plan.count_steps_of_call`.
-            logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
-            saves = validates or code or (is_synchronized and is_save_due(run))
-            if logs or saves:
-                raise_if_not_finite(run, state, step)
-            if logs:
-                state = log(run, state, step, progress)
-            if saves:
-                save(run, state, step)
-            if code:
-                break
-            if validates:  # After the save: a run that is killed in it resumes from here.
-                is_over = validate(run, state, step)
-                progress.stop_clock()
-        if code := parallel.max_over_processes(stop.code):
-            run.checkpoints.wait()
-            plot_curves(run)
-            run.print(
-                f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
-                f"{run.directory}: the same command resumes."
-            )
-            raise Stopped(code)
-
-
-def make_feed(run: OpenRun) -> parallel.Feed:
-    """Return the training batches from the run's first step, on the devices of its mesh."""
-    ids, config, predictions = run.ids["train"], run.config, None
-    on_devices = not parallel.max_over_processes(not parallel.fits_on_device(ids))
-    if config.distill.teachers:
-        run.print("The teachers predict the training text")
-        teachers = distillation.load_teachers(config, run.vocabulary)
-        predictions, on_devices = distillation.predict_text(teachers, ids), True
-    return parallel.Feed(ids, config, run.mesh, run.first_step, on_devices, predictions)
-
-
-def is_save_due(run: OpenRun) -> bool:
+def is_save_due(checkpoints: CheckpointWriter, config: Config) -> bool:
     """Return whether the last save is old; each process has its own clock, so they agree on it."""
-    age = time.monotonic() - run.checkpoints.last_time
-    is_due = age >= run.config.checkpoint_every_seconds and not run.checkpoints.is_saving
+    age = time.monotonic() - checkpoints.last_time
+    is_due = age >= config.checkpoint_every_seconds and not checkpoints.is_saving
     return bool(parallel.max_over_processes(is_due))
 
 
-def raise_if_not_finite(run: OpenRun, state: TrainState, step: int) -> None:
+def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: int) -> None:
     """Raise `NotFiniteError` if a parameter, or a loss or gradient since the last row, is not."""
     numbers = {"params": state.params, "loss": state.loss_sum, "norm": state.norm_sum}
     if not jax.jit(model_lib.is_finite)(numbers):
-        run.checkpoints.wait()
+        checkpoints.wait()
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
-            f"last good checkpoint, that of step {run.checkpoints.last_step}, with a lower "
+            f"last good checkpoint, that of step {checkpoints.last_step}, with a lower "
             "--config.optimizer.learning_rate"
         )
 
 
-def log(run: OpenRun, state: TrainState, step: int, progress: Progress) -> TrainState:
+def log(
+    state: TrainState, step: int, plan: Plan, meter: progress.Progress, record: Callable[..., None]
+) -> TrainState:
     """Record the mean training loss since the last row; return the state with sums of zero."""
     number = int(state.loss_steps)
-    loss, speed = float(state.loss_sum) / number, progress.measure_speed(step)
-    progress.print(step, loss, speed)
+    loss, speed = float(state.loss_sum) / number, meter.measure_speed(step)
+    meter.print(step, plan.count_epochs(step), loss, speed)
     extra: metrics.Extra = {
-        "learning_rate": run.plan.get_learning_rate(step),
+        "learning_rate": plan.get_learning_rate(step),
         "gradient_norm": float(state.norm_sum) / number,
     }
     if speed:  # Otherwise it is unknown.
         extra["tokens_per_second"] = round(speed)
-    record(run, step, "train", loss, **extra)
+    record(step, "train", loss, **extra)
     return state.clear_sums()
 
 
-def record(
-    run: OpenRun, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]
-) -> None:
-    """Write a row of metrics and pass it to `watch`, in process 0 only."""
-    if split != "train":
-        bits = loss_lib.compute_bits_per_character(loss, [run.sizes[split]])
-        extra["bits_per_character"] = bits
-    if parallel.is_first():
-        run.writer.write(step, run.plan.count_epochs(step), split, loss, **extra)
-
-
-def save(run: OpenRun, state: TrainState, step: int) -> None:
-    """Start saving a checkpoint, with the sizes of the files that the run appends to."""
-    arrays = state.params, state.rest
-    if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
-        arrays = jax.tree.map(
-            lambda x: x.addressable_data(0) if x.is_fully_replicated else x, arrays
-        )
-    run.checkpoints.save(step, *arrays, workdir.measure_history(run.directory))
-
-
-def validate(run: OpenRun, state: TrainState, step: int) -> bool:
-    """Record the validation loss and a sample; return whether `patience` ends training."""
-    params, key = parallel.get_local_copy((state.params, state.key))
-    loss = loss_lib.compute_loss(run.model, params, run.ids["validation"])
-    sample = generate_sample(run, params, jax.random.fold_in(key, step))
-    run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
-    if parallel.is_first():
-        record(run, step, "validation", loss, sample=sample)
-        workdir.append_sample(run.directory, step, run.config.sample.temperature, sample)
-        run.checkpoints.record_validation(step, loss)
-    if run.prints:
-        run.print(f"\n=== {describe_validation(run, step, loss)}\n{sample}\n")
-    if step == run.plan.total_steps:
-        return False  # `finish_run` plots.
-    is_over = is_out_of_patience(run)
-    if is_over:
-        run.print(
-            f"Training ends at step {step} of {run.plan.total_steps}: the validation loss has not "
-            f"improved for {run.config.patience} validations"
-        )
-    elif step:
-        plot_curves(run, _SECONDS_BETWEEN_PLOTS)
-    return is_over
-
-
-def generate_sample(run: OpenRun, params: model_lib.Params, key: jax.Array) -> str:
+def generate_sample(
+    config: Config,
+    model: model_lib.LanguageModel,
+    vocabulary: Vocabulary,
+    params: model_lib.Params,
+    key: jax.Array,
+) -> str:
     """Return a text that the model generates, as a terminal can show it."""
+    length, temperature = config.sample.length, config.sample.temperature
+    controls = generation.Controls(temperature=temperature)
     (text,) = generation.generate_texts(
-        run.model,
-        params,
-        run.vocabulary,
-        key,
-        length=run.config.sample.length,
-        controls=Controls(temperature=run.config.sample.temperature),
-        stop_token=False,
+        model, params, vocabulary, key, length=length, controls=controls, stop_token=False
     )
     return messages.make_printable(text)
 
 
-def plot_curves(run: OpenRun, seconds: float = 0) -> None:
+def plot_curves(directory: Path, seconds: float = 0) -> None:
     """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
-    path = run.directory / workdir.CURVES
+    path = directory / workdir.CURVES
     age = time.time() - path.stat().st_mtime if path.exists() else seconds
     if parallel.is_first() and not 0 <= age < seconds:
-        metrics.plot_metrics(run.read_metrics(), path)
-
-
-def finish_run(run: OpenRun) -> Run:
-    """Measure the best checkpoint on the test split, and return the trained model."""
-    run.checkpoints.wait()
-    parallel.wait_for_all("all is saved")
-    shapes = model_lib.get_param_shapes(run.model)
-    params, step = workdir.load_params(run.directory, shapes)
-    config = workdir.load_config(run.directory)
-    losses = find_losses(run, "test", step)
-    loss = losses[-1] if losses else loss_lib.compute_loss(run.model, params, run.ids["test"])
-    if parallel.is_first():
-        if not losses:
-            record(run, step, "test", loss)
-        plot_curves(run)
-        # On a device, as in `validate`: else the function that generates would be compiled again.
-        key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
-        described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["test"])
-        command = make_command("sample", "--workdir", str(run.directory))
-        run.print(
-            f"\n{generate_sample(run, params, key)}\n\n"
-            f"Test loss at step {step}, the step with the best validation loss: {described}\n"
-            f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
-            f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-            f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
-        )
-    return Run(config, run.vocabulary, run.model, params, step, run.directory)
+        metrics.plot_metrics(metrics.read_metrics(directory / workdir.METRICS), path)

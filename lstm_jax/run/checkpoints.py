@@ -72,6 +72,8 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         before, can't be written, or that one is gone.
         """
         self.wait()
+        if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
+            params, state = jax.tree.map(_take_one, (params, state))
         path = self._directory / f"{step}{_UNFINISHED}"
         try:
             if parallel.is_first() and self.last_step >= 0:  # Orbax would make the directory again.
@@ -103,10 +105,14 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
             (self._directory / str(old)).rename(unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next writer tries.
 
-    def record_validation(self, step: int, loss: float) -> None:
-        """Add the validation loss, in nats per token, to the checkpoint of `step`."""
+    def record_validation(self, step: int, loss: float, history: Mapping[str, int]) -> None:
+        """Add to the checkpoint of `step` its validation loss, in nats per token.
+
+        `history` holds the sizes of the files that the run appends to, after the validation.
+        """
         self.wait()
-        files.write_json(self._directory / str(step) / VALIDATION, {"loss": loss})
+        fields = {"loss": loss, "history": dict(history)}
+        files.write_json(self._directory / str(step) / VALIDATION, fields)
 
     @property
     def is_saving(self) -> bool:
@@ -227,21 +233,24 @@ def list_steps(directory: Path) -> list[int]:
 
 def _rank(directory: Path, step: int) -> tuple[float, int]:
     """Rank by validation loss; without one, by step."""
-    loss = read_validation_loss(directory, step)
+    loss = read_validation(directory, step).get("loss")
     return (-np.inf, step) if loss is None else (-loss, 0)
 
 
-def read_validation_loss(directory: Path, step: int) -> float | None:
-    """Return the validation loss of a checkpoint; None if it has no valid one."""
+def read_validation(directory: Path, step: int) -> dict[str, Any]:
+    """Return the validation `loss` of a checkpoint, and the `history` after it, if it has these.
+
+    Return {} if the loss is not finite or there is no valid file.
+    """
     path = directory / str(step) / VALIDATION
     try:
-        loss: float = files.read_json(path)["loss"]
+        fields = files.read_json(path)
+        return fields if np.isfinite(fields["loss"]) else {}
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, KeyError) as error:
         warn(f"{path} is damaged ({one_line(error)}): the loss of this checkpoint is unknown")
-        return None
-    return loss if np.isfinite(loss) else None
+        return {}
 
 
 def _restore_first(
@@ -277,6 +286,11 @@ def _restore_first(
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(f"every checkpoint in {directory} is damaged ({reasons}): restore a copy")
     return None, None, damaged
+
+
+def _take_one(array: jax.Array) -> jax.Array:
+    """Return an array on one device, if every device has all of it."""
+    return array.addressable_data(0) if array.is_fully_replicated else array
 
 
 def _abstract(tree: Any) -> Any:

@@ -1,15 +1,19 @@
 """What training prints: the setup, the progress, validations, and hints about settings."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import jax
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
+from lstm_jax.config import BatchesConfig, RegularizationConfig
 from lstm_jax.errors import name_setting
+from lstm_jax.model import Params
 from lstm_jax.run import messages
-from lstm_jax.run.opening import OpenRun, Plan
+from lstm_jax.run.metrics import Row
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 _SECONDS_BETWEEN_LINES = 10
 # Tokens of the window that is printed.
@@ -24,69 +28,72 @@ _HINT = "try the same command with another --workdir and {} (docs/choosing.md)"
 _RISE = 1.01
 
 
-def describe_setup(run: OpenRun, is_finished: bool) -> str:
-    """Describe the model, the text with its first window, and what the run starts from."""
-    config, vocabulary, model = run.config, run.vocabulary, run.model
-    window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
+def describe_setup(
+    vocabulary: Vocabulary,
+    params: Params,
+    ids: dict[str, Ids],
+    batches: BatchesConfig,
+    steps_per_epoch: int,
+    dtype: str,
+    mesh: Mesh,
+) -> str:
+    """Describe the model, the text with its first window, and the devices."""
+    window = ids["train"][: min(batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
-    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
-    device = run.mesh.devices.flat[0].device_kind
+    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     lines = [
-        f"{messages.format_parameters(run.first_state.params)}\n",
+        f"{messages.format_parameters(params)}\n",
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {run.plan.steps_per_epoch:,}; "
-        f"matmuls in {model.dtype}, on {run.mesh.size} x {device}\n",
+        f"steps per epoch: {steps_per_epoch:,}; "
+        f"matmuls in {dtype}, on {mesh.size} x {mesh.devices.flat[0].device_kind}\n",
         "The first window and its targets:",
         f"  inputs  {vocabulary.decode(inputs)!r}",
         f"  targets {vocabulary.decode(targets)!r}",
         f"  inputs  {' '.join(map(str, inputs))}",
         f"  targets {' '.join(map(str, targets))}\n",
     ]
-    if is_finished:
-        lines.append(
-            f"The run in {run.directory} is finished, at step {run.first_step}: to train longer, "
-            "raise --config.num_epochs, --config.max_steps or --config.patience"
-        )
-        return "\n".join(lines)
-    lines += run.notes
-    if run.is_resumed:
-        total = run.plan.total_steps
-        lines.append(f"Resuming from step {run.first_step} of {total}, saved in {run.directory}")
-    elif run.plan.total_steps < _FEW_STEPS and not (config.max_steps or config.init_from):
-        lines.append(_suggest_steps(run))
     return "\n".join(lines)
 
 
-def _suggest_steps(run: OpenRun) -> str:
-    """Return a hint to start a run with more steps, and its flags."""
-    windows = len(run.ids["train"]) // run.config.batches.window_length
-    batch_size = min(run.config.batches.batch_size, max(windows // _STEPS_PER_EPOCH, 1))
+def suggest_steps(batches: BatchesConfig, length: int, total_steps: int, dropout: str) -> list[str]:
+    """Return a hint to start a run with more steps, and its flags; [] if there are enough.
+
+    `length` is the number of training tokens, and `dropout` from `suggest_dropout`.
+    """
+    if total_steps >= _FEW_STEPS:
+        return []
+    windows = length // batches.window_length
+    batch_size = min(batches.batch_size, max(windows // _STEPS_PER_EPOCH, 1))
     batch_size = 1 << batch_size.bit_length() - 1  # A power of two.
     epochs = -(-_STEPS // (windows // batch_size))
     sizes = [name_setting("batches.batch_size", batch_size), name_setting("num_epochs", epochs)]
-    flags = " ".join(sizes + _suggest_dropout(run))
-    return f"Hint: {run.plan.total_steps} steps are few: stop this run, and {_HINT.format(flags)}"
+    flags = " ".join(filter(None, [*sizes, dropout]))
+    return [f"Hint: {total_steps} steps are few: stop this run, and {_HINT.format(flags)}"]
 
 
-def _suggest_dropout(run: OpenRun) -> list[str]:
+def suggest_dropout(rates: RegularizationConfig, num_layers: int, params: Params) -> str:
     """Return flags for more dropout, of the kinds that the model can have."""
-    names = {path[-1] for path in flatten_dict(run.first_state.params)}
-    can_have = {"hidden": run.model.num_layers > 1, "recurrent": "recurrent_kernel" in names}
-    rates = {f"{kind}_dropout": x for kind, x in _DROPOUT.items() if can_have.get(kind, True)}
-    return [
+    names = {path[-1] for path in flatten_dict(params)}
+    can_have = {"hidden": num_layers > 1, "recurrent": "recurrent_kernel" in names}
+    wanted = {f"{kind}_dropout": x for kind, x in _DROPOUT.items() if can_have.get(kind, True)}
+    return " ".join(
         name_setting(f"regularization.{name}", rate)
-        for name, rate in rates.items()
-        if rate > getattr(run.config.regularization, name)
-    ]
+        for name, rate in wanted.items()
+        if rate > getattr(rates, name)
+    )
 
 
-def describe_validation(run: OpenRun, step: int, loss: float) -> str:
-    """Return a line about the last validation, and a hint if the loss begins to rise."""
-    plan, rows = run.plan, run.read_metrics()
+def describe_validation(
+    rows: Sequence[Row], steps_per_epoch: int, total_steps: int, described: str, dropout: str
+) -> str:
+    """Return a line about the last validation, and a hint if the loss begins to rise.
+
+    `described` is its loss, and `dropout` from `suggest_dropout`.
+    """
     losses = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
+    *_, step = losses
     best = min(losses, key=losses.__getitem__)
-    described = messages.describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
-    done, total = map(plan.count_epochs, (step, plan.total_steps))
+    done, total = step / steps_per_epoch, total_steps / steps_per_epoch
     line = f"epoch {done:.4g} of {total:.4g}: validation loss {described}"
     for row in [row for row in rows if row["split"] == "train"][-1:]:  # There may be none yet.
         line += (
@@ -95,8 +102,8 @@ def describe_validation(run: OpenRun, step: int, loss: float) -> str:
         )
     # Two validations in a row, because one may be worse by chance.
     if [x > _RISE * losses[best] for x in losses.values()][-3:] == [False, True, True]:
-        epochs = name_setting("num_epochs", max(round(plan.count_epochs(best)), 1))
-        changes = " or ".join(filter(None, (" ".join(_suggest_dropout(run)), epochs)))
+        epochs = name_setting("num_epochs", max(round(best / steps_per_epoch), 1))
+        changes = " or ".join(filter(None, (dropout, epochs)))
         line += (
             "\nHint: the validation loss rises (overfitting, if the training loss falls): "
             f"{_HINT.format(changes)}"
@@ -110,8 +117,11 @@ class Progress:
     It prints a line every ten seconds.
     """
 
-    def __init__(self, plan: Plan, show: Callable[[str], None]) -> None:
-        self._plan, self._show = plan, show
+    def __init__(
+        self, total_steps: int, batches: BatchesConfig, show: Callable[[str], None]
+    ) -> None:
+        self._total_steps, self._show = total_steps, show
+        self._tokens_per_step = batches.batch_size * batches.window_length
         self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
         self._last_line = time.monotonic()
 
@@ -129,18 +139,16 @@ class Progress:
         """Return the tokens per second since the last call or the start; 0 if it is unknown."""
         now = time.monotonic()
         (start, since), self._clock = self._clock or (step, now), (step, now)
-        return (step - start) * self._plan.tokens_per_step / (now - since) if step > start else 0.0
+        return (step - start) * self._tokens_per_step / (now - since) if step > start else 0.0
 
-    def print(self, step: int, loss: float, speed: float) -> None:
+    def print(self, step: int, epoch: float, loss: float, speed: float) -> None:
         """Print a line if it is time to; `speed` is in tokens per second, or 0."""
-        now, plan = time.monotonic(), self._plan
+        now = time.monotonic()
         if now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        line = (
-            f"step {step}/{plan.total_steps}, epoch {plan.count_epochs(step):.2f}, loss {loss:.3f}"
-        )
+        line = f"step {step}/{self._total_steps}, epoch {epoch:.2f}, loss {loss:.3f}"
         if speed:
-            left = (plan.total_steps - step) * plan.tokens_per_step / speed
+            left = (self._total_steps - step) * self._tokens_per_step / speed
             line += f", {speed:,.0f} tokens/s, {timedelta(seconds=round(left))} left"
         self._show(line)

@@ -6,8 +6,12 @@ folder in the package.
 """
 
 import contextlib
+import fcntl
+import itertools
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, make_command, warn
+from lstm_jax.devices import parallel
+from lstm_jax.errors import UnavailableError, UserError, make_command, warn
 from lstm_jax.run import model_file
 from lstm_jax.vocabulary import Vocabulary
 
@@ -29,6 +34,9 @@ CURVES = "curves.png"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
 # first removes what was appended later. TensorBoard hides what was.
 HISTORY = (METRICS, SAMPLES)
+_LOCK = ".lock"  # A file in the working directory.
+# Files that a killed process can leave (`files.write_file`).
+_PARTIAL = (".config.json.*.partial", ".vocabulary.json.*.partial", ".curves.png.*.partial")
 # The folders of trained models in the package.
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
@@ -43,6 +51,55 @@ def find_model(name: Path | str) -> Path:
     path = expand_path(name)
     is_packaged = path.name == str(path) and not path.exists() and (_PRETRAINED / path).is_dir()
     return _PRETRAINED / path if is_packaged else path
+
+
+@contextlib.contextmanager
+def hold_lock(directory: Path) -> Iterator[str]:
+    """Make `directory` and hold its lock, for all processes of a run; yield what is in its file.
+
+    The operating system releases it with the process, however it ends. On a file system without
+    locks, nothing is locked. Raise `UnavailableError` if a process of another run holds it, or the
+    directory can't be written.
+    """
+    path = directory / _LOCK
+    if not parallel.is_first():
+        yield path.read_text() if path.exists() else ""
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UnavailableError(f"can't write to {directory}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UnavailableError(
+                f"another process is training in {directory} ({path.read_text().strip()}): wait "
+                "until it ends, stop it, or use another working directory"
+            ) from None
+        except OSError:
+            pass  # The file system has no locks.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+        for partial in itertools.chain(*map(directory.glob, _PARTIAL)):
+            partial.unlink()
+        yield path.read_text()
+
+
+def has_run(directory: Path) -> bool:
+    """Return whether a run in `directory` can resume; raise `UserError` if some files are gone."""
+    names = (CONFIG, *HISTORY, MODEL)
+    has_config, *others = ((directory / name).exists() for name in names)
+    has_checkpoint = any(path.name.isdecimal() for path in (directory / CHECKPOINTS).glob("*/"))
+    if (has_checkpoint or any(others)) and not (has_checkpoint and has_config):
+        missing = CHECKPOINTS if has_config else CONFIG
+        raise UserError(
+            f"{directory} holds no complete run: restore {missing}, or use another working "
+            "directory"
+        )
+    return has_checkpoint
 
 
 def load_config(workdir: Path) -> Config:

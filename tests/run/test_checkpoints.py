@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved")
     with checkpoints.CheckpointWriter(directory) as writer:
         save(writer, 1)
-        writer.record_validation(1, 2.5)
+        writer.record_validation(1, 2.5, {})
         save(writer, 2)
     return directory
 
@@ -42,7 +42,7 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(tmp_path: Path) -> No
         for step, loss in losses.items():
             save(writer, step)
             if loss is not None:
-                writer.record_validation(step, loss)
+                writer.record_validation(step, loss, {})
     assert checkpoints.list_steps(tmp_path) == [2, 5, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
     params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
@@ -214,7 +214,7 @@ def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
         for step in range(2, 20):
             save(writer, step)
             if step % 3 == 0:
-                writer.record_validation(step, 1 / step)
+                writer.record_validation(step, 1 / step, {})
         done.set()
         reader.join()
     assert not failures

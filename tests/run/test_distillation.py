@@ -17,7 +17,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import train_step, training
-from lstm_jax.run import distillation, opening, workdir
+from lstm_jax.run import distillation, workdir
 
 
 def test_the_gradient_is_that_of_text_and_teachers() -> None:
@@ -83,12 +83,16 @@ def test_a_student_that_starts_from_a_model_has_the_tokens_of_its_teachers(
     changes = {"init_from": str(trained), "distill.teachers": f"{trained},{trained}"}
     changes |= {"data.path": str(tmp_path / "a.txt"), "data.sha256": ""}
     config = config_lib.complete_config(workdir.load_config(trained), changes)
-    with opening.open_run(config, tmp_path / "run", quiet=True) as opened:
-        assert opened.vocabulary.to_fields() == workdir.load_vocabulary(trained).to_fields()
+    with pytest.raises(ZeroDivisionError):  # In the validation of step 0.
+        training.train(config, tmp_path / "run", lambda row: 1 / 0, quiet=True)
+    fields = workdir.load_vocabulary(tmp_path / "run").to_fields()
+    assert fields == workdir.load_vocabulary(trained).to_fields()
 
 
 @pytest.mark.slow
-def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_student_resumes_bit_for_bit(
+    trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]
     states = []
     for name, stops in (("whole", [9]), ("resumed", [4, 9])):
@@ -99,10 +103,14 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
         states.append(runs.load_final_state(tmp_path / name))
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
-    whole = tmp_path / "whole"
-    with opening.open_run(workdir.load_config(whole), whole) as opened:
-        batch = training.make_feed(opened).next()
-        assert batch.soft_targets is not None
+
+    def take_step(state: Any, batch: Any) -> None:
+        raise ZeroDivisionError(batch.soft_targets.shape)
+
+    longer = config_lib.complete_config(workdir.load_config(tmp_path / "whole"), {"max_steps": 10})
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError, match="(8, 32, "):
+        patched.setattr(training, "make_train_step", lambda *args: take_step)
+        training.train(longer, tmp_path / "whole")
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
     done = commands.run("main", *arguments, "--config.data.units=bytes")
     assert done.returncode == 2

@@ -12,10 +12,21 @@ import commands
 import draws
 import runs
 from disks import fill, mounted
+from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
 from runs import ROOT
 
 pytestmark = pytest.mark.process
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lstm_jax.run import workdir
+with workdir.hold_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -81,3 +92,17 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
         filler.unlink()
         assert commands.run("main", *arguments).returncode == 0
         runs.assert_same(whole, directory)
+
+
+def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"is training in .* \(process {first.pid} on .* since "):
+        workdir.hold_lock(tmp_path).__enter__()
+    first.kill()
+    first.wait()
+    for name in (".curves.png.1.partial", ".mine.partial"):
+        (tmp_path / name).touch()
+    with workdir.hold_lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine.partial"}

@@ -20,10 +20,9 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.devices import parallel
 from lstm_jax.devices.parallel import Pacer
-from lstm_jax.run import checkpoints, metrics, opening, workdir
-from lstm_jax.run.progress import Progress, describe_setup, describe_validation
+from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.run.progress import Progress, describe_validation, suggest_dropout
 from lstm_jax.train_step import TrainState
-from lstm_jax.vocabulary import TextSize
 
 
 class KilledError(Exception):
@@ -44,9 +43,12 @@ def list_steps(directory: Path, split: str = "validation") -> list[int]:
     return [step for step, name, _ in runs.read_losses(directory) if name == split]
 
 
-def make_plan(**fields: int) -> opening.Plan:
+BATCHES = config_lib.complete_config({}).batches  # 64 windows of 100 tokens.
+
+
+def make_plan(**fields: int) -> training.Plan:
     config = config_lib.complete_config({"num_epochs": 2, **fields})
-    return opening._make_plan(config, 70 * 64 * 100 + 1)
+    return training.Plan(config, 70 * 64 * 100 + 1)
 
 
 def make_state(**counters: float) -> TrainState:
@@ -70,7 +72,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_plan_validates_within_and_after_epochs_and_at_the_end() -> None:
-    def list_validations(plan: opening.Plan) -> list[int]:
+    def list_validations(plan: training.Plan) -> list[int]:
         return [step for step in range(plan.total_steps + 1) if plan.validates_at(step)]
 
     assert list_validations(make_plan()) == [0, 70, 140]
@@ -93,7 +95,7 @@ def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() ->
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = Progress(make_plan(), print)
+    measured = Progress(140, BATCHES, print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
     slow: Any = computed  # A step is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
@@ -113,13 +115,13 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
 def test_progress_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    progress = Progress(make_plan(), print)
+    progress = Progress(140, BATCHES, print)
     clock.now += 30
-    progress.print(1, 2.5, 0.0)
+    progress.print(1, 1 / 70, 2.5, 0.0)
     clock.now += 5
-    progress.print(6, 2.4, 6400)  # Too early for a line.
+    progress.print(6, 6 / 70, 2.4, 6400)  # Too early for a line.
     clock.now += 15
-    progress.print(21, 2.25, 96)
+    progress.print(21, 21 / 70, 2.25, 96)
     assert capsys.readouterr().out.splitlines() == [
         "step 1/140, epoch 0.01, loss 2.500",  # The speed was not measured yet.
         "step 21/140, epoch 0.30, loss 2.250, 96 tokens/s, 2:12:13 left",
@@ -140,18 +142,10 @@ def test_a_validation_line_compares_its_loss_and_gives_a_hint_when_it_begins_to_
 ) -> None:
     rows: list[Any] = [{"step": 60, "split": "train", "loss": 1.5, "learning_rate": 0.0123}]
     rows += [{"step": 70 * i, "split": "validation", "loss": x} for i, x in enumerate(losses)]
-    regularization = SimpleNamespace(input_dropout=0.3, output_dropout=0.0, recurrent_dropout=0.0)
-    run: Any = SimpleNamespace(
-        config=SimpleNamespace(regularization=regularization),
-        plan=make_plan(num_epochs=9),
-        vocabulary=SimpleNamespace(token_name="character"),
-        sizes={"validation": TextSize(9, 9, 0)},
-        model=SimpleNamespace(num_layers=1),
-        first_state=make_state()._replace(params={"lstm": {"recurrent_kernel": jnp.zeros(1)}}),
-        read_metrics=lambda: rows,
-    )
-    line, *hints = describe_validation(run, 70 * (len(losses) - 1), losses[-1]).splitlines()
-    assert line.startswith(f"epoch {len(losses) - 1} of 9: validation loss {losses[-1]:.4f} nats")
+    rates: Any = SimpleNamespace(input_dropout=0.3, output_dropout=0.0, recurrent_dropout=0.0)
+    more = suggest_dropout(rates, 1, {"lstm": {"recurrent_kernel": jnp.zeros(1)}})
+    line, *hints = describe_validation(rows, 70, 630, "1.2 nats", more).splitlines()
+    assert line.startswith(f"epoch {len(losses) - 1} of 9: validation loss 1.2 nats")
     end = "; best 2.0000 at step 70; training loss 1.5000, learning rate 0.0123"
     assert line.endswith(end) and len(hints) == rises
     # What the model has no use for, or has enough of, is left out.
@@ -160,29 +154,30 @@ def test_a_validation_line_compares_its_loss_and_gives_a_hint_when_it_begins_to_
         assert re.findall(r"--config\.(\S+)", hint) == [*flags, "num_epochs=1"]
 
 
-def test_a_run_of_few_steps_names_flags_for_more(tiny_config: ConfigDict, tmp_path: Path) -> None:
+def test_a_run_of_few_steps_names_flags_for_more(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = config_lib.complete_config(tiny_config)
-    with opening.open_run(few, tmp_path / "few") as run:
-        (hint,) = [x for x in describe_setup(run, False).splitlines() if x.startswith("Hint: 140")]
+    with pytest.raises(KilledError):
+        training.train(few, tmp_path / "few", kill_at(0, "validation"))
+    (hint,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Hint: 140")]
     changes = {k: ast.literal_eval(x) for k, x in re.findall(r"--config\.(\S+)=(\S+)", hint)}
     more = config_lib.complete_config(few, changes)
-    with opening.open_run(more, tmp_path / "more") as run:
-        assert 1000 <= run.plan.total_steps < 1100
-        assert "Hint" not in describe_setup(run, False)
+    assert 1000 <= training.Plan(more, 18_000).total_steps < 1100
+    with pytest.raises(KilledError):
+        training.train(more, tmp_path / "more", kill_at(0, "validation"))
+    assert "Hint" not in capsys.readouterr().out
 
 
-def test_a_row_has_the_means_since_the_last_one(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_has_the_means_since_the_last_one(clock: Clock) -> None:
     rows: list[Any] = []
-    monkeypatch.setattr(training, "record", lambda run, *row, **more: rows.append((row, more)))
     config = config_lib.complete_config({"optimizer": {"warmup_steps": 20}})
-    run: Any = SimpleNamespace(config=config, plan=opening._make_plan(config, 10**6))
-    progress = Progress(run.plan, print)
+    plan = training.Plan(config, 10**6)
+    progress = Progress(plan.total_steps, config.batches, print)
     progress.after_step(0, jnp.zeros(()))
     clock.now += 5
     state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3)
-    state = training.log(run, state, 10, progress)
+    state = training.log(state, 10, plan, progress, lambda *row, **more: rows.append((row, more)))
     speed = 2 * config.batches.batch_size * config.batches.window_length
     rate = pytest.approx(0.45 * config.optimizer.learning_rate)
     numbers = {"learning_rate": rate, "gradient_norm": 1.0, "tokens_per_second": speed}
@@ -193,13 +188,12 @@ def test_a_row_has_the_means_since_the_last_one(
 def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock) -> None:
     config = config_lib.complete_config({"checkpoint_every_seconds": 60.0})
     checkpoints: Any = SimpleNamespace(is_saving=False, last_time=clock.now)
-    run: Any = SimpleNamespace(config=config, checkpoints=checkpoints)
     clock.now += 59
-    assert not training.is_save_due(run)
+    assert not training.is_save_due(checkpoints, config)
     clock.now += 1
-    assert training.is_save_due(run)
+    assert training.is_save_due(checkpoints, config)
     checkpoints.is_saving = True
-    assert not training.is_save_due(run)
+    assert not training.is_save_due(checkpoints, config)
 
 
 def test_processes_agree_only_when_they_have_waited_for_the_device(
@@ -262,9 +256,13 @@ def test_max_steps_ends_the_run_and_its_schedule(
     training.train(tiny_config, tmp_path)
     output = capsys.readouterr().out
     assert "is finished, at step 103: to train longer" in output
-    tiny_config.max_steps = 0
-    training.train(tiny_config, tmp_path)
+    # A validation is part of its checkpoint, also where a longer run has none.
+    tiny_config.max_steps, recorded = 0, list[metrics.Row]()
+    training.train(tiny_config, tmp_path, recorded.append)
+    assert [row["step"] for row in recorded if row["split"] == "validation"] == [140]
     assert list_steps(tmp_path) == [0, 70, 103, 140]
+    samples = (tmp_path / workdir.SAMPLES).read_text()
+    assert [int(x) for x in re.findall("=== step ([0-9]+),", samples)] == [0, 70, 103, 140]
 
 
 @pytest.fixture

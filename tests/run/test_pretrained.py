@@ -15,7 +15,8 @@ import commands
 import lstm_jax
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
-from lstm_jax.run import opening, workdir
+from lstm_jax import training
+from lstm_jax.run import workdir
 
 NAME = "tiny-shakespeare"
 # `make pretrained` writes another model: change both with it.
@@ -83,9 +84,11 @@ def test_a_run_starts_from_it(run: lstm_jax.Run, tiny_config: ConfigDict, tmp_pa
     tiny_config.model.update(model)
     tiny_config.init_from = NAME
     config = config_lib.complete_config(tiny_config)
-    with opening.open_run(config, tmp_path / "run") as opened:
-        assert opened.config.init_from == NAME
-        jax.tree.map(np.testing.assert_array_equal, opened.first_state.params, run.params)
+    with pytest.raises(ZeroDivisionError):  # In the validation of step 0.
+        training.train(config, tmp_path / "run", lambda row: 1 / 0)
+    start = lstm_jax.load(tmp_path / "run")
+    assert (start.config.init_from, start.step) == (NAME, 0)
+    jax.tree.map(np.testing.assert_array_equal, start.params, run.params)
 
 
 def test_a_directory_of_this_name_comes_first(

@@ -232,6 +232,15 @@ def test_a_validation_text_too_short_is_refused_before_training(
     assert not (tmp_path / "run" / workdir.METRICS).exists()
 
 
+def test_hidden_dropout_of_one_layer_gives_a_warning(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.model.num_layers, tiny_config.regularization.hidden_dropout = 1, 0.5
+    tiny_config.max_steps = 1
+    training.train(tiny_config, tmp_path)
+    assert "hidden_dropout is between layers" in capsys.readouterr().err
+
+
 def test_training_does_not_use_the_mesh_of_the_caller(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
