@@ -25,7 +25,7 @@ from lstm_jax.config import DataConfig
 from lstm_jax.data import texts
 data = DataConfig(path=sys.argv[1], units=sys.argv[2], fractions=(0.9998, 0.0001, 0.0001))
 splits = texts.load_texts(data)
-splits.encode(splits.texts["train"].make_vocabulary(data))
+texts.encode_splits(splits, splits["train"].make_vocabulary(data))
 """
 
 

@@ -83,7 +83,8 @@ def main() -> None:
     """Train, and print the loss of each split in nats per token."""
     config = command.read_experiment()[0]
     splits = texts.load_texts(config.data)
-    ids, _ = splits.encode(tokens := splits.texts["train"].make_vocabulary(config.data))
+    tokens = splits["train"].make_vocabulary(config.data)
+    ids, _ = texts.encode_splits(splits, tokens)
     lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
     initial_key, key = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     initial = model.init_params(lstm, initial_key, texts.count_ids(ids["train"], len(tokens)))

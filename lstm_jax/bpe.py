@@ -6,7 +6,7 @@ and merge neighbors, always those whose merged token was learned first. The pack
 does both; here, each byte is the character with its number.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -37,13 +37,11 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
     if number <= 0:
         return []
     tokenizers = _import_tokenizers()
-
-    def repeat_words() -> Iterator[str]:
-        for word, count in counts.items():
-            spelled = _spell(word) + _END
-            for start in range(0, count, _REPEATED):
-                yield spelled * min(_REPEATED, count - start)
-
+    repeated = (
+        (_spell(word) + _END) * min(_REPEATED, count - start)
+        for word, count in counts.items()
+        for start in range(0, count, _REPEATED)
+    )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.CharDelimiterSplit(_END)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -52,7 +50,7 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
         initial_alphabet=_ALPHABET,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(repeat_words(), trainer)
+    tokenizer.train_from_iterator(repeated, trainer)
     ids = tokenizer.get_vocab()
     return list(map(_read, sorted(ids.keys() - set(_ALPHABET), key=ids.__getitem__)))
 

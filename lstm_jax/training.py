@@ -73,18 +73,18 @@ def train(
         with parallel.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
             lock = stack.enter_context(workdir.hold_lock(directory))
-        config = dataclasses.replace(config, data=splits.resolve(config.data))
+        config = dataclasses.replace(config, data=texts.resolve_text(config.data, splits))
         initial_params, notes = None, list[str]()
         if is_resumed := workdir.has_run(directory):
             config, notes = change_config(config, directory)
             vocabulary = workdir.load_vocabulary(directory)
         elif config.init_from:
-            vocabulary, initial_params, notes = load_initial(config, splits.texts["train"])
+            vocabulary, initial_params, notes = load_initial(config, splits["train"])
         else:
-            vocabulary = splits.texts["train"].make_vocabulary(config.data)
+            vocabulary = splits["train"].make_vocabulary(config.data)
         parallel.check_same(f"{lock} {is_resumed} {config.to_dict()}")
         with parallel.main_process_first("ids"):
-            ids, sizes = splits.encode(vocabulary)
+            ids, sizes = texts.encode_splits(splits, vocabulary)
 
         # The model and its state.
         plan = Plan(config, len(ids["train"]))

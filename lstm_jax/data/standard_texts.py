@@ -35,11 +35,6 @@ class Download(NamedTuple):
     wheel: str = ""
     members: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """Return the name of the file."""
-        return self.address.rpartition("/")[2]
-
     def is_content(self, content: bytes) -> bool:
         """Return whether this is the content of the file."""
         return hashlib.sha256(content).hexdigest() == self.sha256
@@ -155,9 +150,9 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
 
 def _get_content(file: Download, name: str, data_dir: Path) -> bytes:
     """Return the content of a download, which is kept in a directory."""
-    path = data_dir / file.name
+    path = data_dir / Path(file.address).name
     if not path.exists():
-        note(f"Downloading {file.name} of {name}, once, to {data_dir}")
+        note(f"Downloading {path.name} of {name}, once, to {data_dir}")
         # Some servers refuse urllib's own name.
         request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
         content, failure = b"", f"its SHA-256 is not {file.sha256}"

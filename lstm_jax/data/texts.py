@@ -1,6 +1,6 @@
 """Find and split the files of a text, and encode each split as one array of ids.
 
-A text is read in pieces, as often as needed, so that it may be larger than memory. The ids of a
+A text is read in blocks, as often as needed, so that it may be larger than memory. The ids of a
 large one are written to a file in the user's cache, and mapped from it. The name of the file is a
 checksum of text and vocabulary, so that it never has the ids of another text.
 """
@@ -8,8 +8,10 @@ checksum of text and vocabulary, so that it never has the ids of another text.
 import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -17,9 +19,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
@@ -42,66 +44,82 @@ from lstm_jax.vocabulary import (
 )
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
-_PIECE_BYTES = 2**20  # That are read at a time.
+_BLOCK_BYTES = 2**20  # That are read at a time.
 _BLOCK = 2**24  # Ids that are counted at a time.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
-_FILE_END, _BOM = FILE_END.encode(), codecs.BOM_UTF8
+_FILE_END = FILE_END.encode()
 
-# Where a text can be cut, so that the tokens of its pieces are those of the whole text; the last
-# such place first ("r"). Characters: but not within line breaks, which may be a stop token. Others:
-# after a line break, or before a space between two letters.
+# Where a block can end, so that its tokens are those of the whole text; the last such place first
+# ("r"). Characters: but not within line breaks, which may be a stop token. Others: after a line
+# break, or before a space between two letters, so that each block has a token.
 _CHARACTERS = regex.compile(r"(?r)(?<=[^\r\n])(?=[^\r\n])")
-_WORDS = regex.compile(r"(?r)(?<=[\r\n])(?=\P{White_Space})|(?<=[A-Za-z])(?= [A-Za-z])")
-_CUTS = {"characters": _CHARACTERS, "bytes": _CHARACTERS}
+_WORDS = regex.compile(r"(?r)(?<=\n)(?=\P{White_Space})|(?<=[A-Za-z])(?= [A-Za-z])")
 
 
-class Segment(NamedTuple):
+class Source(NamedTuple):
     """Bytes `start` to `stop` of a file, or of a text in memory."""
 
-    source: Path | bytes
+    name: object  # For messages.
+    open: Callable[[], Any]
     start: int
     stop: int
 
 
 class Text(NamedTuple):
-    """A text, in files or in memory, and how it is divided into tokens."""
+    """Bytes `begin` to `end` of sources one after another, and how they are divided into tokens."""
 
-    segments: list[Segment]
+    sources: list[Source]
+    begin: int
+    end: int
     units: str  # The kind of tokens.
     stop: str  # The stop token, or "".
     name: str = ""
-    checksum: str = ""  # With the name, determines the segments; "" for a text in memory.
+    checksum: str = ""  # With the name, determines the bytes; "" for a text in memory.
 
-    def read_pieces(self) -> Iterator[str]:
-        """Yield the text in pieces whose tokens are those of the whole text."""
-        pattern, rest = _CUTS.get(self.units, _WORDS), ""
-        for piece in _decode(self.segments, self.units == "bytes"):
-            rest += piece
-            if match := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
-                yield rest[: match.start()]
-                rest = rest[match.start() :]
-        if rest:
+    def read_blocks(self) -> Iterator[str]:
+        """Yield the text in blocks whose tokens are those of the whole text.
+
+        Raise `UserError` if it can't be read or is not UTF-8.
+        """
+        errors, rest = "surrogateescape" if self.units == "bytes" else "strict", ""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        pattern = _CHARACTERS if self.units in ("characters", "bytes") else _WORDS
+        for source, place, content in _read_bytes(self.sources, self.begin, self.end):
+            try:
+                # No source ends within a character, unless any byte is allowed.
+                added = decoder.decode(content, errors == "strict" and place == source.stop)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{source.name} is not UTF-8 at byte {place - len(error.object) + error.start}:"
+                    " unpack it if it is compressed, convert it with iconv -f ENCODING -t UTF-8, "
+                    "where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another), or train on "
+                    "its bytes with data.units=bytes"
+                ) from None
+            rest += added
+            if cut := pattern.search(rest, max(len(rest) - len(added) - 2, 0)):
+                yield rest[: cut.start()]
+                rest = rest[cut.start() :]
+        if rest := rest + decoder.decode(b"", True):
             yield rest
 
     def read(self) -> str:
         """Return the whole text."""
-        return "".join(self.read_pieces())
+        return "".join(self.read_blocks())
 
     def make_vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         options = self.units, data.min_count, self.stop, data.vocabulary_size
-        return Vocabulary.from_text(self.read_pieces(), *options)
+        return Vocabulary.from_text(self.read_blocks(), *options)
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """Return the ids of the text, in the smallest dtype that holds the vocabulary.
 
-        Those of a large text are in a file. Raise `UserError` if the text can't be read or is not
-        UTF-8, and `UnavailableError` if the file can't be written.
+        Those of a large text are in a file. Raise `UnavailableError` if it can't be written.
         """
         dtype = np.min_scalar_type(len(vocabulary) - 1)
-        pieces = (vocabulary.encode(piece).astype(dtype) for piece in self.read_pieces())
-        if not self.checksum or _count_bytes(self.segments) <= LARGE:
-            return np.concatenate([np.zeros(0, dtype), *pieces])
+        blocks = (vocabulary.encode(block).astype(dtype) for block in self.read_blocks())
+        if not self.checksum or self.end - self.begin <= LARGE:
+            return np.concatenate([np.zeros(0, dtype), *blocks])
         content = json.dumps([__version__, self.name, self.checksum, vocabulary.to_fields()])
         name = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}.ids"
         path = user_cache.get_path("texts") / name
@@ -113,7 +131,7 @@ class Text(NamedTuple):
                     with contextlib.suppress(FileNotFoundError):
                         if time.time() - old.stat().st_mtime > 24 * 3600:
                             old.unlink()
-                files.write_file(path, (piece.data for piece in pieces))
+                files.write_file(path, (block.data for block in blocks))
         except OSError as error:
             raise UnavailableError(
                 f"can't write the ids of the text to {path.parent} ({error.strerror}): free space, "
@@ -126,14 +144,12 @@ class Text(NamedTuple):
 
         Without, because it is never predicted.
         """
-        characters, unknown = sum(map(len, self.read_pieces())), Counter[str]()
+        characters, unknown = sum(map(len, self.read_blocks())), Counter[str]()
         if count_ids(ids, len(vocabulary))[UNKNOWN_ID]:
-            counts = count_tokens(self.read_pieces(), self.units, self.stop)
+            counts = count_tokens(self.read_blocks(), self.units, self.stop)
             unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
         if not first:
-            starts = itertools.accumulate(self.read_pieces())  # The first may be white space alone.
-            start = next(x for x in starts if any(split_text(x, self.units, self.stop)))
-            token = vocabulary.tokens[ids[0]]
+            start, token = next(self.read_blocks()), vocabulary.tokens[ids[0]]
             if ids[0] == UNKNOWN_ID:
                 token = next(split_text(start, self.units, self.stop))
                 unknown[token] -= 1
@@ -147,59 +163,70 @@ class Text(NamedTuple):
         return TextSize(len(ids) - (not first), characters, spelled)
 
 
-@dataclasses.dataclass
-class Splits:
-    """The text of each split."""
-
-    texts: dict[str, Text]  # By the name of the split.
-    sha256: str  # See `_split`.
-
-    def resolve(self, data: DataConfig) -> DataConfig:
-        """Return the fields with the checksum of this text and absolute paths."""
-        directory = data.directory and os.path.abspath(os.path.expanduser(data.directory))
-        path = make_absolute(data.path)
-        return dataclasses.replace(data, sha256=self.sha256, path=path, directory=directory)
-
-    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
-        """Return the ids of each split; and the sizes of validation and test text.
-
-        These are without the first token, which is never predicted. Raise `UserError` if a split is
-        too short.
-        """
-        ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
-        for name, of_split in ids.items():
-            if len(of_split) < 2:
-                length = f"{len(of_split)} {vocabulary.token_name}s, and needs 2"
-                raise UserError(f"the {name} split is too short: it has {length}")
-        measured = [(name, text) for name, text in self.texts.items() if name != "train"]
-        return ids, {name: text.measure(vocabulary, ids[name]) for name, text in measured}
-
-
-def load_texts(data: DataConfig) -> Splits:
+def load_texts(data: DataConfig) -> dict[str, Text]:
     """Return the splits that the `data` fields of a config describe, which are read when used.
 
-    Raise `UserError` if a text is missing, or not the one that a run began with.
+    A text is cut into splits, with the bytes of each rounded down, and then up to a whole
+    character. The checksum, `data.sha256`, is SHA-256 over all splits, in hexadecimal, and the
+    number of bytes of each. Raise `UserError` if a text is missing, or not the one that a run began
+    with.
     """
     if data.path:
-        texts = [_list_segments(paths, data) for paths in find_files(data.path)]
+        texts = [_list_sources(paths, data) for paths in find_files(data.path)]
     elif paths := standard_texts.find_splits(data):
-        texts = [_list_segments([path], data) for path in paths]
+        texts = [_list_sources([path], data) for path in paths]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
-        texts = [[_hold(content)] for content in datasets.read_dataset(data)]
-    splits, sha256 = _split(texts, data)
-    if data.sha256 not in ("", sha256):
+        texts = [[_hold(text)] for text in datasets.read_dataset(data)]
+    sources = [*itertools.chain(*texts)]
+    ends = [*itertools.accumulate(sum(x.stop - x.start for x in text) for text in texts)]
+    if len(texts) == 1:
+        (size,), (of_train, of_validation, of_test) = ends, data.fractions
+        train = int(size * of_train)
+        rest = int((size - train) * (of_validation / (of_validation + of_test)))
+        ends = [_round_up(sources, at, data.units == "bytes") for at in (train, train + rest)]
+        ends.append(size)
+    digest = hashlib.sha256()
+    for _, _, content in _read_bytes(sources, 0, ends[-1]):
+        digest.update(content)
+    bounds = [*itertools.pairwise([0, *ends])]
+    checksum = ":".join([digest.hexdigest(), *(str(end - begin) for begin, end in bounds)])
+    if data.sha256 not in ("", checksum):
         raise UserError(
             "the text is not the one this run was trained on, or is split differently (SHA-256 "
-            f"and bytes of each split: {data.sha256} at that time, {sha256} now): restore that "
+            f"and bytes of each split: {data.sha256} at that time, {checksum} now): restore that "
             "text, or train a new run on this one"
         )
-    train = Text(splits[0], data.units, "").read_pieces
-    stop = find_stop_text(data.document_separator, train)
-    named = zip(SPLITS, splits, strict=True)
-    found = {name: Text(split, data.units, stop, name, sha256) for name, split in named}
-    return Splits(found, sha256)
+    train_blocks = Text(sources, *bounds[0], data.units, "").read_blocks()
+    stop = find_stop_text(data.document_separator, train_blocks)
+    return {
+        name: Text(sources, *of_split, data.units, stop, name, checksum)
+        for name, of_split in zip(SPLITS, bounds, strict=True)
+    }
+
+
+def resolve_text(data: DataConfig, splits: Mapping[str, Text]) -> DataConfig:
+    """Return the fields with the checksum of this text and absolute paths."""
+    directory = data.directory and os.path.abspath(os.path.expanduser(data.directory))
+    path, checksum = make_absolute(data.path), splits["train"].checksum
+    return dataclasses.replace(data, sha256=checksum, path=path, directory=directory)
+
+
+def encode_splits(
+    splits: Mapping[str, Text], vocabulary: Vocabulary
+) -> tuple[dict[str, Ids], dict[str, TextSize]]:
+    """Return the ids of each split; and the sizes of validation and test text.
+
+    These are without the first token, which is never predicted. Raise `UserError` if a split is
+    too short.
+    """
+    ids = {name: text.encode(vocabulary) for name, text in splits.items()}
+    for name, of_split in ids.items():
+        if len(of_split) < 2:
+            length = f"{len(of_split)} {vocabulary.token_name}s, and needs 2"
+            raise UserError(f"the {name} split is too short: it has {length}")
+    return ids, {name: splits[name].measure(vocabulary, ids[name]) for name in SPLITS[1:]}
 
 
 def load_texts_of_run(
@@ -217,17 +244,18 @@ def load_texts_of_run(
         )
     path = data.path if path is None else path
     directory = data.directory if directory is None else directory
-    return load_texts(dataclasses.replace(data, path=path, directory=directory)).texts
+    return load_texts(dataclasses.replace(data, path=path, directory=directory))
 
 
 def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
-    return {name: text.read() for name, text in load_texts(data).texts.items()}
+    return {name: text.read() for name, text in load_texts(data).items()}
 
 
 def hold_text(text: str, kind: str, stop: str) -> Text:
     """Return a text in memory, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
-    return Text([_hold(text.encode("utf-8", "surrogateescape"))], kind, stop)
+    source = _hold(text.encode("utf-8", "surrogateescape"))
+    return Text([source], 0, source.stop, kind, stop)
 
 
 def read_argument(path: str, flag: str, any_bytes: bool) -> str:
@@ -238,31 +266,32 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
     """
     with name_failure(f"can't read {path} ({flag})"):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    try:
-        decoded = content.decode("utf-8", "surrogateescape" if any_bytes else "strict")
-        return decoded if any_bytes else decoded.removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise _describe(error, f"{path} ({flag})") from None
+    source = _hold(content, f"{path} ({flag})")
+    if any_bytes:
+        return Text([source], 0, source.stop, "bytes", "").read()
+    return Text([source], 0, source.stop, "characters", "").read().removeprefix("\ufeff")
 
 
-def find_stop_text(separator: str, read_pieces: Callable[[], Iterable[str]]) -> str:
-    """Return the stop token of a text, for a name in `SEPARATORS`.
+def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
+    """Return the stop token of a text in blocks, for a name in `SEPARATORS`.
 
-    It is that of Windows if the text has no other. `read_pieces` returns the text in pieces.
+    It is that of Windows if the text has no other.
     """
     stop = SEPARATORS[separator]
-    windows = stop.replace("\n", "\r\n")
-    other = re.compile(f"(?<!\r){re.escape(stop)}")
-    has_windows = windows != stop and any(windows in piece for piece in read_pieces())
-    return stop if not has_windows or any(map(other.search, read_pieces())) else windows
+    windows, has_windows = stop.replace("\n", "\r\n"), False
+    for block in blocks if windows != stop else ():
+        if re.search(f"(?<!\r){stop}", block):
+            return stop
+        has_windows |= windows in block
+    return windows if has_windows else stop
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
     """Return the number of occurrences of each id: int64 [vocabulary]."""
-    counts = np.zeros(vocabulary_size, np.int64)
-    for start in range(0, len(ids), _BLOCK):  # `bincount` makes a copy of 8 bytes for each id.
-        counts += np.bincount(ids[start : start + _BLOCK], minlength=vocabulary_size)
-    return counts
+    # `bincount` makes a copy of 8 bytes for each id.
+    blocks = (ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK))
+    counts = (np.bincount(block, minlength=vocabulary_size) for block in blocks)
+    return sum(counts, np.zeros(vocabulary_size, np.int64))
 
 
 def find_files(paths: str) -> list[list[Path]]:
@@ -302,104 +331,53 @@ def make_absolute(paths: str) -> str:
     return re.sub(one, lambda path: str(Path(here, os.path.expanduser(path[0]))), paths)
 
 
-def _hold(content: bytes) -> Segment:
-    return Segment(content, 0, len(content))
+def _hold(content: bytes, name: str = "the text") -> Source:
+    return Source(name, functools.partial(io.BytesIO, content), 0, len(content))
 
 
-def _list_segments(paths: Iterable[Path], data: DataConfig) -> list[Segment]:
-    """Return the segments of files, each with `FILE_END` after it if it ends a document.
+def _list_sources(paths: Iterable[Path], data: DataConfig) -> list[Source]:
+    """Return files as sources, with `FILE_END` after each if it ends a document.
 
     A byte-order mark is left out, unless the tokens are bytes.
     """
-    segments = []
+    sources = []
     for path in paths:
         with name_failure(f"can't read {path}"), files.check_file(path).open("rb") as file:
-            start = len(_BOM) if file.read(len(_BOM)) == _BOM and data.units != "bytes" else 0
-            segments.append(Segment(path, start, file.seek(0, os.SEEK_END)))
+            has_mark = file.read(3) == codecs.BOM_UTF8 and data.units != "bytes"
+            size = file.seek(0, os.SEEK_END)
+        start, opener = 3 if has_mark else 0, functools.partial(path.open, "rb")
+        sources.append(Source(path, opener, start, size))
         if data.document_separator == "file":
-            segments.append(_hold(_FILE_END))
-    return segments
+            sources.append(_hold(_FILE_END))
+    return sources
 
 
-def _split(texts: list[list[Segment]], data: DataConfig) -> tuple[list[list[Segment]], str]:
-    """Return train, validation and test, which are given, or cut from one text.
-
-    Each split is cut from the rest, with its bytes rounded down, and then up to a whole character.
-    Also return the checksum, `data.sha256`: SHA-256 over all splits, in hexadecimal, and the number
-    of bytes of each.
-    """
-    if len(texts) == 1:
-        (text,), (of_train, of_validation, of_test) = texts, data.fractions
-        size = _count_bytes(text)
-        train = int(size * of_train)
-        rest = int((size - train) * (of_validation / (of_validation + of_test)))
-        places = (_round_up(text, at, data.units == "bytes") for at in (train, train + rest))
-        texts = [_cut(text, *pair) for pair in itertools.pairwise([0, *places, size])]
-    digest = hashlib.sha256()
-    for piece in _read_bytes(itertools.chain.from_iterable(texts)):
-        digest.update(piece)
-    return texts, ":".join([digest.hexdigest(), *(str(_count_bytes(text)) for text in texts)])
-
-
-def _round_up(text: list[Segment], place: int, any_bytes: bool) -> int:
+def _round_up(sources: list[Source], place: int, any_bytes: bool) -> int:
     """Round a place, in bytes, up to the first at which a split may begin.
 
     That is the first byte of a character; if `any_bytes`, any byte that is not within `FILE_END`.
     """
-    following = _cut(text, place, place + 4)
-    if any_bytes and not (following and following[0].source == _FILE_END):
+    around = b"".join(content for _, _, content in _read_bytes(sources, place - 2, place + 4))
+    start = min(place, 2)
+    if any_bytes and _FILE_END not in around[: start + 2]:
         return place
-    content = b"".join(_read_bytes(following))
-    starts = (i for i, byte in enumerate(content) if byte & 0xC0 != 0x80)
-    return place + next(starts, len(content))
+    starts = (i for i, byte in enumerate(around[start:]) if byte & 0xC0 != 0x80)
+    return place + next(starts, len(around) - start)
 
 
-def _cut(text: list[Segment], begin: int, end: int) -> list[Segment]:
-    """Return bytes `begin` to `end` of a text."""
-    cut, at = [], 0
-    for source, start, stop in text:
-        first, last = max(start, start + begin - at), min(stop, start + end - at)
-        if first < last:
-            cut.append(Segment(source, first, last))
-        at += stop - start
-    return cut
+def _read_bytes(
+    sources: Iterable[Source], begin: int, end: int
+) -> Iterator[tuple[Source, int, bytes]]:
+    """Yield bytes `begin` to `end` in pieces, each with its source and where it ends there.
 
-
-def _count_bytes(text: Iterable[Segment]) -> int:
-    return sum(segment.stop - segment.start for segment in text)
-
-
-def _read_bytes(text: Iterable[Segment]) -> Iterator[bytes]:
-    """Yield the bytes of segments in pieces; raise `UserError` if they can't be read."""
-    for source, start, stop in text:
-        if isinstance(source, bytes):
-            yield source[start:stop]
-            continue
-        with name_failure(f"can't read {source}"), source.open("rb") as file:
-            file.seek(start)
-            while piece := file.read(min(_PIECE_BYTES, stop - file.tell())):
-                yield piece
-
-
-def _decode(text: Iterable[Segment], any_bytes: bool) -> Iterator[str]:
-    """Yield the text of segments in pieces; raise `UserError` if one is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if any_bytes else "strict")
-    for segment in text:
-        at = segment.start
-        for piece in _read_bytes([segment]):
-            at += len(piece)
-            try:
-                # No segment ends within a character, unless any byte is allowed.
-                yield decoder.decode(piece, final=not any_bytes and at == segment.stop)
-            except UnicodeDecodeError as error:
-                name = "the text" if isinstance(segment.source, bytes) else segment.source
-                raise _describe(error, name, at - len(error.object)) from None
-    yield decoder.decode(b"", final=True)
-
-
-def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserError:
-    return UserError(
-        f"{name} is not UTF-8 at byte {before + error.start}: unpack it if it is compressed, "
-        "convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, "
-        "GB18030 or another), or train on its bytes with --config.data.units=bytes"
-    )
+    Raise `UserError` if they can't be read.
+    """
+    for source in sources:
+        place, stop = source.start + max(begin, 0), min(source.start + end, source.stop)
+        begin, end = begin - (source.stop - source.start), end - (source.stop - source.start)
+        if place < stop:
+            with name_failure(f"can't read {source.name}"), source.open() as file:
+                file.seek(place)
+                while content := file.read(min(_BLOCK_BYTES, stop - place)):
+                    place += len(content)
+                    yield source, place, content

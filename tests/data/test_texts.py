@@ -52,7 +52,8 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     # A file with the same text is split at the same positions.
     (tmp_path / "text").write_text(joined)
     assert read_files(f"{tmp_path}/text") == shakespeare
-    assert texts.load_texts(config_lib.DataConfig(path=f"{tmp_path}/text")).sha256 == checksum
+    splits = texts.load_texts(config_lib.DataConfig(path=f"{tmp_path}/text"))
+    assert splits["train"].checksum == checksum
 
 
 def test_files_are_read_in_the_order_named_and_globs_by_name(
@@ -93,9 +94,9 @@ def test_a_text_may_begin_with_white_space(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"12 13 14\n" * 9)
     (tmp_path / "b.txt").write_bytes(b"\r12 13 15\n")
     splits = texts.load_texts(data)
-    vocabulary = splits.texts["train"].make_vocabulary(data)
+    vocabulary = splits["train"].make_vocabulary(data)
     for known, unknown in ((vocabulary, 4), (Vocabulary(["", "[UNK]", " 15"], "tokens"), 6)):
-        _, sizes = splits.encode(known)
+        _, sizes = texts.encode_splits(splits, known)
         assert sizes["test"] == TextSize(3, len(" 13 15\n"), unknown)
 
 
@@ -104,7 +105,8 @@ def test_a_directory_of_datasets_is_found_from_elsewhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = config_lib.complete_config({"data": {"directory": "texts"}}).data
-    assert texts.Splits({}, "").resolve(data).directory == str(tmp_path / "texts")
+    splits = {"train": texts.hold_text("", "characters", "")}
+    assert texts.resolve_text(data, splits).directory == str(tmp_path / "texts")
 
 
 def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     data = config_lib.DataConfig(path=f"{tmp_path}/file", units="bytes")
     parts = [x.encode("utf-8", "surrogateescape") for x in texts.read_splits(data).values()]
     checksum = [hashlib.sha256(content).hexdigest(), *(str(len(part)) for part in parts)]
-    assert texts.load_texts(data).sha256 == ":".join(checksum)
+    assert texts.load_texts(data)["train"].checksum == ":".join(checksum)
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
     # A split in the middle of a two-byte character.
@@ -235,7 +237,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(texts, "LARGE", 0)
     monkeypatch.setattr(texts, "_BLOCK", 701)
-    monkeypatch.setattr(texts, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(texts, "_BLOCK_BYTES", 1000)
     return tmp_path / "cache" / "lstm-jax" / "texts"
 
 
@@ -264,7 +266,7 @@ def assert_same(data: ConfigDict) -> None:
     """Assert that vocabulary, ids and sizes are those of the text as a whole."""
     splits = texts.load_texts(data)
     whole = texts.read_splits(data)
-    train = splits.texts["train"]
+    train = splits["train"]
     vocabulary = Vocabulary.from_text(
         whole["train"], data.units, data.min_count, train.stop, data.vocabulary_size
     )
@@ -274,7 +276,7 @@ def assert_same(data: ConfigDict) -> None:
         "日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + train.stop, data.units
     )
     for encoder in (vocabulary, known.extend(vocabulary)):
-        for name, text in splits.texts.items():
+        for name, text in splits.items():
             ids = text.encode(encoder)
             assert isinstance(ids, np.memmap) and ids.dtype in (np.uint8, np.uint16)
             np.testing.assert_array_equal(ids, encoder.look_up(encoder.split(whole[name])))
@@ -320,7 +322,7 @@ def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> 
     assert_same(data)
     data.document_separator = "line"
     assert_same(data)
-    vocabulary = texts.load_texts(data).texts["train"].make_vocabulary(data)
+    vocabulary = texts.load_texts(data)["train"].make_vocabulary(data)
     assert vocabulary.stop == "\r\n" and "\r" not in vocabulary
 
 
@@ -330,7 +332,7 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
     def encode(kind: str) -> None:
         data.units = kind
         splits = texts.load_texts(data)
-        splits.encode(splits.texts["train"].make_vocabulary(data))
+        texts.encode_splits(splits, splits["train"].make_vocabulary(data))
 
     encode("characters")
     written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
@@ -406,13 +408,13 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
     kind: str, pieces: list[str], size: int, stop: str
 ) -> None:
     whole = "".join(pieces)
-    # A segment of a text in memory is read as one piece.
-    content = whole.encode()
+    # A source is read as one piece.
+    held = texts.hold_text(whole, kind, stop)
+    content, (source,) = whole.encode(), held.sources
     places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
     bounds = itertools.pairwise([*places[::size], len(content)])
-    held = texts.hold_text(whole, kind, stop)
-    cut = held._replace(segments=[texts.Segment(content, *pair) for pair in bounds])
-    found = list(cut.read_pieces())
+    cut = held._replace(sources=[texts.Source("", source.open, *pair) for pair in bounds])
+    found = list(cut.read_blocks())
     assert "".join(found) == whole
     tokens = [token for piece in found for token in split_text(piece, kind, stop)]
     assert tokens == list(split_text(whole, kind, stop))

@@ -1,6 +1,5 @@
 """Test tokens of each kind: encoding, decoding, and vocabularies of other texts."""
 
-import functools
 import json
 import time
 from pathlib import Path
@@ -148,7 +147,7 @@ def test_documents_end_with_the_stop_token() -> None:
     for separator, stop in {"line": "\n", "blank_line": "\n\n"}.items():
         windows = stop.replace("\n", "\r\n")
         for pieces, expected in ((["a", f"b{windows}"], windows), ([f"a{windows}b{stop}"], stop)):
-            assert find_stop_text(separator, functools.partial(list, pieces)) == expected
+            assert find_stop_text(separator, pieces) == expected
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="has no end of a file"):
