@@ -43,7 +43,7 @@ def import_weights(
             f"id, such as {example}"
         )
     config, directory = config_lib.default(), workdir.expand_path(directory).absolute()
-    content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
+    content = texts.read_argument(vocabulary_file, "--vocabulary", "characters").read()
     try:
         fields = json.loads(content)
         # A slice, which an object has not: its keys would be read as tokens.

@@ -93,7 +93,7 @@ class Text(NamedTuple):
                     f"{source.name} is not UTF-8 at byte {place - len(error.object) + error.start}:"
                     " unpack it if it is compressed, convert it with iconv -f ENCODING -t UTF-8, "
                     "where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another), or train on "
-                    "its bytes with data.units=bytes"
+                    "its bytes with --config.data.units=bytes"
                 ) from None
             rest += added
             if cut := pattern.search(rest, max(len(rest) - len(added) - 2, 0)):
@@ -252,24 +252,21 @@ def read_splits(data: DataConfig) -> dict[str, str]:
     return {name: text.read() for name, text in load_texts(data).items()}
 
 
-def hold_text(text: str, kind: str, stop: str) -> Text:
-    """Return a text in memory, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
-    source = _hold(text.encode("utf-8", "surrogateescape"))
-    return Text([source], 0, source.stop, kind, stop)
+def hold_text(content: bytes, units: str, stop: str = "", name: str = "the text") -> Text:
+    """Return a text in memory, with the kind of its tokens, and its name in messages."""
+    return Text([_hold(content, name)], 0, len(content), units, stop)
 
 
-def read_argument(path: str, flag: str, any_bytes: bool) -> str:
+def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
     """Return the text of a file that `flag` of a command names; "-" is standard input.
 
-    If the tokens are bytes (`any_bytes`), those that are not UTF-8 become surrogates, as in
-    Python's "surrogateescape". Raise `UserError` for them otherwise.
+    `FILE_END` is added if it is the stop token. Raise `UserError` if the file can't be read.
     """
     with name_failure(f"can't read {path} ({flag})"):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    source = _hold(content, f"{path} ({flag})")
-    if any_bytes:
-        return Text([source], 0, source.stop, "bytes", "").read()
-    return Text([source], 0, source.stop, "characters", "").read().removeprefix("\ufeff")
+    end = _FILE_END if stop == FILE_END else b""
+    begin = 3 if units != "bytes" and content.startswith(codecs.BOM_UTF8) else 0
+    return hold_text(content + end, units, stop, f"{path} ({flag})")._replace(begin=begin)
 
 
 def find_stop_text(separator: str, blocks: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from lstm_jax.data.texts import Text
 from lstm_jax.ensemble import list_members
 from lstm_jax.errors import UserError
 from lstm_jax.run.library import Run
-from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, TextSize, Vocabulary
+from lstm_jax.vocabulary import UNKNOWN_ID, Ids, TextSize, Vocabulary
 
 
 class Subject(NamedTuple):
@@ -29,10 +29,8 @@ def load_file(path: str, vocabulary: Vocabulary) -> Subject:
 
     Raise `UserError` if it can't be read or is too short.
     """
-    content = texts.read_argument(path, "--text", vocabulary.kind == "bytes")
-    content += FILE_END if vocabulary.stop == FILE_END else ""
     name = "standard input" if path == "-" else path
-    text = texts.hold_text(content, vocabulary.kind, vocabulary.stop)
+    text = texts.read_argument(path, "--text", vocabulary.kind, vocabulary.stop)
     subject = _encode({"text": name}, [text], vocabulary)
     subject.fields["unknown_tokens"] = int((subject.ids == UNKNOWN_ID).sum())
     return subject

@@ -41,7 +41,7 @@ def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | N
     """
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
-        return texts.read_argument(text_file, "--text", data.units == "bytes")[:_LENGTH]
+        return texts.read_argument(text_file, "--text", data.units).read()[:_LENGTH]
     return texts.load_texts_of_run(data, *own_text)["validation"].read()[:_LENGTH]
 
 

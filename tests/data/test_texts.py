@@ -73,7 +73,7 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert texts.find_files("~/a.txt") == [[tmp_path / "a.txt"]]
     assert texts.make_absolute("~/a.txt;/b") == f"{tmp_path}/a.txt;/b"
-    assert texts.read_argument("~/b.txt", "--text", any_bytes=False) == "zwei\r\n"
+    assert texts.read_argument("~/b.txt", "--text", "characters").read() == "zwei\r\n"
 
 
 def test_the_names_of_directories_may_have_any_signs(
@@ -105,7 +105,7 @@ def test_a_directory_of_datasets_is_found_from_elsewhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = config_lib.complete_config({"data": {"directory": "texts"}}).data
-    splits = {"train": texts.hold_text("", "characters", "")}
+    splits = {"train": texts.hold_text(b"", "characters")}
     assert texts.resolve_text(data, splits).directory == str(tmp_path / "texts")
 
 
@@ -409,12 +409,14 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
 ) -> None:
     whole = "".join(pieces)
     # A source is read as one piece.
-    held = texts.hold_text(whole, kind, stop)
-    content, (source,) = whole.encode(), held.sources
+    content = whole.encode()
+    held = texts.hold_text(content, kind, stop)
     places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
     bounds = itertools.pairwise([*places[::size], len(content)])
-    cut = held._replace(sources=[texts.Source("", source.open, *pair) for pair in bounds])
+    opener = held.sources[0].open
+    cut = held._replace(sources=[texts.Source("", opener, *pair) for pair in bounds])
     found = list(cut.read_blocks())
     assert "".join(found) == whole
     tokens = [token for piece in found for token in split_text(piece, kind, stop)]
     assert tokens == list(split_text(whole, kind, stop))
+    assert all(any(split_text(piece, kind, stop)) for piece in found[:-1])
