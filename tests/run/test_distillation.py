@@ -108,7 +108,7 @@ def test_a_student_resumes_bit_for_bit(
         raise ZeroDivisionError(batch.soft_targets.shape)
 
     longer = config_lib.complete_config(workdir.load_config(tmp_path / "whole"), {"max_steps": 10})
-    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError, match="(8, 32, "):
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError, match=r"\(8, 32, "):
         patched.setattr(training, "make_train_step", lambda *args: take_step)
         training.train(longer, tmp_path / "whole")
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
