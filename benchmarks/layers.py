@@ -3,7 +3,8 @@
     python benchmarks/layers.py --only gru
     python benchmarks/layers.py --only peephole,rnn --hidden_size 512 --dtype bfloat16
 
-Each computes the gradients of its parameters and inputs, given those of all outputs. The rounds
+Each computes the gradients of its parameters and inputs, given those of all outputs, or its outputs
+only (--work outputs). The rounds
 alternate between the libraries, all in one process. The rows whose names have a word of --only run,
 and an LSTM in XLA; ratios are to the first row. `pip install -e '.[bench]'` installs the other
 libraries; a line is printed for each that is missing.
@@ -42,7 +43,7 @@ TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 def main() -> None:
     """Measure and print the table."""
     sizes: dict[str, Any] = {"batch_size": 32, "window_length": 128, "hidden_size": 256}
-    options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru")
+    options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru", work="gradients")
     side_by_side.print_machine(jax.devices()[0].device_kind, options)
     memory.keep_freed_memory()
     works: dict[str, Work] = {}
@@ -93,12 +94,14 @@ def make_work(make_layer: Callable[..., Layer], options: argparse.Namespace) -> 
     apply, params = make_layer(options, inputs)
 
     @jax.jit
-    def differentiate(params: Any, inputs: jax.Array, d_outputs: jax.Array) -> Any:
+    def compute(params: Any, inputs: jax.Array, d_outputs: jax.Array) -> Any:
+        if options.work == "outputs":
+            return apply(params, inputs)
         outputs, pull_back = jax.vjp(apply, params, inputs)
         return outputs, pull_back(d_outputs.astype(outputs.dtype))
 
     def run() -> Any:
-        return jax.block_until_ready(differentiate(params, inputs, d_outputs))
+        return jax.block_until_ready(compute(params, inputs, d_outputs))
 
     return Work(run, jax.devices()[0].device_kind)
 
@@ -180,14 +183,18 @@ def make_torch(cell: str, options: argparse.Namespace) -> Work:
     layer = getattr(torch.nn, cell)(size, size, batch_first=True).to(device)
     inputs, d_outputs = torch.tensor(draw_inputs(options), device=device)
     inputs.requires_grad_()
-    is_low = options.dtype == "bfloat16"
+    is_low, differentiates = options.dtype == "bfloat16", options.work == "gradients"
 
     def run() -> Any:
         layer.zero_grad()
         inputs.grad = None
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_low):
+        with (
+            torch.autocast(device.type, torch.bfloat16, enabled=is_low),
+            torch.set_grad_enabled(differentiates),
+        ):
             outputs = layer(inputs)[0]
-        outputs.backward(d_outputs.to(outputs.dtype))
+        if differentiates:
+            outputs.backward(d_outputs.to(outputs.dtype))
         if device.type == "cuda":
             torch.cuda.synchronize()
         return outputs.detach(), ([p.grad for p in layer.parameters()], inputs.grad)
