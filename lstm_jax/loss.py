@@ -22,61 +22,67 @@ _PRECEDING = 512  # Tokens before its start that each stream reads first, uncoun
 
 # Inputs and targets, and which of the targets count.
 Chunk = tuple[Integer[Any, "batch time"], Integer[Any, "batch time"], Bool[Any, "batch time"]]
+Reader = Callable[..., tuple[Shaped[Array, "batch time ..."], Carry]]
 
 
-def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
+def compute_loss(
+    model: LanguageModel, params: Params, ids: Ids, context: int | None = None
+) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     Every token but the first is predicted once. A text of at most `LONGEST_IN_ONE` tokens is read
     in one stream, with the carry kept; a longer one as `_STREAMS` parallel streams, each of which
-    first reads the `_PRECEDING` tokens before its start.
+    first reads the `_PRECEDING` tokens before its start. With a `context`, the text is cut into
+    consecutive windows of that number of inputs, of which the last may have fewer, and each is read
+    from a zero carry.
     """
-    carry, total = first_carry(model, params, count_streams(ids)), 0.0
-    for chunk in iterate_chunks(ids):
-        losses, carry = compute_chunk_losses(model, params, chunk, carry)
-        total += float(np.asarray(losses).sum(dtype=np.float64))
+    total = 0.0
+    for chunks in _divide(ids, context):
+        for losses, _ in _read(compute_chunk_losses, model, params, chunks):
+            total += float(losses.sum(dtype=np.float64))
     return total / (len(ids) - 1)
 
 
 def compute_token_losses(
     model: LanguageModel, params: Params, ids: Ids, context: int | None = None
 ) -> Float[np.ndarray, " losses"]:
-    """Compute the loss of each token of a text but the first, in nats.
-
-    Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
-    windows of that number of inputs, of which the last may have fewer, and each is read from a zero
-    carry.
-    """
+    """Compute the loss of each token of a text but the first, in nats, as `compute_loss` does."""
     if len(ids) < 2:
         return np.zeros(0, np.float32)
-    texts = _iterate_windows(ids, context) if context else [iterate_chunks(ids)]
+    texts = _divide(ids, context)
     parts = [read_chunks(compute_chunk_losses, model, params, chunks) for chunks in texts]
     return np.concatenate(parts)
 
 
 def read_chunks(
-    read: Callable[..., tuple[Shaped[Array, "batch time ..."], Carry]],
-    model: LanguageModel,
-    params: Params,
-    chunks: Iterable[Chunk],
+    read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]
 ) -> Shaped[np.ndarray, "n ..."]:
     """Return the results of `read`, such as `compute_chunk_losses`, for the targets that count.
 
     They are in the order of the text. The carry is kept from chunk to chunk.
     """
-    carry, results, counted = None, [], []
-    for chunk in chunks:
-        if carry is None:
-            carry = first_carry(model, params, len(chunk[0]))
-        of_chunk, carry = read(model, params, chunk, carry)
-        results.append(np.asarray(of_chunk))
-        counted.append(chunk[2])
+    results, counted = zip(*_read(read, model, params, chunks), strict=True)
     # Stream by stream.
     return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
 
 
-def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
-    """Yield the chunks of each batch of consecutive windows of a text."""
+def _read(
+    read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the results for each chunk, and which of its targets count."""
+    carry = None
+    for chunk in chunks:
+        if carry is None:
+            carry = first_carry(model, params, len(chunk[0]))
+        results, carry = read(model, params, chunk, carry)
+        yield np.asarray(results), chunk[2]
+
+
+def _divide(ids: Ids, context: int | None) -> Iterator[Iterator[Chunk]]:
+    """Yield the chunks of a text, or those of each batch of windows of it."""
+    if not context:
+        yield iterate_chunks(ids)
+        return
     end = len(ids) - 1
     number = min(_STREAMS, -(-end // context))
     length = -(-context // -(-context // _STREAMS_CHUNK))  # Equal chunks, of 64 tokens at most.

@@ -139,28 +139,27 @@ class Text(NamedTuple):
             ) from None
         return np.memmap(path, dtype, mode="r")
 
-    def measure(self, vocabulary: Vocabulary, ids: Ids, first: bool = False) -> TextSize:
-        """Return the size of the text, of which these are the ids, with or without its first token.
+    def measure(self, vocabulary: Vocabulary, ids: Ids) -> TextSize:
+        """Return the size of the text, of which these are the ids, without its first token.
 
-        Without, because it is never predicted.
+        Nothing predicts that.
         """
         characters, unknown = sum(map(len, self.read_blocks())), Counter[str]()
         if count_ids(ids, len(vocabulary))[UNKNOWN_ID]:
             counts = count_tokens(self.read_blocks(), self.units, self.stop)
             unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
-        if not first:
-            start, token = next(self.read_blocks()), vocabulary.tokens[ids[0]]
-            if ids[0] == UNKNOWN_ID:
-                token = next(split_text(start, self.units, self.stop))
-                unknown[token] -= 1
-            if self.units == "tokens":  # The text may begin without the space of a token.
-                word = token.lstrip(" ")
-                token = start[: start.index(word) + len(word)]
-            # A token of bytes may end within a character, which then counts as a later one.
-            characters -= len(token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
+        start, first = next(self.read_blocks()), vocabulary.tokens[ids[0]]
+        if ids[0] == UNKNOWN_ID:
+            first = next(split_text(start, self.units, self.stop))
+            unknown[first] -= 1
+        if self.units == "tokens":  # The text may begin without the space of a token.
+            word = first.lstrip(" ")
+            first = start[: start.index(word) + len(word)]
+        # A token of bytes may end within a character, which then counts as a later one.
+        characters -= len(first.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
         # With one byte for the end of each.
         spelled = sum(n * (len(token.encode()) + 1) for token, n in unknown.items())
-        return TextSize(len(ids) - (not first), characters, spelled)
+        return TextSize(len(ids) - 1, characters, spelled)
 
 
 def load_texts(data: DataConfig) -> dict[str, Text]:

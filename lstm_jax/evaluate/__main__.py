@@ -46,41 +46,60 @@ def main() -> None:
     if given and not _DYNAMIC.value:
         raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
     # Here, because they import JAX.
+    import numpy as np
+
+    from lstm_jax import dynamic
+    from lstm_jax import loss as loss_lib
     from lstm_jax.data import texts
-    from lstm_jax.dynamic import Settings
-    from lstm_jax.evaluate import measurement
-    from lstm_jax.loss import compute_loss
+    from lstm_jax.ensemble import list_members
     from lstm_jax.run.library import load
+    from lstm_jax.vocabulary import UNKNOWN_ID
 
     trained = load(directories, _DTYPE.value)
-    vocabulary, splits = trained.vocabulary, dict[str, texts.Text]()
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if not _TEXT.value or _DYNAMIC.value:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
-    if _TEXT.value:
-        subject = measurement.load_file(_TEXT.value, vocabulary)
+    if _TEXT.value:  # It is read as a run with this vocabulary reads its own text.
+        text = texts.read_argument(_TEXT.value, "--text", vocabulary.kind, vocabulary.stop)
+        ids = text.encode(vocabulary)
+        name = "standard input" if _TEXT.value == "-" else _TEXT.value
+        if len(ids) < 2:
+            length = f"{len(ids)} {vocabulary.token_name}s, and needs 2"
+            raise UserError(f"{name} is too short: it has {length}")
+        result = {"text": name, "unknown_tokens": int((ids == UNKNOWN_ID).sum())}
     else:
-        subject = measurement.join_splits(_SPLIT.value, splits, vocabulary)
-    result, ids = subject.fields, subject.ids
+        parts = [splits[name] for name in _SPLIT.value.split("+")]
+        text = parts[0]._replace(name=_SPLIT.value, end=parts[-1].end)
+        ids, result = text.encode(vocabulary), {"split": _SPLIT.value}
     if _DYNAMIC.value:
         default = 0.1 if len(vocabulary) < 1000 else 1.0
         epsilon = default if _EPSILON.value is None else _EPSILON.value
-        settings = Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
+        settings = dynamic.Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
         train_ids = splits["train"].encode(vocabulary)
-        loss = measurement.measure_dynamic_loss(trained, ids, train_ids, settings)
+        losses = dynamic.adapt_to_text(list_members(model, params), train_ids, ids, settings)
+        loss = sum(float(part.sum(dtype=np.float64)) for part in losses) / (len(ids) - 1)
         result["dynamic"] = settings._asdict()
-    elif _CONTEXT.value:
-        loss = measurement.measure_in_windows(trained, ids, _CONTEXT.value)
-        result["context"] = _CONTEXT.value
     else:
-        loss = compute_loss(trained.model, trained.params, ids)
+        loss = loss_lib.compute_loss(model, params, ids, _CONTEXT.value)
+        result |= {"context": _CONTEXT.value} if _CONTEXT.value else {}
     if math.isnan(loss):
         raise UserError(
             "the loss is not a number: lower --config.optimizer.learning_rate in training, or "
             "--dynamic_learning_rate"
         )
-    result |= measurement.report_loss(subject, loss)
+    perplexity = loss_lib.compute_perplexity(loss)
     steps = [member.step for member in trained.members]
-    print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
+    result |= {
+        "loss": loss,
+        "bits_per_token": loss / math.log(2),
+        "bits_per_character": loss_lib.compute_bits_per_character(
+            loss, [text.measure(vocabulary, ids)]
+        ),
+        "perplexity": None if perplexity == math.inf else perplexity,  # JSON has no infinity.
+        "tokens": len(ids) - 1,
+        "step": steps[0] if len(steps) == 1 else steps,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
