@@ -251,19 +251,22 @@ class Config(RunConfig):
         return dataclasses.asdict(self)
 
 
-def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
-    for own in dataclasses.fields(section):
-        name = prefix + own.name
-        if own.metadata:
+_SECTIONS: dict[str, Any] = {
+    "": RunConfig,
+    **{own.name: own.type for own in dataclasses.fields(Config) if not own.metadata},
+}
+
+
+def _list_fields() -> Iterator[Field]:
+    for section, kind in _SECTIONS.items():
+        for own in dataclasses.fields(kind):
             defined: Field = own.metadata["field"]
             choices = get_args(own.type) if isinstance(defined.default, str) else ()  # Literal.
+            name = f"{section}.{own.name}" if section else own.name
             yield defined._replace(name=name, allowed=defined.allowed or choices or "")
-        else:
-            yield from _list_fields(own.type, f"{name}.")
 
 
-FIELDS = {field.name: field for field in _list_fields(Config)}
-_SECTIONS = {field.name for field in dataclasses.fields(Config) if not field.metadata}
+FIELDS = {field.name: field for field in _list_fields()}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
 # A field whose value is a dict with any names; each can be set like a field.
@@ -333,8 +336,12 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
             values[name] = value
         else:
             raise UserError(f"there is no field {name}{suggest_fields(name)}")
-    values = {name: check_value(name, value) for name, value in values.items()}
-    config = _make_section(Config, values)
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        sections[section][last] = check_value(name, value)
+    own = sections.pop("")
+    config = Config(**own, **{name: _SECTIONS[name](**x) for name, x in sections.items()})
     for name, field in FIELDS.items():
         if not _is_met(field.requires, vars(config)):
             raise UserError(f"config.{name} is {values[name]!r}: it needs {field.requires}")
@@ -357,16 +364,6 @@ def list_changes(before: Config, config: Config) -> list[tuple[str, object, obje
 def _is_met(condition: str, names: Mapping[str, object]) -> bool:
     """Return whether a condition of `Field` holds for these names; the empty one does."""
     return bool(eval(condition or "True", globals(), {**names}))
-
-
-def _make_section(section: Any, values: Mapping[str, object], prefix: str = "") -> Any:
-    """Return a section, or the whole config, with values by dotted names."""
-    chosen = {}
-    for own in dataclasses.fields(section):
-        name = prefix + own.name
-        is_field = name in FIELDS
-        chosen[own.name] = values[name] if is_field else _make_section(own.type, values, name + ".")
-    return section(**chosen)
 
 
 def check_value(name: str, value: Any) -> Any:
@@ -407,13 +404,10 @@ def _list_allowed(words: tuple[str, ...]) -> str:
 
 def find_fields(name: str) -> list[str]:
     """Return the fields that people mean by a name, of any section: by names, else by words."""
-    wanted, found = name.rpartition(".")[2], list[str]()
-    for field in filter(lambda field: field.is_flag, FIELDS.values()):
-        last = field.name.rpartition(".")[2]
-        if wanted in (last, *field.also.split()):
-            return [field.name]
-        found += [field.name] if wanted in last.split("_") else []
-    return found
+    wanted = name.rpartition(".")[2]
+    flags = [(x.name, x.name.rpartition(".")[2], x.also) for x in FIELDS.values() if x.is_flag]
+    named = [field for field, last, also in flags if wanted in (last, *also.split())]
+    return named[:1] or [field for field, last, _ in flags if wanted in last.split("_")]
 
 
 def suggest_fields(name: str, prefix: str = "") -> str:
