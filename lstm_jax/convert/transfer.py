@@ -2,19 +2,19 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lstm_jax import config as config_lib
-from lstm_jax import model as model_lib
+from lstm_jax.config import Config, ModelConfig
 from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
+from lstm_jax.model import Params
 from lstm_jax.run import messages, model_file, workdir
-from lstm_jax.run.library import load
+from lstm_jax.run.library import Run, load
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
-MODULES = ("embedding", "lstm", "linear")
 _CARD = """---
 library_name: lstm-jax
 pipeline_tag: text-generation
@@ -29,7 +29,10 @@ A language model of lstm-jax, with its parameters at step {step} in {dtype}.
 
 
 def import_weights(
-    source: Path, directory: Path, vocabulary_file: str | None, modules: Sequence[str] = MODULES
+    source: Path,
+    directory: Path,
+    vocabulary_file: str | None,
+    modules: Sequence[str] = ("embedding", "lstm", "linear"),
 ) -> None:
     """Make the folder of a model from a file of weights, or raise `UserError`.
 
@@ -73,15 +76,7 @@ def export_weights(directory: Path, target: Path) -> None:
     The vocabulary is written beside it, to a file with .vocabulary.json added to the name.
     """
     beside = target.with_name(target.name + ".vocabulary.json")
-    for path in (target, beside):
-        if path.exists():
-            raise UserError(f"{path} exists: remove it, or use another --to")
-    config = workdir.load_config(workdir.find_model(directory))
-    try:
-        torch_weights.check_model(config.model)
-    except UserError as error:
-        raise UserError(f"{directory} can't be converted: {error}") from None
-    trained = load(directory)
+    _, trained = _load(directory, [target, beside], torch_weights.check_model)
     content = torch_weights.to_bytes(torch_weights.from_model(trained.model, trained.params))
     with name_failure(f"can't write {target}"):
         files.write_file(beside, json.dumps(trained.vocabulary.to_fields(), indent=0).encode())
@@ -96,41 +91,41 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
 
     The folder is read like the working directory. Its parameters are rounded to `dtype`.
     """
-    if target.exists():
-        raise UserError(f"{target} exists: remove it, or use another --to")
-    source = workdir.find_model(directory)
-    config = workdir.load_config(source)
-    if config.model.cell_sha256:
-        raise UserError(
-            f"{directory} can't be a folder: its cell, {config.model.cell}, is in a file of yours"
-        )
-    trained = load(source)
-    name = make_visible(target.resolve().name)
-    make_folder(
-        target.absolute(),
-        config,
-        trained.vocabulary,
-        trained.params,
-        trained.step,
-        dtype,
-        _CARD.format(name=name, step=trained.step, dtype=dtype),
-    )
-    print_line(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
+
+    def check(model: ModelConfig) -> None:
+        if model.cell_sha256:
+            raise UserError(f"its cell, {model.cell}, is in a file of yours")
+
+    config, run = _load(directory, [target], check)
+    make_folder(target.absolute(), config, run.vocabulary, run.params, run.step, dtype)
+    print_line(f"Wrote the model of {directory}, step {run.step}, to {target}, in {dtype}")
+
+
+def _load(
+    directory: Path, targets: Sequence[Path], check: Callable[[ModelConfig], None]
+) -> tuple[Config, Run]:
+    """Return config and model of a working directory, if no target exists, and `check` passes."""
+    for path in targets:
+        if path.exists():
+            raise UserError(f"{path} exists: remove it, or use another --to")
+    config = workdir.load_config(workdir.find_model(directory))
+    try:
+        check(config.model)
+    except UserError as error:
+        raise UserError(f"{directory} can't be converted: {error}") from None
+    return config, load(directory)
 
 
 def make_folder(
     directory: Path,
-    config: config_lib.Config,
+    config: Config,
     vocabulary: Vocabulary,
-    params: model_lib.Params,
+    params: Params,
     step: int = 0,
     dtype: str = "float32",
-    card_text: str = "",
 ) -> None:
-    """Make the folder of a model, complete or not at all; raise `UserError` if that fails.
-
-    It has a card if there is a text for it.
-    """
+    """Make the folder of a model, complete or not at all; raise `UserError` if that fails."""
+    card = _CARD.format(name=make_visible(directory.name), step=step, dtype=dtype)
     with name_failure(f"can't write to {directory}"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as unfinished:
@@ -138,6 +133,5 @@ def make_folder(
             made.mkdir()
             workdir.save_fields(made, config, vocabulary)
             model_file.write_params(made / workdir.MODEL, params, step, dtype)
-            if card_text:
-                files.write_file(made / "README.md", card_text.encode())
+            files.write_file(made / "README.md", card.encode())
             made.rename(directory)
