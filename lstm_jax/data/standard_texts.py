@@ -104,19 +104,19 @@ STANDARD_TEXTS = {
 }
 
 
-def find_splits(data: DataConfig) -> list[Path] | None:
-    """Return the files of train, validation and test of the standard text `data.dataset`.
+def find_splits(data: DataConfig) -> list[list[Path]]:
+    """Return the files of train, validation and test, one each, of the text `data.dataset`.
 
-    They are made from its downloads if they are missing. Return None for a dataset that is not a
+    They are made from its downloads if they are missing. Return [] for a dataset that is not a
     standard text, or that TFDS has prepared. Raise `UserError` if the text can't be downloaded, and
     `UnavailableError` if it can't be written.
     """
     if data.dataset not in STANDARD_TEXTS:
-        return None
+        return []
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
     if any(directory.glob("*/dataset_info.json")):
-        return None
+        return []
     paths = [directory / f"{split}.txt" for split in SPLITS]
     if not all(path.exists() for path in paths):
         try:
@@ -129,7 +129,7 @@ def find_splits(data: DataConfig) -> list[Path] | None:
                 f"can't read or write {error.filename or directory} ({error.strerror}): free space "
                 "or make it writable, or use another data directory"
             ) from None
-    return paths
+    return [[path] for path in paths]
 
 
 def _get_splits(name: str, data_dir: Path) -> list[bytes]:

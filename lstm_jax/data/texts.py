@@ -144,21 +144,21 @@ class Text(NamedTuple):
 
         Nothing predicts that.
         """
-        characters, unknown = sum(map(len, self.read_blocks())), Counter[str]()
+        characters, counts = sum(map(len, self.read_blocks())), Counter[str]()
         if count_ids(ids, len(vocabulary))[UNKNOWN_ID]:
             counts = count_tokens(self.read_blocks(), self.units, self.stop)
-            unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
         start, first = next(self.read_blocks()), vocabulary.tokens[ids[0]]
         if ids[0] == UNKNOWN_ID:
             first = next(split_text(start, self.units, self.stop))
-            unknown[first] -= 1
+            counts[first] -= 1
         if self.units == "tokens":  # The text may begin without the space of a token.
             word = first.lstrip(" ")
             first = start[: start.index(word) + len(word)]
         # A token of bytes may end within a character, which then counts as a later one.
         characters -= len(first.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
+        unknown = ((token, n) for token, n in counts.items() if token not in vocabulary)
         # With one byte for the end of each.
-        spelled = sum(n * (len(token.encode()) + 1) for token, n in unknown.items())
+        spelled = sum(n * (len(token.encode()) + 1) for token, n in unknown)
         return TextSize(len(ids) - 1, characters, spelled)
 
 
@@ -170,10 +170,8 @@ def load_texts(data: DataConfig) -> dict[str, Text]:
     number of bytes of each. Raise `UserError` if a text is missing, or not the one that a run began
     with.
     """
-    if data.path:
-        texts = [_list_sources(paths, data) for paths in find_files(data.path)]
-    elif paths := standard_texts.find_splits(data):
-        texts = [_list_sources([path], data) for path in paths]
+    if paths := find_files(data.path) if data.path else standard_texts.find_splits(data):
+        texts = [_list_sources(of_text, data) for of_text in paths]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
@@ -274,12 +272,12 @@ def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
     It is that of Windows if the text has no other.
     """
     stop = SEPARATORS[separator]
-    windows, has_windows = stop.replace("\n", "\r\n"), False
+    windows, found = stop.replace("\n", "\r\n"), stop
     for block in blocks if windows != stop else ():
         if re.search(f"(?<!\r){stop}", block):
             return stop
-        has_windows |= windows in block
-    return windows if has_windows else stop
+        found = windows if windows in block else found
+    return found
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
@@ -292,32 +290,28 @@ def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
 
 def find_files(paths: str) -> list[list[Path]]:
     """Return the files that `data.path` names, in order: of one text, or of each split."""
-    texts = re.split(_SEMICOLON, paths)
+    texts = [re.split(_COMMA, text) for text in re.split(_SEMICOLON, paths)]
     if len(texts) not in (1, 3):
         raise UserError(
             f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
             "and test) separated by ;"
         )
-    return [
-        [path for pattern in re.split(_COMMA, text) for path in _find(pattern)] for text in texts
-    ]
+    return [[path for pattern in text for path in _find(pattern)] for text in texts]
 
 
 def _find(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, at least one."""
     pattern = os.path.expanduser(pattern)  # A shell leaves the ~ in --config.data.path=~/a.txt.
-    if os.path.isfile(pattern):  # A name with brackets may be both a file and a pattern.
-        return [Path(pattern)]
     if os.path.isdir(pattern):
         inside = Path(pattern, "*")
         raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
-    matches = {x for x in glob.glob(pattern, recursive=True) if not os.path.isdir(x)}
-    if not matches:
-        raise UserError(
-            f"there is no text file {pattern!r}: name an existing one "
-            "(--config.data.path, --data_path)"
-        )
-    return [*map(Path, sorted(matches))]
+    # A name with brackets may be both a file and a pattern.
+    matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    if paths := sorted({x for x in matches if not os.path.isdir(x)}):
+        return [*map(Path, paths)]
+    raise UserError(
+        f"there is no text file {pattern!r}: name an existing one (--config.data.path, --data_path)"
+    )
 
 
 def make_absolute(paths: str) -> str:

@@ -171,11 +171,6 @@ def get_number(trial: FrozenTrial) -> int:
     return trial.number if first is None else first
 
 
-def get_directory(sweep: Path, number: int) -> Path:
-    """Return the working directory of a trial in that of a sweep."""
-    return sweep / "trials" / f"{number:04}"
-
-
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return the last attempt at each trial: first the complete ones, by their losses."""
     last = {get_number(trial): trial for trial in study.get_trials(deepcopy=False)}
@@ -239,16 +234,15 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
             trial.set_user_attr(REASON, "other workers have started all points of the grid")
             raise optuna.TrialPruned
         sweep.study.sampler = PartialFixedSampler(sweep.points[index], RandomSampler())
-    directory = get_directory(sweep.directory, number)
+    directory = sweep.directory / "trials" / f"{number:04}"
     try:
         overrides = sweep.space(trial)
         config = complete_config(sweep.experiment, overrides)
         trial.set_user_attr(OVERRIDES, dict(overrides))
         directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "output.txt"
         with (
-            (directory / "output.txt").open(
-                "a", encoding="utf-8", errors="backslashreplace"
-            ) as file,
+            path.open("a", encoding="utf-8", errors="backslashreplace") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -257,11 +251,10 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
         trial.set_user_attr(REASON, one_line(error)[:300])
         raise optuna.TrialPruned from None
     except (Stopped, UserError, OSError) as error:
-        frozen = sweep.study.trials[trial.number]
         is_interrupted = isinstance(error, (Stopped, UnavailableError, OSError))
         # A grid needs all its points; a mistake in sampled settings would be repeated forever.
         if is_interrupted or sweep.points is not None:
-            retry_interrupted(sweep.study, frozen)
+            retry_interrupted(sweep.study, sweep.study.trials[trial.number])
         raise
     validation, test = read_losses(directory)
     trial.set_user_attr(TEST_LOSS, test)
@@ -289,29 +282,26 @@ def _report_loss(trial: Trial, config: Config, row: metrics.Row) -> None:
 def make_row(trial: FrozenTrial) -> str:
     """Return the row of a trial in the table of results."""
     losses = trial.value, trial.user_attrs.get(TEST_LOSS)
-    cells = [str(get_number(trial)), trial.state.name.lower()]
-    cells += ["" if loss is None else f"{loss:.4f}" for loss in losses]
+    cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
     overrides = trial.user_attrs.get(OVERRIDES, trial.params)
     settings = [
         f"{name.rpartition('.')[2]}={f'{value:.3g}' if isinstance(value, float) else value}"
         for name, value in overrides.items()
     ]
-    settings += [trial.user_attrs[REASON]] if REASON in trial.user_attrs else []
-    return make_visible(f"| {' | '.join([*cells, ', '.join(settings)])} |")
+    settings += filter(None, [trial.user_attrs.get(REASON)])
+    cells = [str(get_number(trial)), trial.state.name.lower(), *cells, ", ".join(settings)]
+    return make_visible(f"| {' | '.join(cells)} |")
 
 
 def describe_results(study: Study, command: str) -> str:
     """Return the table of all trials, and the command that trains the best one."""
     trials = list_trials(study)
-    lines = [
-        "| trial | state | validation | test | settings |",
-        "| ---: | --- | ---: | ---: | --- |",
-    ]
+    lines = ["| trial | state | validation | test | settings |", "|--:|---|--:|--:|---|"]
     lines += map(make_row, trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if running := sum(trial.state == TrialState.RUNNING for trial in trials):
-        unfinished = f"Unfinished trials of other workers: {running}"
-        lines += ["", f"{unfinished}. The last worker prints all results"]
+        unfinished = f"Unfinished trials of other workers: {running}."
+        lines += ["", f"{unfinished} The last worker prints all results"]
     if len(complete) > 1 and all(set(trial.params) == {"seed"} for trial in complete):
         losses = [(trial.values[0], trial.user_attrs[TEST_LOSS]) for trial in complete]
         means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]
