@@ -1,6 +1,8 @@
 """Make, read and compare the working directories of tiny runs."""
 
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+import commands
 import lstm_jax
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -129,3 +132,16 @@ def assert_same(one: Path, other: Path, rtol: float = 0) -> None:
         rtol=1e-6,  # TensorBoard stores float32.
     )
     assert len(set(read_losses(one))) == len(read_losses(one)), "each step once"
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a training process with these flags."""
+    command = [sys.executable, "-m", "lstm_jax.main", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
+    """Wait until the run has written `number` lines of metrics."""
+    path = directory / workdir.METRICS
+    commands.wait_until(lambda: len(metrics.read_metrics(path)) >= number, process, 300)

@@ -25,13 +25,13 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import commands
 import runs
 from lstm_jax import config
+from pages import find_blocks
 
 ROOT = Path(__file__).parents[2]
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -43,30 +43,6 @@ SIZES = [
 ]
 # Flags whose value is an input file.
 TEXTS = ("--config.data.path", "--text", "--data_path")
-
-
-class Block(NamedTuple):
-    """A fenced block of a page, and the comment above it."""
-
-    page: Path
-    comment: str
-    text: str
-
-    @property
-    def commands(self) -> list[list[str]]:
-        """Return the commands that begin with python, as lists of arguments."""
-        lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
-        found = (re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(python .*)", line) for line in lines)
-        return [shlex.split(match[1], comments=True) for match in found if match]
-
-
-def find_blocks(page: Path) -> list[Block]:
-    """Return all fenced blocks of a page."""
-    fence = re.compile(
-        r"^(?:<!-- (?P<comment>.*?) -->\n)?\s*```[^\n]*\n(?P<text>.*?)^\s*```$", re.M | re.S
-    )
-    content = page.read_text(encoding="utf-8")
-    return [Block(page, match["comment"] or "", match["text"]) for match in fence.finditer(content)]
 
 
 def find_commands(page: Path) -> list[list[str]]:

@@ -26,7 +26,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.export import activations
 from lstm_jax.matmul import matmul
 from lstm_jax.run import cell_file, workdir
-from test_docs import find_blocks
+from pages import find_blocks
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cells.md"

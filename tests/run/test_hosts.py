@@ -13,7 +13,6 @@ import pytest
 import draws
 import lstm_jax
 import runs
-import test_interruption
 from lstm_jax.run import checkpoints, workdir
 
 pytestmark = [pytest.mark.process, pytest.mark.drawn]
@@ -33,7 +32,7 @@ def start(
     join = (f"--coordinator_address={find_free_address()}", f"--num_processes={processes}")
     mesh = f"--config.mesh.data={processes}"
     arguments = runs.make_arguments(text_file, directory, mesh, *join, *more)
-    return [test_interruption.start([*arguments, f"--process_id={k}"]) for k in range(processes)]
+    return [runs.start([*arguments, f"--process_id={k}"]) for k in range(processes)]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -78,7 +77,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
 
     def wait(process: subprocess.Popen[str]) -> None:
         rows = len(runs.read_losses(directory)) if directory.exists() else 0
-        test_interruption.wait_for_rows(process, directory, rows + 3)
+        runs.wait_for_rows(process, directory, rows + 3)
 
     for victim in (0, 1) if draws.TIMES > 1 else (random.Random(draws.SEED).randrange(2),):
         processes = start(text_file, directory, 2)
@@ -95,7 +94,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
     assert [code for code, _ in finish(processes)] == [143] * 2
     assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
     eight = "--config.mesh.data=8"
-    assert_succeeds([test_interruption.start(runs.make_arguments(text_file, directory, eight))])
+    assert_succeeds([runs.start(runs.make_arguments(text_file, directory, eight))])
     assert_close(directory, whole)
     assert {path.name for path in directory.iterdir()} >= {"samples.txt", "curves.png"}
 
@@ -105,9 +104,7 @@ def test_processes_with_different_working_directories_fail(text_file: Path, tmp_
     address = f"--coordinator_address={find_free_address()}"
     join = (address, "--num_processes=2", "--config.mesh.data=2")
     processes = [
-        test_interruption.start(
-            runs.make_arguments(text_file, tmp_path / str(k), *join, f"--process_id={k}")
-        )
+        runs.start(runs.make_arguments(text_file, tmp_path / str(k), *join, f"--process_id={k}"))
         for k in range(2)
     ]
     assert_fails(processes, "same config, text or working directory")

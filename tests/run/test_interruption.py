@@ -13,8 +13,7 @@ import draws
 import runs
 from disks import fill, mounted
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, metrics, workdir
-from runs import ROOT
+from lstm_jax.run import checkpoints, workdir
 
 pytestmark = pytest.mark.process
 
@@ -27,19 +26,6 @@ with workdir.hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start a training process with these flags."""
-    command = [sys.executable, "-m", "lstm_jax.main", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-
-
-def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
-    """Wait until the run has written `number` lines of metrics."""
-    path = directory / workdir.METRICS
-    commands.wait_until(lambda: len(metrics.read_metrics(path)) >= number, process, 300)
 
 
 def list_undamaged(directory: Path) -> list[int]:
@@ -58,8 +44,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_result(
     chance = random.Random(f"{draws.SEED} {number}")
     arguments = runs.make_arguments(text_file, tmp_path / "run")
     for row in sorted(chance.sample(range(len(runs.read_losses(whole))), 2)):
-        process = start(arguments)
-        wait_for_rows(process, tmp_path / "run", row)
+        process = runs.start(arguments)
+        runs.wait_for_rows(process, tmp_path / "run", row)
         time.sleep(chance.uniform(0, 0.2 if row else 3))  # Row 0 is written after three seconds.
         process.kill()
         process.communicate()
@@ -74,8 +60,8 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
     with mounted(tmp_path / "disk", "-o", "size=8m") as disk:
         directory = disk / "run"
         arguments = runs.make_arguments(text_file, directory)
-        process = start(arguments)
-        wait_for_rows(process, directory, 12)
+        process = runs.start(arguments)
+        runs.wait_for_rows(process, directory, 12)
         filler = fill(disk)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2, output
