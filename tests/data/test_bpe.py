@@ -6,14 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import commands
-import draws
 import lstm_jax
 from conftest import make_tiny_config
 from lstm_jax import bpe, training
@@ -23,7 +19,6 @@ from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
-from test_vocabulary import TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +39,6 @@ def test_the_most_frequent_pairs_are_merged_first() -> None:
     assert bpe.make_splitter(["bc", "abc", "ab"])("abc") == ("abc",)
     assert bpe.make_splitter(["ab", "bc", "abc"])("abc") == ("abc",)
     assert bpe.make_splitter(["a" * 10**6, "bc"])("abc") == ("a", "bc")  # At once.
-
-
-@settings(max_examples=80 * draws.TIMES)
-@given(text=TEXTS | st.text(max_size=200) | st.binary(max_size=60))
-def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) -> None:
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
-    again = Vocabulary.from_fields(json.loads(json.dumps(vocabulary.to_fields())))
-    ids = again.encode(text)
-    assert again.decode(ids) == text
-    assert not np.isin(ids, [0, 1]).any() and again.name_unknown(text) == ""
-    decode = again.make_decoder()
-    pieces = [decode([i], False) for i in ids] + [decode([], True)]
-    assert "".join(pieces) == text
 
 
 def test_the_size_includes_all_tokens(text_file: Path) -> None:

@@ -1,5 +1,6 @@
 """Test tokens of each kind: encoding, decoding, and vocabularies of other texts."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -54,18 +55,28 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert all(piece.encode() for piece in pieces if piece)
 
 
-@settings(max_examples=40 * draws.TIMES)
-@given(content=st.binary(max_size=60))
-def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
-    text = content.decode("utf-8", "surrogateescape")
-    vocabulary = Vocabulary.from_text("no matter what", "bytes")
-    assert len(vocabulary) == 2 + 256
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@settings(max_examples=60 * draws.TIMES)
+@given(text=TEXTS | st.text(max_size=200) | st.binary(max_size=60))
+def test_bytes_and_subwords_hold_any_file_and_no_character_is_split(
+    kind: str, text: str | bytes, text_file: Path
+) -> None:
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    vocabulary = make_vocabulary(text_file, kind)
     ids = vocabulary.encode(text)
-    assert len(ids) == len(content)
+    assert vocabulary.decode(ids) == text
+    assert not np.isin(ids, [0, 1]).any() and vocabulary.name_unknown(text) == ""
+    assert kind == "bpe" or len(ids) == len(text.encode("utf-8", "surrogateescape"))
     decode = vocabulary.make_decoder()
     pieces = [decode(ids[i : i + 3], False) for i in range(0, len(ids), 3)] + [decode([], True)]
-    assert "".join(pieces) == vocabulary.decode(ids) == text
-    assert "".join(pieces).encode("utf-8", "surrogateescape") == content
+    assert "".join(pieces) == text
+
+
+@functools.cache
+def make_vocabulary(text_file: Path, kind: str) -> Vocabulary:
+    """Return the tokens of a text in English, without most characters of Unicode."""
+    return Vocabulary.from_text(text_file.read_text(), kind, size=600)
 
 
 def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) -> None:
@@ -148,25 +159,18 @@ def test_documents_end_with_the_stop_token() -> None:
         windows = stop.replace("\n", "\r\n")
         for pieces, expected in ((["a", f"b{windows}"], windows), ([f"a{windows}b{stop}"], stop)):
             assert find_stop_text(separator, pieces) == expected
+    # A stop token of several characters is no character.
+    for (kind, stop), name in {
+        ("words", ""): "word",
+        ("characters", "\n"): "character",
+        ("characters", "\n\n"): "token",
+        ("bpe", ""): "token",
+    }.items():
+        assert Vocabulary(["", "[UNK]", *filter(None, [stop])], kind, stop).token_name == name
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="has no end of a file"):
         Vocabulary.from_text("ab", stop=FILE_END)
-
-
-@pytest.mark.parametrize(
-    ("kind", "stop", "name"),
-    [
-        ("words", "", "word"),
-        ("characters", "\n", "character"),
-        ("characters", "\n\n", "token"),
-        ("bpe", "", "token"),
-    ],
-)
-def test_a_stop_token_of_several_characters_is_no_character(
-    kind: str, stop: str, name: str
-) -> None:
-    assert Vocabulary(["", "[UNK]", *filter(None, [stop])], kind, stop).token_name == name
 
 
 def test_rare_tokens_become_unk() -> None:
@@ -187,12 +191,9 @@ def test_another_vocabulary_is_appended() -> None:
     assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
 
 
-def test_unprintable_text_is_replaced() -> None:
+def test_unprintable_text_is_replaced_and_control_characters_are_escaped() -> None:
     assert make_printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
     assert make_printable(f"a{FILE_END}b") == "a\n\nb"
-
-
-def test_control_characters_are_escaped() -> None:
     assert make_printable("\x1b[2J\0\a\x7f\x9b\r.") == "\\x1b[2J\\x00\\x07\\x7f\\x9b\r."
     assert make_printable("a\tb\r\nc\n") == "a\tb\r\nc\n"
 
