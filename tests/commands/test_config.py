@@ -115,12 +115,6 @@ def test_a_field_is_found_by_the_names_that_people_use(name: str, fields: str) -
     assert done.stderr == f"error: there is no flag --config.{name}: did you mean {meant}?\n"
 
 
-def test_a_field_that_the_program_sets_is_not_a_flag() -> None:
-    for name in ("data.sha256", "model.cell_sha256", "init_from"):
-        assert name in config_lib.FIELDS
-        assert commands.run("main", f"--config.{name}=a").returncode == 2
-
-
 def test_docs_config_md_is_up_to_date() -> None:
     page = commands.run("config").stdout
     assert page == (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), (

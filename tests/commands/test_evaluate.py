@@ -31,11 +31,20 @@ def make_ids(length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
 
 
-@pytest.mark.parametrize("length", [2, 600, 1025, 2500])
-def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "longest"), [(2, 10**6), (600, 10**6), (1025, 10**6), (5000, 10**6), (5000, 100)]
+)
+def test_each_token_is_predicted_once(
+    length: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", longest)  # Parallel streams, if it is 100.
     ids = make_ids(length)
-    expected = compute_losses(ids).mean()
-    np.testing.assert_allclose(loss_lib.compute_loss(MODEL, PARAMS, ids), expected, rtol=1e-5)
+    losses, expected = loss_lib.compute_token_losses(MODEL, PARAMS, ids), compute_losses(ids)
+    assert losses.dtype == np.float32
+    np.testing.assert_allclose(losses, expected, atol=1e-4)  # In the order of the text.
+    total = loss_lib.compute_loss(MODEL, PARAMS, ids) * (length - 1)
+    assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
+    assert total == pytest.approx(expected.sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])
@@ -46,22 +55,13 @@ def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> N
         expected += [*compute_losses(ids[start : start + context + 1])]
     losses = loss_lib.compute_token_losses(MODEL, PARAMS, ids, context)
     np.testing.assert_allclose(losses, expected, atol=1e-3)  # Rounding errors grow with time.
+    loss = loss_lib.compute_loss(MODEL, PARAMS, ids, context)
+    assert loss == pytest.approx(losses.mean(dtype=np.float64), rel=1e-6)
 
 
 def test_a_text_of_one_token_has_no_losses() -> None:
     for context in (None, 10):
         assert loss_lib.compute_token_losses(MODEL, PARAMS, make_ids(1), context).shape == (0,)
-
-
-@pytest.mark.parametrize("longest", [10**6, 100])
-def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", longest)  # Parallel streams, if it is 100.
-    ids = make_ids(5000)
-    losses = loss_lib.compute_token_losses(MODEL, PARAMS, ids)
-    assert losses.shape == (4999,) and losses.dtype == np.float32
-    total = loss_lib.compute_loss(MODEL, PARAMS, ids) * 4999
-    assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
-    np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
 
 
 def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
