@@ -104,29 +104,6 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
     assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
 
 
-@pytest.mark.slow
-def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None:
-    documents = ["--config.data.document_separator=blank_line", "--config.num_epochs=1"]
-    units = ["--config.data.units=words", "--config.data.min_count=2"]
-    flags = [f"--config.data.path={text_file}", "--workdir=run", *documents, *units]
-    result = run("main", *TINY, *flags, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "nats per token" in result.stdout and "bits per character" in result.stdout
-    words = tmp_path / "run"
-    evaluated = json.loads(run("evaluate", "--workdir", words, cwd=ROOT).stdout)
-    assert 0 < evaluated["bits_per_character"] < evaluated["bits_per_token"]
-    # Both restart the carry at each document.
-    (loss,) = [loss for _, split, loss in runs.read_losses(words) if split == evaluated["split"]]
-    assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
-    assert lstm_jax.load(words).model.stop_id is not None
-    options = ["--workdir", words, "--prompt=First Citizen:", "--length=3000"]
-    stopped = run("sample", *options, cwd=ROOT)
-    on = run("sample", *options, "--nostop", cwd=ROOT)
-    assert stopped.returncode == on.returncode == 0 and stopped.stderr == on.stderr == ""
-    assert "[UNK]" not in on.stdout
-    assert on.stdout.startswith(stopped.stdout.removesuffix("\n") + "\n\n")
-
-
 def test_sample_passes_its_flags_and_prints_each_piece(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +319,8 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["evaluate", "--workdir=.", "--dynamic_decay=0.01"], "add --dynamic"),
         (["evaluate", "--workdir=.", "--text=-", "--split=test"], "--text and --split"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
+        (["sweep", "--config", QUICK], "use either --space"),
+        (["sweep", "--config", QUICK, "--seeds=2", "--space=a.py"], "use either --space"),
         (["sample"], "specify the trained model: --workdir DIR"),
         (["sample", "--workdir=."], "no trained model in '.'"),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),

@@ -148,12 +148,6 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     assert more.returncode == 2 and "holds a sweep with another grid" in more.stderr
 
 
-def test_a_sweep_has_a_space_or_seeds() -> None:
-    for flags in ([], ["--seeds=2", "--space=space.py"]):
-        done = commands.run("sweep", f"--config={ROOT}/experiments/quick.py", *flags)
-        assert done.returncode == 2 and "use either --space" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [

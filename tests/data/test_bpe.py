@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
+import runs
 from conftest import make_tiny_config
 from lstm_jax import bpe, training
 from lstm_jax import loss as loss_lib
@@ -115,6 +116,9 @@ def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
 
     evaluated = json.loads(commands.run("evaluate", "--workdir", bpe_run).stdout)
     assert 0 < evaluated["bits_per_character"] < evaluated["bits_per_token"]
+    # Both restart the carry at each document.
+    ((*_, loss),) = [row for row in runs.read_losses(bpe_run) if row[1] == "test"]
+    assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
     documents = sample("--prompt=First Citizen:", "--length=3000", "--nostop")
     first = sample("--prompt=First Citizen:", "--length=3000").removesuffix("\n")
     assert documents.startswith(first + "\n\n") and "[UNK]" not in documents
