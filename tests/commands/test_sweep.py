@@ -148,37 +148,27 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     assert more.returncode == 2 and "holds a sweep with another grid" in more.stderr
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("x = 1", "space file .*space.py: KeyError: 'get_overrides'"),
-        ("def get_overrides(trial):\n    return 1 / 0", "line 2: ZeroDivisionError"),
-        (
-            "def get_overrides(trial):\n    return {'optimizer.learning_rat': 1e-3}",
-            "there is no field optimizer.learning_rat: did you mean",
-        ),
-        (
-            "def get_overrides(trial):\n"
-            "    return {'seed': trial.suggest_categorical('s', [(1, 2), (3, 4)])[0]}",
-            "line 2: UserWarning: Choices for a categorical distribution should be a tuple of None",
-        ),
-        ("def get_overrides(trial):\n    return {1: 2}", "there is no field 1"),
-        (
-            "def get_overrides(trial):\n    return {'seed': trial.suggest_float('s', 0, 1)}",
-            "line 2: ValueError: FloatDistribution.step must be given",
-        ),
-        (
-            "def get_overrides(trial):\n    return {'seed': trial.suggest_int('s', 0, 10)}",
-            "a grid has at most 10 points",
-        ),
-    ],
-)
+GIVE = "def get_overrides(trial):\n    return "
+BROKEN = {
+    "space file .*space.py: KeyError: 'get_overrides'": "x = 1",
+    "line 2: ZeroDivisionError": f"{GIVE}1 / 0",
+    "no field optimizer.learning_rat: did you mean": f"{GIVE}{{'optimizer.learning_rat': 1e-3}}",
+    "line 2: UserWarning: Choices for a categorical distribution should be a tuple of None": (
+        f"{GIVE}{{'seed': trial.suggest_categorical('s', [(1, 2), (3, 4)])[0]}}"
+    ),
+    "there is no field 1": f"{GIVE}{{1: 2}}",
+    "ValueError: FloatDistribution.step must": f"{GIVE}{{'seed': trial.suggest_float('s', 0, 1)}}",
+    "a grid has at most 10 points": f"{GIVE}{{'seed': trial.suggest_int('s', 0, 10)}}",
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
 def test_a_broken_space_gives_a_one_line_error(
-    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "MOST_POINTS", 10)
     path = tmp_path / "space.py"
-    path.write_text(code)
+    path.write_text(BROKEN[message])
     with pytest.raises(UserError, match=message) as caught:
         search.list_points(search.load_space(str(path)), config_lib.Config())
     assert len(str(caught.value).splitlines()) == 1
