@@ -11,6 +11,7 @@ import runpy
 import sys
 import threading
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,23 @@ def run(trained: Path) -> lstm_jax.Run:
     return lstm_jax.load(trained)
 
 
-def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
-    """Run an example in this process with these arguments."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+@pytest.fixture
+def run_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that runs an example in this process, and returns its output."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with commands.keep_process_state():
+            try:
+                runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    raise
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -54,17 +68,13 @@ def test_every_example_is_short_and_says_how_to_run_it(path: Path) -> None:
 
 @pytest.mark.slow
 def test_sentences_are_sorted_by_their_score(
-    trained: Path,
-    run: lstm_jax.Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, run: lstm_jax.Run, tmp_path: Path, run_example: Callable[..., str]
 ) -> None:
     sentences = ["¿xqz jvk wq", "the people and the city", "The gods be with you all"]
     path = tmp_path / "sentences.txt"
     path.write_text("\n\n".join(sentences), encoding="utf-8")
-    run_example(monkeypatch, "score.py", trained, path)
-    scored = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    output = run_example("score.py", trained, path)
+    scored = [line.split("  ", 1) for line in output.splitlines()]
     assert sorted(sentence for _, sentence in scored) == sorted(sentences)
     assert scored[-1][1] == sentences[0]
     for bits, sentence in scored:
@@ -78,49 +88,29 @@ def test_sentences_are_sorted_by_their_score(
 def test_a_chat_continues_all_that_was_read(
     trained: Path,
     run: lstm_jax.Run,
+    run_example: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = ("/next", "ROMEO:", "", "/undo", "/undo", "/undo", "ROMEO:", "/reset", "/next")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    with commands.keep_process_state():
-        run_example(monkeypatch, "chat.py", trained, "--length=20", "--temperature=0")
+    output = run_example("chat.py", trained, "--length=20", "--temperature=0")
     likely = "".join(f"{share:.4f}  {token!r}\n" for token, share in run.next("", n=5))
     whole = run.generate("ROMEO:", length=40, temperature=0).removeprefix("ROMEO:")
     first, second = whole[:20], whole[20:]
-    assert capsys.readouterr().out == f"{likely}{first}\n{second}\n{first}\n{likely}"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--temperature", "-1"], "temperature is -1"),
-        (["--length=0"], "length is 0"),
-        (["missing"], "missing"),
-    ],
-)
-def test_a_bad_argument_of_a_chat_is_one_line(
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    message: str,
-) -> None:
-    with commands.keep_process_state(), pytest.raises(SystemExit) as end:
-        run_example(monkeypatch, "chat.py", trained, *flags)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and message in line
+    assert output == f"{likely}{first}\n{second}\n{first}\n{likely}"
+    for mistake, message in (("--temperature=-1", "is -1"), ("--length=0", "is 0"), ("a b", "a b")):
+        with pytest.raises(SystemExit, match="2"):
+            run_example("chat.py", trained, mistake)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 @pytest.mark.slow
 def test_the_speaker_is_classified(
-    trained: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, text_file: Path, run_example: Callable[..., str]
 ) -> None:
-    run_example(monkeypatch, "classify.py", trained, text_file, "First Citizen", "MENENIUS")
-    output = capsys.readouterr().out
+    output = run_example("classify.py", trained, text_file, "First Citizen", "MENENIUS")
     assert re.fullmatch(r"\d+ speeches: accuracy 0\.\d+; the majority class 0\.\d+\n", output)
     labels = np.arange(40) % 2
     assert classify.cross_validate(labels[:, None] + 0.0, labels) == 1
@@ -224,44 +214,27 @@ def test_the_weights_of_a_mixture_are_the_best() -> None:
 
 
 def test_n_grams_are_mixed_with_a_model(
-    trained: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, text_file: Path, tmp_path: Path, run_example: Callable[..., str]
 ) -> None:
     text, paths = text_file.read_text(encoding="utf-8"), [tmp_path / name for name in "abc"]
     for path, part in zip(paths, (text[:9000], text[9000:9500], text[9500:9900]), strict=True):
         path.write_text(part, encoding="utf-8")
     for more in ([], ["--dynamic", "1e-3", "0.003", "50"]):
-        run_example(monkeypatch, "ngrams.py", f"{trained},{trained}", *map(str, paths), *more)
-        for line in capsys.readouterr().out.splitlines():
+        output = run_example("ngrams.py", f"{trained},{trained}", *paths, *more)
+        for line in output.splitlines():
             model, *ngrams, mixed = map(float, re.findall(r"\d\.\d{4}", line))
             assert mixed < min(model, *ngrams)
 
 
-def train_by_loop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str
-) -> dict[str, float]:
-    """Return the losses that training_loop.py prints."""
-    with commands.keep_process_state(), pytest.raises(SystemExit) as end:
-        run_example(monkeypatch, "training_loop.py", f"--config={QUICK}", *flags)
-    assert not end.value.code
-    losses: dict[str, float] = ast.literal_eval(capsys.readouterr().out)
-    return losses
-
-
 @pytest.mark.slow
 def test_a_loop_of_your_own_trains_like_the_package(
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    text_file: Path, tmp_path: Path, run_example: Callable[..., str]
 ) -> None:
     flags = [*runs.TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
     flags += ["--config.model.dtype=float32"]
     flags += ["--config.regularization.embedding_dropout=0.0"]  # `main` draws a table's rows.
-    losses = train_by_loop(monkeypatch, capsys, *flags)
+    command = "training_loop.py", f"--config={QUICK}", *flags
+    losses = ast.literal_eval(run_example(*command))
     done = commands.run("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 0, done.stderr
     rows = {split: loss for _, split, loss in runs.read_losses(tmp_path)}
@@ -269,19 +242,17 @@ def test_a_loop_of_your_own_trains_like_the_package(
         assert losses[split] == pytest.approx(rows[split], abs=2e-4)
     others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
     others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
-    assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3
+    assert ast.literal_eval(run_example(*command, *others))["train"] < 3
 
 
 @pytest.mark.slow
 def test_a_student_learns_from_what_its_teachers_wrote(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, tmp_path: Path, run_example: Callable[..., str]
 ) -> None:
     flags = [f"--config={QUICK}", *runs.TINY, f"--config.data.path={text_file}"]
     flags += ["--config.max_steps=30", "--teachers=2", "--epochs=1", f"--out={tmp_path}"]
     for _ in range(2):  # The second time, all is done.
-        with commands.keep_process_state(), pytest.raises(SystemExit) as end:
-            run_example(monkeypatch, "student.py", *flags)
-        assert not end.value.code
+        run_example("student.py", *flags)
     student = lstm_jax.load(tmp_path / "student")
     assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
     text = text_file.read_text(encoding="utf-8")
@@ -315,16 +286,12 @@ def test_novelty_is_that_of_a_brute_force_search() -> None:
 
 @pytest.mark.slow
 def test_a_text_and_the_most_probable_one(
-    trained: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, text_file: Path, run_example: Callable[..., str]
 ) -> None:
-    run_example(monkeypatch, "novelty.py", trained, text_file, "--length", 200)
-    longest = capsys.readouterr().out.partition("the longest passage has ")[2].partition(": ")[2]
+    output = run_example("novelty.py", trained, text_file, "--length", 200)
+    longest = output.partition("the longest passage has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
-    run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
-    lines = capsys.readouterr().out.splitlines()
+    lines = run_example("beam_search.py", trained, "ROMEO:", "--length=9", "--beams=3").splitlines()
     assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)
     run = lstm_jax.load(trained)
     ((greedy, total),) = beam_search.search(run, "ROMEO:", 9, 1)
@@ -364,14 +331,12 @@ def test_an_agent_learns_from_the_probabilities_that_it_acted_with() -> None:
 
 
 @pytest.mark.slow
-def test_a_forecast_reads_no_later_year(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_forecast_reads_no_later_year(run_example: Callable[..., str]) -> None:
     pytest.importorskip("statsmodels", reason="statsmodels isn't installed (extra 'examples')")
     import forecast
 
-    run_example(monkeypatch, "forecast.py", "--steps", 100, "--seeds", 2, "--until", 249)
-    errors = re.findall(r"error ([\d.]+) sunspots", capsys.readouterr().out)
+    output = run_example("forecast.py", "--steps", 100, "--seeds", 2, "--until", 249)
+    errors = re.findall(r"error ([\d.]+) sunspots", output)
     numbers = forecast.sunspots.load_pandas().endog.to_numpy()[:249]
     naive = np.abs(np.diff(numbers))[-60:].mean()
     assert float(errors[0]) == pytest.approx(naive, abs=0.06)
