@@ -144,8 +144,6 @@ def test_seeds_are_compared_and_not_searched(flags: list[str], tmp_path: Path) -
     validation, test = (f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in numbers)
     line = done.stdout.splitlines()[-1]
     assert line == f"Mean of 2 seeds: validation {validation}, test {test}"
-    more = commands.run("sweep", *flags, "--seeds=3")
-    assert more.returncode == 2 and "holds a sweep with another grid" in more.stderr
 
 
 GIVE = "def get_overrides(trial):\n    return "

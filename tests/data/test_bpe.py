@@ -22,12 +22,6 @@ from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 
-@pytest.fixture(scope="module")
-def vocabulary(text_file: Path) -> Vocabulary:
-    """Return the tokens of a text in English, without most characters of Unicode."""
-    return Vocabulary.from_text(text_file.read_text(), "bpe", size=600)
-
-
 def test_the_most_frequent_pairs_are_merged_first() -> None:
     # The example of Sennrich et al. 2016.
     counts = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
@@ -52,7 +46,8 @@ def test_the_size_includes_all_tokens(text_file: Path) -> None:
     assert len(Vocabulary.from_text("ab ab", "bpe")) == 258 + len(["ab", " ab"])
 
 
-def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
+def test_another_text_has_the_same_tokens(text_file: Path) -> None:
+    vocabulary = Vocabulary.from_text(text_file.read_text(), "bpe", size=600)
     other = Vocabulary.from_text(f"日本語 日本語{FILE_END}", "bpe", stop=FILE_END)
     assert "日本語" in other and "日本語" not in vocabulary
     assert vocabulary.extend(other).tokens == (*vocabulary.tokens, FILE_END)
