@@ -13,6 +13,7 @@ import numpy as np
 
 import lstm_jax
 from lstm_jax.generation import State, encode_prompt
+from lstm_jax.run import command
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 
 
@@ -54,7 +55,8 @@ def search(run: lstm_jax.Run, prompt: str, length: int, beams: int) -> list[tupl
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the most probable continuations of a prompt."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("prompt")
@@ -64,3 +66,7 @@ if __name__ == "__main__":
     model = lstm_jax.load(arguments.model)
     for found, log_prob in search(model, arguments.prompt, arguments.length, arguments.beams):
         print(f"{log_prob:8.2f}  {found!r}")
+
+
+if __name__ == "__main__":
+    command.call_main(main)

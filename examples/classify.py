@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import lstm_jax
+from lstm_jax.run import command
 
 
 def read_speeches(text: str, names: tuple[str, str]) -> tuple[list[str], np.ndarray]:
@@ -70,7 +71,8 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, folds: int = 5) -> 
     return correct / len(labels)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the accuracy of the classifier."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("file", type=Path)
@@ -81,3 +83,7 @@ if __name__ == "__main__":
     accuracy = cross_validate(compute_features(lstm_jax.load(arguments.model), speeches), labels)
     majority = max(labels.mean(), 1 - labels.mean())
     print(f"{len(labels)} speeches: accuracy {accuracy:.3f}; the majority class {majority:.3f}")
+
+
+if __name__ == "__main__":
+    command.call_main(main)

@@ -25,6 +25,7 @@ import numpy as np
 from constriction import stream
 
 import lstm_jax
+from lstm_jax.run import command
 
 
 def code(run: lstm_jax.Run, coders: list[Any], blocks: list[np.ndarray]) -> None:
@@ -92,8 +93,13 @@ def unpack(run: lstm_jax.Run, data: bytes) -> bytes:
     return run.vocabulary.decode(np.concatenate(blocks)).encode("utf-8", "surrogateescape")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Pack or unpack a file."""
     action, directory, source, target = sys.argv[1:] if len(sys.argv) == 5 else sys.exit(__doc__)
     convert = pack if action == "pack" else unpack if action == "unpack" else sys.exit(__doc__)
     Path(target).write_bytes(convert(lstm_jax.load(directory), Path(source).read_bytes()))
     print(f"{Path(source).stat().st_size:,} bytes in, {Path(target).stat().st_size:,} bytes out")
+
+
+if __name__ == "__main__":
+    command.call_main(main)

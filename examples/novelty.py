@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import lstm_jax
+from lstm_jax.run import command
 from lstm_jax.run.messages import make_printable
 
 COMMON = 20
@@ -32,7 +33,8 @@ def measure_novelty(text: str, training_text: str) -> tuple[str, float]:
     return longest, len(copied) / max(len(text), 1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print a generated text, and what of it the training text contains."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("training_text", type=Path)
@@ -46,3 +48,7 @@ if __name__ == "__main__":
     longest, share = measure_novelty(generated, source)
     print(f"\n{share:.1%} of the characters are in copied passages of more than {COMMON}")
     print(f"the longest passage has {len(longest)} characters: {longest!r}")
+
+
+if __name__ == "__main__":
+    command.call_main(main)

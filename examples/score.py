@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import lstm_jax
+from lstm_jax.run import command
 
 
 def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float, str]]:
@@ -25,7 +26,8 @@ def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float
     return sorted(scored)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the sentences of a file, the most probable first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("file", type=Path)
@@ -33,3 +35,7 @@ if __name__ == "__main__":
     lines = arguments.file.read_text(encoding="utf-8-sig").split("\n")
     for bits, line in score_sentences(lstm_jax.load(arguments.model), list(filter(None, lines))):
         print(f"{bits:6.3f}  {line}")
+
+
+if __name__ == "__main__":
+    command.call_main(main)

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi.responses import StreamingResponse
 
 import lstm_jax
+from lstm_jax.run import command
 
 
 def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
@@ -47,7 +48,8 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
     return app
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve a model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("--host", default="127.0.0.1")
@@ -57,3 +59,7 @@ if __name__ == "__main__":
     model = lstm_jax.load(arguments.model)
     list(model.stream(length=1))  # Compiles before the first request.
     uvicorn.run(make_app(model), host=arguments.host, port=arguments.port)
+
+
+if __name__ == "__main__":
+    command.call_main(main)
