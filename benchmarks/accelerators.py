@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, generation, loss, model, optimizer, train_step
 from lstm_jax.config import Config, complete_config
-from lstm_jax.devices import parallel
+from lstm_jax.devices.mesh import DATA, DIVIDED, EVERYWHERE
 from lstm_jax.generation import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.ops import layer
 
@@ -113,7 +113,7 @@ def list_programs(
     config: Config, vocabulary_size: int, devices: list[Any]
 ) -> dict[str, Callable[[], Any]]:
     """Return a function for each program that these devices run, by name; it traces it."""
-    mesh = Mesh(np.array(devices), parallel.DATA)
+    mesh = Mesh(np.array(devices), DATA)
     lstm = model.make_model(config.model, vocabulary_size)
     place = functools.partial(place_all, lambda _: SingleDeviceSharding(devices[0]))
     programs = {
@@ -152,10 +152,10 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1)
     def place(spec: PartitionSpec, tree: Any) -> Any:
         return place_all(lambda _: NamedSharding(mesh, spec), tree)
 
-    carry = place(parallel.DIVIDED, state.carry)
-    stored = place(parallel.EVERYWHERE, state._replace(carry=()))
+    carry = place(DIVIDED, state.carry)
+    stored = place(EVERYWHERE, state._replace(carry=()))
     leading = (steps,) if steps > 1 else ()
-    rows = PartitionSpec(*[None] * len(leading), *parallel.DIVIDED)
+    rows = PartitionSpec(*[None] * len(leading), *DIVIDED)
     ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))
     starts = place(rows, jax.ShapeDtypeStruct((*leading, batch_size), jnp.bool_))
     step: Any = train_step.make_train_step(lstm, updates, config, mesh)

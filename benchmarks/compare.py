@@ -39,7 +39,7 @@ import frame
 import lstm_jax
 from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
-from lstm_jax.devices import memory
+from lstm_jax.devices import setup
 from lstm_jax.errors import name_setting
 from lstm_jax.run import cell_file, metrics, workdir
 from lstm_jax.sweep import search
@@ -85,7 +85,7 @@ def main() -> None:
     names = options.variants.split(",")
     if options.variants == "all":
         names = list(runpy.run_path(str(options.experiment))["VARIANTS"])
-    memory.keep_freed_memory()
+    setup.keep_freed_memory()
     for name in names:
         tune(name, options)
     budgets = options.budgets.split(",")

@@ -22,7 +22,7 @@ import numpy as np
 import side_by_side
 from frame import parse_flags
 from lstm_jax import ops
-from lstm_jax.devices import memory
+from lstm_jax.devices import setup
 from side_by_side import Make, Times, Work
 
 # The output of a layer: parameters and inputs [batch, time, features] → [batch, time, hidden].
@@ -45,7 +45,7 @@ def main() -> None:
     sizes: dict[str, Any] = {"batch_size": 32, "window_length": 128, "hidden_size": 256}
     options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru", work="gradients")
     side_by_side.print_machine(jax.devices()[0].device_kind, options)
-    memory.keep_freed_memory()
+    setup.keep_freed_memory()
     works: dict[str, Work] = {}
     for name, make in list_contestants().items():
         if name == BASELINE or any(word in name for word in options.only.split(",")):

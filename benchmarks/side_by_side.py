@@ -2,7 +2,7 @@
 
 All processes start first and wait; then the rounds alternate between them. So other load on the
 machine affects all libraries equally, and none uses the thread pools or freed memory of another.
-All keep the memory that a run frees for the next (lstm_jax/devices/memory.py).
+All keep the memory that a run frees for the next (lstm_jax/devices/setup.py).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frame import parse_flags, print_head, print_row, time_call
-from lstm_jax.devices import memory
+from lstm_jax.devices import setup
 from lstm_jax.ops.processor import count_cores
 
 
@@ -100,7 +100,7 @@ def _serve(pipe: Connection, make: Make, options: argparse.Namespace) -> None:
     """Make the work in a contestant's process; run it when the pipe requests it."""
     try:
         work = make(options)
-        memory.keep_freed_memory()
+        setup.keep_freed_memory()
         for _ in range(2):
             work.run()
     except Exception as error:  # The library is not installed, or does not support this device.

@@ -24,7 +24,8 @@ import optax
 import peers
 import side_by_side
 from lstm_jax import batches, config, model, optimizer
-from lstm_jax.devices import parallel
+from lstm_jax.devices import setup
+from lstm_jax.devices.mesh import make_mesh
 from lstm_jax.train_step import init_state, make_train_step
 from side_by_side import Make, Work
 
@@ -122,8 +123,8 @@ def make_lstm_jax(
     for name in settings.regularization:
         settings.regularization[name] = 0.0 if name == skipped else rate
     complete = config.complete_config(settings)
-    parallel.use_cores(complete)
-    mesh, key = parallel.make_mesh(complete), jax.random.key(0)
+    setup.use_cores(complete)
+    mesh, key = make_mesh(complete), jax.random.key(0)
     lstm = model.make_model(complete.model, options.vocabulary_size)
     updates = optimizer.make_optimizer(complete.optimizer, 1)
     state = init_state(lstm, updates, key, options.batch_size).place(mesh)
@@ -135,7 +136,7 @@ def make_lstm_jax(
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     """Return the step of a model of another JAX library."""
     _refuse_tied(options)
-    is_small = options.hidden_size <= parallel._LARGEST_HIDDEN_IN_C  # As `use_cores` does.
+    is_small = options.hidden_size <= setup.LARGEST_HIDDEN_IN_C  # As `use_cores` does.
     jax.config.update("jax_cpu_enable_async_dispatch", is_small)
     optimizer = optax.adam(LEARNING_RATE)
     init, apply, carry = make_model(options, options.batch_size)

@@ -42,15 +42,16 @@ def main() -> int:
         experiment = dataclasses.replace(experiment, init_from=model.rstrip("/"))
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
-    from lstm_jax.devices import memory, parallel
+    from lstm_jax.devices import setup
+    from lstm_jax.devices.processes import join_processes
     from lstm_jax.run import workdir
 
-    parallel.use_cores(experiment)
+    setup.use_cores(experiment)
     directory = workdir.expand_path(_WORKDIR.value or Path("runs", name))
     processes = [flag.value for flag in _PROCESSES]
     alone = not _DISTRIBUTED.value and processes == [None] * 3
-    with contextlib.nullcontext() if alone else parallel.join_processes(*processes):
-        memory.keep_freed_memory()
+    with contextlib.nullcontext() if alone else join_processes(*processes):
+        setup.keep_freed_memory()
         try:
             training.train(experiment, directory)
         except interrupts.Stopped as stopped:

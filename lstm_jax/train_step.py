@@ -20,7 +20,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.batches import Batch
 from lstm_jax.cells.base import restart
 from lstm_jax.config import Config, RegularizationConfig
-from lstm_jax.devices import parallel
+from lstm_jax.devices import mesh as mesh_lib
 from lstm_jax.errors import UserError, warn
 
 
@@ -48,8 +48,8 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
-        stored = parallel.place(self._replace(carry=()), mesh)
-        return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
+        stored = mesh_lib.place(self._replace(carry=()), mesh)
+        return stored._replace(carry=mesh_lib.place(self.carry, mesh, mesh_lib.DIVIDED))
 
 
 TrainStep = Callable[[TrainState, Batch], TrainState]
@@ -99,7 +99,7 @@ def make_train_step(
         before = restart(model, state.carry, batch.starts)
         key, mask_key, parameter_key = jax.random.split(state.key, 3)
         masks = draw_masks(rates, model, mask_key, len(batch.inputs))
-        compute = parallel.divide_over_devices(compute_grads, mesh)
+        compute = mesh_lib.divide_over_devices(compute_grads, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,11 +1,10 @@
 """Train a model: from a config to the test loss, in one function.
 
-`train_step.py` has the step, and `run/progress.py` what is printed.
+`train_step.py` has the step, and `run/messages.py` what is printed.
 """
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +15,29 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import CHANGEABLE, Config
 from lstm_jax.data import texts
-from lstm_jax.devices import parallel
+from lstm_jax.devices import mesh as mesh_lib
+from lstm_jax.devices import processes
+from lstm_jax.devices.feed import Feed
 from lstm_jax.errors import NotFiniteError, UserError, make_command
-from lstm_jax.run import cell_file, distillation, messages, metrics, progress, workdir
+from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run, load
+from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState, check_dropout, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary
 
+# JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
+# In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
+# a step is dispatched while 32 computations are in flight on one of the devices.
+_CALLS_BETWEEN_WAITS = 16
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 
 
@@ -67,10 +73,10 @@ def train(
         # The caller may have set a mesh: this is none.
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
         config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
-        mesh = parallel.make_mesh(config)
+        mesh = mesh_lib.make_mesh(config)
 
         # The text, and the run or model that this one starts from.
-        with parallel.main_process_first("text and lock"):
+        with processes.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
             lock = stack.enter_context(workdir.hold_lock(directory))
         config = dataclasses.replace(config, data=texts.resolve_text(config.data, splits))
@@ -82,8 +88,8 @@ def train(
             vocabulary, initial_params, notes = load_initial(config, splits["train"])
         else:
             vocabulary = splits["train"].make_vocabulary(config.data)
-        parallel.check_same(f"{lock} {is_resumed} {config.to_dict()}")
-        with parallel.main_process_first("ids"):
+        processes.check_same(f"{lock} {is_resumed} {config.to_dict()}")
+        with processes.main_process_first("ids"):
             ids, sizes = texts.encode_splits(splits, vocabulary)
 
         # The model and its state.
@@ -101,7 +107,8 @@ def train(
         check_dropout(config.regularization, model, state)
         state, step, history = restore_state(directory, state, plan.total_steps)
 
-        checkpoints = stack.enter_context(CheckpointWriter(directory / workdir.CHECKPOINTS))
+        every = config.checkpoint_every_seconds
+        checkpoints = stack.enter_context(CheckpointWriter(directory / workdir.CHECKPOINTS, every))
         metrics_path = directory / workdir.METRICS
         writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
 
@@ -109,7 +116,7 @@ def train(
             """Print to standard output, in process 0 only."""
             # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
             with contextlib.suppress(BrokenPipeError):
-                if parallel.is_first() and not quiet:
+                if processes.is_first() and not quiet:
                     print(text, flush=True)
 
         def record(step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
@@ -117,25 +124,28 @@ def train(
             if split != "train":
                 bits = loss_lib.compute_bits_per_character(loss, [sizes[split]])
                 extra["bits_per_character"] = bits
-            if parallel.is_first():
+            if processes.is_first():
                 writer.write(step, plan.count_epochs(step), split, loss, **extra)
+
+        def save(state: TrainState, step: int) -> None:
+            """Start saving a checkpoint."""
+            history = workdir.measure_history(directory)
+            checkpoints.save(step, state.params, state.rest, history)
 
         def validate(state: TrainState, step: int) -> bool:
             """Record the validation loss and a sample; return whether `patience` ends training."""
-            params, key = parallel.get_local_copy((state.params, state.key))
+            params, key = mesh_lib.get_local_copy((state.params, state.key))
             loss = loss_lib.compute_loss(model, params, ids["validation"])
             key = jax.random.fold_in(key, step)
             sample = generate_sample(config, model, vocabulary, params, key)
             checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
-            if parallel.is_first():
+            if processes.is_first():
                 record(step, "validation", loss, sample=sample)
                 workdir.append_sample(directory, step, config.sample.temperature, sample)
                 checkpoints.record_validation(step, loss, workdir.measure_history(directory))
                 rows = metrics.read_metrics(metrics_path)
                 described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
-                title = progress.describe_validation(
-                    rows, plan.steps_per_epoch, plan.total_steps, described, dropout_flags
-                )
+                title = messages.describe_validation(rows, plan, described, dropout_flags)
                 show(f"\n=== {title}\n{sample}\n")
             is_over = is_out_of_patience(directory, config.patience)
             if 0 < step < plan.total_steps and not is_over:  # At the end, `train` plots.
@@ -143,51 +153,38 @@ def train(
             return is_over
 
         rates = config.regularization
-        dropout_flags = progress.suggest_dropout(rates, model.num_layers, state.params)
-        setup = progress.describe_setup(
-            vocabulary, state.params, ids, config.batches, plan.steps_per_epoch, model.dtype, mesh
-        )
-        lines = [setup]
+        dropout_flags = messages.suggest_dropout(rates, model.num_layers, state.params)
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == plan.total_steps or is_out_of_patience(directory, config.patience)
         is_finished = is_over and has_row(directory, "test")
         if is_finished:
-            lines.append(
+            notes = [
                 f"The run in {directory} is finished, at step {step}: to train longer, raise "
                 "--config.num_epochs, --config.max_steps or --config.patience"
-            )
-        else:
-            lines += notes
-            if is_resumed:
-                of_total = f"{step} of {plan.total_steps}"
-                lines.append(f"Resuming from step {of_total}, saved in {directory}")
-            elif not (config.max_steps or config.init_from):
-                length, total = len(ids["train"]), plan.total_steps
-                lines += progress.suggest_steps(config.batches, length, total, dropout_flags)
-        show("\n".join(lines))
+            ]
+        elif is_resumed:
+            notes.append(f"Resuming from step {step} of {plan.total_steps}, saved in {directory}")
+        elif not (config.max_steps or config.init_from):
+            notes += messages.suggest_steps(plan, dropout_flags)
+        setup = messages.describe_setup(plan, vocabulary, ids, model.dtype, mesh)
+        show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))
 
         if not is_finished:  # A finished run keeps its config.
             train_step = make_train_step(model, optimizer, config, mesh)
-            make_feed = functools.partial(parallel.Feed, ids["train"], config, mesh, step)
+            predictions = None
             if config.distill.teachers:
                 show("The teachers predict the training text")
                 teachers = distillation.load_teachers(config, vocabulary)
-                feed = make_feed(True, distillation.predict_text(teachers, ids["train"]))
+                predictions = distillation.predict_text(teachers, ids["train"])
                 del teachers  # Their parameters take memory of the device.
-            else:
-                fits = parallel.fits_on_device(ids["train"])
-                feed = make_feed(on_devices=not parallel.max_over_processes(not fits))
-            pacer = parallel.Pacer(step)
-            meter = progress.Progress(plan.total_steps, config.batches, show)
-            compiled = set[int]()  # Numbers of steps in a call.
-            if parallel.is_first():  # Now that no mistake is left.
+            feed = Feed(ids["train"], config, mesh, step, predictions)
+            meter, calls = messages.Progress(plan, show), 0
+            if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
-                    checkpoints.save(
-                        step, state.params, state.rest, workdir.measure_history(directory)
-                    )
+                    save(state, step)
                 if has_row(directory, "validation", step):
                     is_over = is_out_of_patience(directory, config.patience)
                 else:
@@ -198,26 +195,23 @@ def train(
                     # Any other transfer to the devices is an error.
                     with jax.transfer_guard("disallow"):
                         state = train_step(state, batch)
-                    step += steps
-                    if steps not in compiled:
-                        meter.stop_clock()
-                        compiled.add(steps)
-                    meter.after_step(step, state.loss_sum)
-                    is_synchronized = pacer.wait(step, state.loss_sum)
-                    code = parallel.max_over_processes(stop.code) if is_synchronized else 0
+                    step, calls = step + steps, calls + 1
+                    meter.after_call(step, steps, state.loss_sum)
                     # What happens at certain steps ends a call: `Plan.count_steps_of_call`.
-                    logs, validates = step % config.log_every_steps == 0, plan.validates_at(step)
-                    saves = (
-                        validates or code or (is_synchronized and is_save_due(checkpoints, config))
-                    )
+                    logs, validates = plan.logs_at(step), plan.validates_at(step)
+                    waits = logs or validates or not calls % _CALLS_BETWEEN_WAITS
+                    if waits:
+                        jax.block_until_ready(state.loss_sum)
+                    # Processes are at one step, and agree, only where they wait.
+                    agree = waits or jax.process_count() == 1
+                    code = processes.max_over_processes(stop.code) if agree else 0
+                    saves = validates or code or (agree and checkpoints.is_due())
                     if logs or saves:
                         raise_if_not_finite(checkpoints, state, step)
                     if logs:
                         state = log(state, step, plan, meter, record)
                     if saves:
-                        checkpoints.save(
-                            step, state.params, state.rest, workdir.measure_history(directory)
-                        )
+                        save(state, step)
                     if code:
                         break
                     if validates:  # After the save: a run that is killed in it resumes from here.
@@ -228,7 +222,7 @@ def train(
                         f"Training ends at step {step} of {plan.total_steps}: the validation loss "
                         f"has not improved for {config.patience} validations"
                     )
-                if code := parallel.max_over_processes(stop.code):
+                if code := processes.max_over_processes(stop.code):
                     checkpoints.wait()
                     plot_curves(directory)
                     show(
@@ -239,12 +233,12 @@ def train(
 
         # The test loss of the best checkpoint.
         checkpoints.wait()
-        parallel.wait_for_all("all is saved")
+        processes.wait_for_all("all is saved")
         params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
         run = Run(workdir.load_config(directory), vocabulary, model, params, step, directory)
         losses = read_losses(directory, "test", step)
         loss = losses[-1] if losses else loss_lib.compute_loss(model, params, ids["test"])
-        if parallel.is_first():
+        if processes.is_first():
             if not losses:
                 record(step, "test", loss)
             plot_curves(directory)
@@ -261,38 +255,6 @@ def train(
                 f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
             )
         return run
-
-
-class Plan:
-    """The steps of a run on a training text of `length` tokens."""
-
-    def __init__(self, config: Config, length: int) -> None:
-        order = batches.Order(length, config.batches, config.seed)
-        self._config, self.steps_per_epoch = config, order.steps_per_epoch
-        total_steps = config.num_epochs * order.steps_per_epoch
-        # Until the end of the run, unless `patience` ends it earlier.
-        self.total_steps = min(total_steps, config.max_steps or total_steps)
-        schedule = optimizer_lib.make_schedule(config.optimizer, self.total_steps)
-        self._schedule = jax.jit(schedule)  # It has many operations.
-
-    def count_epochs(self, step: int) -> float:
-        """Return the number of passes over the training text after `step` steps."""
-        return step / self.steps_per_epoch
-
-    def validates_at(self, step: int) -> bool:
-        """Return whether the run validates, and saves before that, after `step` steps, or 0."""
-        every = self._config.validate_every_steps or self.steps_per_epoch
-        return not step % every or not step % self.steps_per_epoch or step == self.total_steps
-
-    def count_steps_of_call(self, step: int) -> int:
-        """Return the number of steps of the next call, which must not cross a log or validation."""
-        number, every = self._config.steps_per_call, self._config.log_every_steps
-        inside = range(step + 1, step + number)
-        return 1 if any(not n % every or self.validates_at(n) for n in inside) else number
-
-    def get_learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 1, in the six digits of float32."""
-        return float(f"{float(self._schedule(step - 1)):.6g}")
 
 
 def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
@@ -386,8 +348,8 @@ def read_losses(directory: Path, split: str, step: int | None = None) -> list[fl
 
 def has_row(directory: Path, split: str, step: int | None = None) -> bool:
     """Return whether metrics.jsonl has such a loss; process 0 decides."""
-    has_loss = parallel.is_first() and bool(read_losses(directory, split, step))
-    return bool(parallel.max_over_processes(has_loss))
+    has_loss = processes.is_first() and bool(read_losses(directory, split, step))
+    return bool(processes.max_over_processes(has_loss))
 
 
 def is_out_of_patience(directory: Path, patience: int) -> bool:
@@ -398,16 +360,9 @@ def is_out_of_patience(directory: Path, patience: int) -> bool:
     """
     if not patience:
         return False  # Without reading the file.
-    losses = read_losses(directory, "validation") if parallel.is_first() else []
+    losses = read_losses(directory, "validation") if processes.is_first() else []
     is_over = patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-    return bool(parallel.max_over_processes(is_over))
-
-
-def is_save_due(checkpoints: CheckpointWriter, config: Config) -> bool:
-    """Return whether the last save is old; each process has its own clock, so they agree on it."""
-    age = time.monotonic() - checkpoints.last_time
-    is_due = age >= config.checkpoint_every_seconds and not checkpoints.is_saving
-    return bool(parallel.max_over_processes(is_due))
+    return bool(processes.max_over_processes(is_over))
 
 
 def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: int) -> None:
@@ -423,12 +378,12 @@ def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: 
 
 
 def log(
-    state: TrainState, step: int, plan: Plan, meter: progress.Progress, record: Callable[..., None]
+    state: TrainState, step: int, plan: Plan, meter: messages.Progress, record: Callable[..., None]
 ) -> TrainState:
     """Record the mean training loss since the last row; return the state with sums of zero."""
     number = int(state.loss_steps)
     loss, speed = float(state.loss_sum) / number, meter.measure_speed(step)
-    meter.print(step, plan.count_epochs(step), loss, speed)
+    meter.print(step, loss, speed)
     extra: metrics.Extra = {
         "learning_rate": plan.get_learning_rate(step),
         "gradient_norm": float(state.norm_sum) / number,
@@ -459,5 +414,5 @@ def plot_curves(directory: Path, seconds: float = 0) -> None:
     """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
     path = directory / workdir.CURVES
     age = time.time() - path.stat().st_mtime if path.exists() else seconds
-    if parallel.is_first() and not 0 <= age < seconds:
+    if processes.is_first() and not 0 <= age < seconds:
         metrics.plot_metrics(metrics.read_metrics(directory / workdir.METRICS), path)

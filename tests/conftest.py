@@ -25,7 +25,7 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import errors, training
 from lstm_jax.data import files, texts
-from lstm_jax.devices import compilation_cache
+from lstm_jax.devices import setup
 from lstm_jax.ops import native
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
@@ -36,7 +36,7 @@ errors.show_log()  # As in commands, so that tests of functions find warnings th
 
 # Compiled programs are kept for the next run of the tests: compiling takes most of their time.
 # `pytest --cache-clear` removes them.
-_KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
+_KEY = f"{jaxlib.__version__}-{setup.hash_processor()}"
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
 _MOST_BYTES = 2**31
 _TEXT = _COMPILED.with_name("input.txt")  # The name that a user's copy must have.

@@ -1,1 +1,1 @@
-"""Use the devices: mesh, processes, batches on the device, compilation cache."""
+"""Use the devices: mesh, processes, batches on the device, and what a command sets up."""

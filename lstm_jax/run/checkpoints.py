@@ -8,7 +8,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lstm_jax.data import files
-from lstm_jax.devices import parallel
+from lstm_jax.devices import processes
 from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.model import Params
 
@@ -39,28 +39,28 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
     Attributes:
       last_step: the step of the last save, by an earlier process, too; -1 if there is none.
-      last_time: when it began, or the writer was made, by `time.monotonic`.
     """
 
     # Orbax's CheckpointManager would break three guarantees: SHA256SUMS is written before a
     # checkpoint gets its name, the validation loss is added after the save, and a checkpoint is
     # renamed before its files are removed, so that a reader never sees half of it.
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, every_seconds: float = 0.0) -> None:
         """Make the directory and remove unfinished checkpoints of killed processes."""
-        self._directory = directory.resolve()
-        if parallel.is_first():
+        self._directory, self._every_seconds = directory.resolve(), every_seconds
+        if processes.is_first():
             self._directory.mkdir(exist_ok=True)
             for path in self._directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
-        parallel.wait_for_all("checkpoints")
+        processes.wait_for_all("checkpoints")
         self.last_step = max(list_steps(self._directory), default=-1)
-        self.last_time = time.monotonic()
+        self._last_time = time.monotonic()  # Of the start, or of the last save.
         options = ocp.CompositeOptions(async_options=_OPTIONS)
         handler = ocp.CompositeCheckpointHandler(composite_options=options)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=_OPTIONS)
         self._thread = ThreadPoolExecutor(1)
-        self._saving: Future[None] | None = None
+        self._saving = Future[None]()
+        self._saving.set_result(None)
 
     def save(
         self, step: int, params: Params, state: Mapping[str, object], history: Mapping[str, int]
@@ -75,25 +75,21 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
             params, state = jax.tree.map(_take_one, (params, state))
         path = self._directory / f"{step}{_UNFINISHED}"
-        try:
-            if parallel.is_first() and self.last_step >= 0:  # Orbax would make the directory again.
-                (self._directory / str(self.last_step)).stat()
-            self._orbax.save(
-                path,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    state=ocp.args.StandardSave(state),
-                    history=ocp.args.JsonSave(dict(history)),
-                ),
-            )
-        except Exception as error:  # Orbax re-raises any exception of its storage.
-            raise self._describe(error) from None
-        self.last_step, self.last_time = step, time.monotonic()
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            state=ocp.args.StandardSave(state),
+            history=ocp.args.JsonSave(dict(history)),
+        )
+        with self._name_failure():
+            if processes.is_first() and self.last_step >= 0:
+                (self._directory / str(self.last_step)).stat()  # Orbax would make the directory.
+            self._orbax.save(path, args=items)
+        self.last_step, self._last_time = step, time.monotonic()
         self._saving = self._thread.submit(self._finish, path, step)
 
     def _finish(self, path: Path, step: int) -> None:
         self._orbax.wait_until_finished()
-        if not parallel.is_first():
+        if not processes.is_first():
             return
         seal_checkpoint(path)
         path.rename(self._directory / str(step))
@@ -114,32 +110,33 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         fields = {"loss": loss, "history": dict(history)}
         files.write_json(self._directory / str(step) / VALIDATION, fields)
 
-    @property
-    def is_saving(self) -> bool:
-        """Return whether a save is in progress."""
-        return self._saving is not None and not self._saving.done()
+    def is_due(self) -> bool:
+        """Return whether the last save is finished and `every_seconds` old, in any process."""
+        is_old = time.monotonic() - self._last_time >= self._every_seconds
+        return bool(processes.max_over_processes(is_old and self._saving.done()))
 
     def wait(self) -> None:
         """Wait until the last save is finished; raise `UnavailableError` if it has failed."""
-        if self._saving:
-            saving, self._saving = self._saving, None
-            try:
-                saving.result()
-            except Exception as error:
-                raise self._describe(error) from None
+        with self._name_failure():
+            self._saving.result()
 
-    def _describe(self, error: Exception) -> Exception:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # Another process has ended.
-            return error
-        if isinstance(error, FileNotFoundError):
-            return UnavailableError(
+    @contextlib.contextmanager
+    def _name_failure(self) -> Iterator[None]:
+        """Convert any exception, because Orbax re-raises those of its storage."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # Another process has ended.
+            raise
+        except FileNotFoundError:
+            raise UnavailableError(
                 f"a checkpoint in {self._directory} is gone: the working directory was moved or "
                 "removed during training; resume with its present path in --workdir"
-            )
-        return UnavailableError(
-            f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
-            "make it writable, then resume with the same command"
-        )
+            ) from None
+        except Exception as error:
+            raise UnavailableError(
+                f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
+                "make it writable, then resume with the same command"
+            ) from None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -197,7 +194,7 @@ def restore_latest(
         state=ocp.args.StandardRestore(_abstract(state)),
         history=ocp.args.JsonRestore(),
     )
-    for path, damage in damaged.items() if parallel.is_first() else ():
+    for path, damage in damaged.items() if processes.is_first() else ():
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)  # That of an earlier time.
         path.rename(aside)

@@ -26,10 +26,7 @@ flags.disclaim_key_flags()
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Parse the flags of absl, and call `main` with `call_main`.
-
-    A bad flag is printed as one line, too. For signals, see `interrupts`.
-    """
+    """Parse the flags of absl, and call `main` with `call_main`; a bad flag is one line, too."""
     show_log()
     interrupts.exit_at_once()  # While libraries are imported, which takes seconds.
     # A name of a file, or a sample, must not end a training if the terminal can't show it.
@@ -45,9 +42,9 @@ def call_main(main: Callable[[], int | None]) -> None:
     """
     import jax
 
-    from lstm_jax.devices import compilation_cache
+    from lstm_jax.devices import setup
 
-    compilation_cache.use_cache()
+    setup.use_cache()
     logging.getLogger("jax").setLevel(logging.WARNING)  # For a GPU that can't be used.
     # Coroutines of Orbax fail after a save has failed, which is reported.
     sys.unraisablehook = lambda unraisable: None
@@ -115,22 +112,17 @@ class _LiteralParser(flags.ArgumentParser[object]):
     """Parses a Python literal, such as a tuple; anything else is a string, also None."""
 
     def parse(self, argument: str) -> object:
-        """Return the value of the argument."""
-        value: object = None  # As if the flag were not given.
+        """Return the value; None would mean that the flag is not given."""
         with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-            value = ast.literal_eval(argument)
-        return argument if value is None else value
+            if (value := ast.literal_eval(argument)) is not None:
+                return value
+        return argument
 
 
 def _define_field(name: str, kind: type, meaning: str) -> None:
     """Define the flag of a field with values of this type; it is None unless it is given."""
-    others = functools.partial(flags.DEFINE, _LiteralParser())
-    define = {
-        bool: flags.DEFINE_bool,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-    }.get(kind, others)
+    literal = functools.partial(flags.DEFINE, _LiteralParser())
+    define = {bool: flags.DEFINE_bool, str: flags.DEFINE_string}.get(kind, literal)
     # `--help` lists the flags of the command, and `--helpfull` also those of other modules.
     define(f"config.{name}", None, meaning, module_name=config.__name__)
 
@@ -178,12 +170,11 @@ def define_text_flags() -> Callable[[], list[str | None]]:
 
     It returns the path and directory of `texts.load_texts_of_run`.
     """
-    define = flags.DEFINE_string
-    text_flags = (
-        define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("data_directory", None, "TFDS's data directory. [default: that of the run]"),
-    )
-    return lambda: [flag.value for flag in text_flags]
+    meaning = "The text that the run was trained on, if it was moved."
+    path = flags.DEFINE_string("data_path", None, meaning)
+    meaning = "TFDS's data directory. [default: that of the run]"
+    directory = flags.DEFINE_string("data_directory", None, meaning)
+    return lambda: [path.value, directory.value]
 
 
 def define_dtype_flag() -> flags.FlagHolder[str | None]:

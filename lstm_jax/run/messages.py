@@ -1,17 +1,37 @@
-"""What several commands print: a text, the parameters of a model, a loss."""
+"""Format what commands print: texts, losses, and the setup and progress of training."""
 
 import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import jax
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from lstm_jax import loss as loss_lib
-from lstm_jax import model as model_lib
-from lstm_jax.vocabulary import FILE_END, TextSize
+from lstm_jax.config import RegularizationConfig
+from lstm_jax.errors import name_setting
+from lstm_jax.model import Params
+from lstm_jax.vocabulary import FILE_END, Ids, TextSize, Vocabulary
+
+if TYPE_CHECKING:  # Importing them imports TensorBoard's events and Optax.
+    from lstm_jax.run.metrics import Row
+    from lstm_jax.run.plan import Plan
 
 # Control characters, which a terminal executes, as escapes; bytes that are not UTF-8 as U+FFFD.
 _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n\r"}
 _PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): "\n\n"}
+_SECONDS_BETWEEN_LINES = 10
+_LONGEST_WINDOW = 24  # Tokens of the window that is printed.
+_FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
+# What hints suggest for a short text (docs/choosing.md): steps, steps in an epoch, dropout.
+_STEPS, _STEPS_PER_EPOCH = 1000, 40
+_DROPOUT = {"input": 0.2, "hidden": 0.3, "output": 0.5, "recurrent": 0.3}
+_HINT = "try the same command with another --workdir and {} (docs/choosing.md)"
+# A validation loss is worse than the best one if it is higher by this factor.
+_RISE = 1.01
 
 
 def make_printable(text: str) -> str:
@@ -19,7 +39,7 @@ def make_printable(text: str) -> str:
     return text.translate(_PRINTABLE)
 
 
-def format_parameters(params: model_lib.Params) -> str:
+def format_parameters(params: Params) -> str:
     """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
     rows: list[tuple[str, str, int]] = []
     for layer in sorted(
@@ -43,3 +63,123 @@ def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
     return described if is_character else f"{described}, {bits:.4f} bits per character"
+
+
+def describe_setup(
+    plan: "Plan", vocabulary: Vocabulary, ids: dict[str, Ids], dtype: str, mesh: Mesh
+) -> str:
+    """Describe the text with its first window, and the devices, with matmuls in `dtype`."""
+    window = ids["train"][: min(plan.config.batches.window_length, _LONGEST_WINDOW) + 1]
+    inputs, targets = window[:-1], window[1:]
+    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
+    return (
+        f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
+        f"steps per epoch: {plan.steps_per_epoch:,}; "
+        f"matmuls in {dtype}, on {mesh.size} x {mesh.devices.flat[0].device_kind}\n\n"
+        "The first window and its targets:\n"
+        f"  inputs  {vocabulary.decode(inputs)!r}\n"
+        f"  targets {vocabulary.decode(targets)!r}\n"
+        f"  inputs  {' '.join(map(str, inputs))}\n"
+        f"  targets {' '.join(map(str, targets))}\n"
+    )
+
+
+def suggest_steps(plan: "Plan", dropout: str) -> list[str]:
+    """Return a hint to start a run with more steps, and its flags; [] if there are enough.
+
+    `dropout` is from `suggest_dropout`.
+    """
+    if plan.total_steps >= _FEW_STEPS:
+        return []
+    windows = plan.length // plan.config.batches.window_length
+    batch_size = min(plan.config.batches.batch_size, max(windows // _STEPS_PER_EPOCH, 1))
+    batch_size = 1 << batch_size.bit_length() - 1  # A power of two.
+    epochs = -(-_STEPS // (windows // batch_size))
+    sizes = [name_setting("batches.batch_size", batch_size), name_setting("num_epochs", epochs)]
+    flags = " ".join(filter(None, [*sizes, dropout]))
+    return [f"Hint: {plan.total_steps} steps are few: stop this run, and {_HINT.format(flags)}"]
+
+
+def suggest_dropout(rates: RegularizationConfig, num_layers: int, params: Params) -> str:
+    """Return flags for more dropout, of the kinds that the model can have."""
+    names = {path[-1] for path in flatten_dict(params)}
+    can_have = {"hidden": num_layers > 1, "recurrent": "recurrent_kernel" in names}
+    return " ".join(
+        name_setting(f"regularization.{kind}_dropout", rate)
+        for kind, rate in _DROPOUT.items()
+        if can_have.get(kind, True) and rate > getattr(rates, f"{kind}_dropout")
+    )
+
+
+def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str, dropout: str) -> str:
+    """Return a line about the last validation, and a hint if the loss begins to rise.
+
+    `described` is its loss, and `dropout` from `suggest_dropout`.
+    """
+    losses = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
+    *_, step = losses
+    best = min(losses, key=losses.__getitem__)
+    done, total = map(plan.count_epochs, (step, plan.total_steps))
+    line = f"epoch {done:.4g} of {total:.4g}: validation loss {described}"
+    for row in [row for row in rows if row["split"] == "train"][-1:]:  # There may be none yet.
+        line += (
+            f"; best {losses[best]:.4f} at step {best}; training loss {row['loss']:.4f}, "
+            f"learning rate {row['learning_rate']:.3g}"
+        )
+    # Two validations in a row, because one may be worse by chance.
+    if [x > _RISE * losses[best] for x in losses.values()][-3:] == [False, True, True]:
+        epochs = name_setting("num_epochs", max(round(plan.count_epochs(best)), 1))
+        changes = " or ".join(filter(None, (dropout, epochs)))
+        line += (
+            "\nHint: the validation loss rises (overfitting, if the training loss falls): "
+            f"{_HINT.format(changes)}"
+        )
+    return line
+
+
+class Progress:
+    """Measures the speed of training, and prints step, epoch, loss, speed and remaining time.
+
+    It prints a line every ten seconds.
+    """
+
+    def __init__(self, plan: "Plan", show: Callable[[str], None]) -> None:
+        batches = plan.config.batches
+        self._plan, self._show = plan, show
+        self._tokens_per_step = batches.batch_size * batches.window_length
+        self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
+        self._last_line = time.monotonic()
+        self._compiled = set[int]()
+
+    def after_call(self, step: int, steps: int, result: jax.Array) -> None:
+        """Start the clock, if it does not run, when the `result` of a call is computed.
+
+        The first call with each number of `steps`, which compiles, starts it again.
+        """
+        if not self._clock or steps not in self._compiled:
+            jax.block_until_ready(result)
+            self._clock = step, time.monotonic()
+            self._compiled.add(steps)
+
+    def stop_clock(self) -> None:
+        """Measure the speed from the next step on."""
+        self._clock = None
+
+    def measure_speed(self, step: int) -> float:
+        """Return the tokens per second since the last call or the start; 0 if it is unknown."""
+        now = time.monotonic()
+        (start, since), self._clock = self._clock or (step, now), (step, now)
+        return (step - start) * self._tokens_per_step / (now - since) if step > start else 0.0
+
+    def print(self, step: int, loss: float, speed: float) -> None:
+        """Print a line if it is time to; `speed` is in tokens per second, or 0."""
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        total_steps, epoch = self._plan.total_steps, self._plan.count_epochs(step)
+        line = f"step {step}/{total_steps}, epoch {epoch:.2f}, loss {loss:.3f}"
+        if speed:
+            left = (total_steps - step) * self._tokens_per_step / speed
+            line += f", {speed:,.0f} tokens/s, {timedelta(seconds=round(left))} left"
+        self._show(line)

@@ -7,7 +7,6 @@ folder in the package.
 
 import contextlib
 import fcntl
-import itertools
 import os
 import socket
 import time
@@ -19,7 +18,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
-from lstm_jax.devices import parallel
+from lstm_jax.devices import processes
 from lstm_jax.errors import UnavailableError, UserError, make_command, warn
 from lstm_jax.run import model_file
 from lstm_jax.vocabulary import Vocabulary
@@ -34,11 +33,8 @@ CURVES = "curves.png"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
 # first removes what was appended later. TensorBoard hides what was.
 HISTORY = (METRICS, SAMPLES)
-_LOCK = ".lock"  # A file in the working directory.
-# Files that a killed process can leave (`files.write_file`).
-_PARTIAL = (".config.json.*.partial", ".vocabulary.json.*.partial", ".curves.png.*.partial")
-# The folders of trained models in the package.
-_PRETRAINED = Path(__file__).parents[1] / "pretrained"
+_LOCK = ".lock"
+_PRETRAINED = Path(__file__).parents[1] / "pretrained"  # Folders of models.
 
 
 def expand_path(directory: Path | str) -> Path:
@@ -62,7 +58,7 @@ def hold_lock(directory: Path) -> Iterator[str]:
     directory can't be written.
     """
     path = directory / _LOCK
-    if not parallel.is_first():
+    if not processes.is_first():
         yield path.read_text() if path.exists() else ""
         return
     try:
@@ -83,8 +79,9 @@ def hold_lock(directory: Path) -> Iterator[str]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
         file.flush()
-        for partial in itertools.chain(*map(directory.glob, _PARTIAL)):
-            partial.unlink()
+        for name in (CONFIG, VOCABULARY, CURVES):  # A killed process can leave them.
+            for partial in directory.glob(f".{name}.*.partial"):  # From `files.write_file`.
+                partial.unlink()
         yield path.read_text()
 
 

@@ -50,15 +50,15 @@ def main() -> None:
         raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
     import jax
 
-    from lstm_jax.devices import memory, parallel
+    from lstm_jax.devices import setup
     from lstm_jax.ops.processor import count_cores
     from lstm_jax.sweep import search
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
-    parallel.use_cores(experiment, least=count_cores())
+    setup.use_cores(experiment, least=count_cores())
     jax.devices()
-    memory.keep_freed_memory()
+    setup.keep_freed_memory()
     seeds, file = _SEEDS.value, _SPACE.value
     if bool(seeds) == bool(file):
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")

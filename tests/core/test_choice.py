@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lstm_jax import config
-from lstm_jax.devices import parallel
+from lstm_jax.devices import setup
 from lstm_jax.ops import choice, native, processor
 
 AVX512 = "avx512f", "avx512bw", "avx512dq", "avx512vl"
@@ -99,13 +99,13 @@ def test_threads_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> No
 def test_devices_share_only_what_the_library_does_not_share_better(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parallel, "count_cores", lambda: 2)
+    monkeypatch.setattr(setup, "count_cores", lambda: 2)
 
     def count(**fields: Any) -> int:
         settings = config.default()
         settings.batches.batch_size = 32
         settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
-        return parallel._count_useful_cores(config.complete_config(settings))
+        return setup.count_useful_cores(config.complete_config(settings))
 
     row = choice.Row("AMD", "windows", "bfloat16", "lstm")
     intel = row._replace(processors="Intel", dtype="float32", gatings="lstm gru", largest=512)
@@ -126,7 +126,7 @@ def test_devices_share_only_what_the_library_does_not_share_better(
 def test_the_library_is_not_loaded_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """To load it may compile it, or warn that there is no compiler."""
     monkeypatch.setattr(native, "load_library", lambda: pytest.fail("it was loaded"))
-    parallel.use_cores(config.Config())  # Before it is known which devices there are.
+    setup.use_cores(config.Config())  # Before it is known which devices there are.
     assert not choice.runs_in_c("windows", "float64", 512)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not choice.runs_in_c("windows", "bfloat16", 512) and choice.list_rows() == []

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import batches, config, training
-from lstm_jax.devices import parallel
+from lstm_jax.devices.feed import Feed
+from lstm_jax.devices.mesh import make_mesh
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -17,12 +18,12 @@ def test_batches_cut_on_the_devices_are_those_of_the_host(kind: str) -> None:
     fields.batches.kind, fields.batches.batch_size, fields.batches.window_length = kind, 4, 7
     complete = config.complete_config(fields)
     ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint16)
-    mesh = parallel.make_mesh(complete)
+    mesh = make_mesh(complete)
     predictions = np.eye(300, dtype=np.float16)[ids]  # Row i is for ids[i].
     _, steps = batches.make_batches(ids, complete.batches, seed=0)
     feeds = [
-        parallel.Feed(ids, complete, mesh, 3, predictions=predictions),
-        parallel.Feed(ids, complete, mesh, 3, on_devices=False),
+        Feed(ids, complete, mesh, 3, predictions=predictions),
+        Feed(ids, complete, mesh, 3, on_devices=False),
     ]
     for number in (1,) * (steps + 5) + (3,):
         there, here = (feed.next(number) for feed in feeds)
@@ -54,10 +55,10 @@ def test_several_steps_in_one_call_give_the_same_losses(
 def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_on_host(self: parallel.Feed, steps: int = 1) -> Any:
+    def read_on_host(self: Feed, steps: int = 1) -> Any:
         return next(iter(batches.make_batches(ids, complete.batches, 0)[0]))
 
     ids, complete = np.zeros(20_000, np.uint8), config.complete_config(tiny_config)
-    monkeypatch.setattr(parallel.Feed, "next", read_on_host)
+    monkeypatch.setattr(Feed, "next", read_on_host)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         training.train(tiny_config, tmp_path)

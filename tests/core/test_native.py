@@ -287,7 +287,7 @@ _TRAIN = """
 import os, sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
-from lstm_jax.devices import parallel
+from lstm_jax.devices.mesh import make_mesh
 from lstm_jax.ops import choice, native
 settings = config.default()
 os.sched_getaffinity = lambda process: range(2)
@@ -304,7 +304,7 @@ for settings.mesh.data, used, settings.model.dtype in (
     for dtype in native.list_dtypes()
 ):
     native.load_library = lambda: used
-    mesh = parallel.make_mesh(settings)
+    mesh = make_mesh(settings)
     assert choice.runs_in_c("windows", settings.model.dtype, 32) == bool(used)
     lstm = model.make_model(settings.model, 30)
     state = train_step.init_state(lstm, adam, jax.random.key(0), 12).place(mesh)

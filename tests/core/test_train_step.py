@@ -13,7 +13,7 @@ from lstm_jax import batches, train_step
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.devices import parallel
+from lstm_jax.devices.mesh import make_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def set_up(
 ) -> tuple[train_step.TrainState, train_step.TrainStep]:
     """Return the initial state and the step."""
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
-    mesh = parallel.make_mesh(config)
+    mesh = make_mesh(config)
     state = train_step.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
     return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
 
@@ -133,7 +133,7 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     model = model_lib.make_model(config.model, 11)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     state = train_step.init_state(model, optimizer, jax.random.key(0), 2)
-    mesh = parallel.make_mesh(config)
+    mesh = make_mesh(config)
     with jax.checking_leaks():
         jax.eval_shape(
             train_step.make_train_step(model, optimizer, config, mesh), state, make_batch(2, 7)

@@ -9,8 +9,8 @@ import pytest
 
 SCRIPT = """
 import jax
-from lstm_jax.devices import compilation_cache
-compilation_cache.use_cache()
+from lstm_jax.devices import setup
+setup.use_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.jit(lambda x: x + 1)(1).block_until_ready()

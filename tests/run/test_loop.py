@@ -1,10 +1,10 @@
 """Test the parts of the training loop: when it acts, what it logs, how it stops."""
 
 import ast
-import functools
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,11 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
-from lstm_jax.devices import parallel
-from lstm_jax.devices.parallel import Pacer
+from lstm_jax.batches import Batch
+from lstm_jax.devices.feed import Feed
 from lstm_jax.run import checkpoints, metrics, workdir
-from lstm_jax.run.progress import Progress, describe_validation, suggest_dropout
+from lstm_jax.run.messages import Progress, describe_validation, suggest_dropout
+from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState
 
 
@@ -43,12 +44,10 @@ def list_steps(directory: Path, split: str = "validation") -> list[int]:
     return [step for step, name, _ in runs.read_losses(directory) if name == split]
 
 
-BATCHES = config_lib.complete_config({}).batches  # 64 windows of 100 tokens.
-
-
-def make_plan(**fields: int) -> training.Plan:
+def make_plan(**fields: Any) -> Plan:
+    """Return a plan of 2 epochs of 70 steps, with 64 windows of 100 tokens each."""
     config = config_lib.complete_config({"num_epochs": 2, **fields})
-    return training.Plan(config, 70 * 64 * 100 + 1)
+    return Plan(config, 70 * 64 * 100 + 1)
 
 
 def make_state(**counters: float) -> TrainState:
@@ -72,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_plan_validates_within_and_after_epochs_and_at_the_end() -> None:
-    def list_validations(plan: training.Plan) -> list[int]:
+    def list_validations(plan: Plan) -> list[int]:
         return [step for step in range(plan.total_steps + 1) if plan.validates_at(step)]
 
     assert list_validations(make_plan()) == [0, 70, 140]
@@ -95,18 +94,18 @@ def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() ->
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = Progress(140, BATCHES, print)
+    measured = Progress(make_plan(), print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
     slow: Any = computed  # A step is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
-    measured.after_step(11, slow)
+    measured.after_call(11, 1, slow)
     assert clock.now == 153 and measured.measure_speed(11) == 0
     clock.now += 2
-    measured.after_step(15, slow)
+    measured.after_call(15, 1, slow)
     assert measured.measure_speed(15) == 2 * 6400
     measured.stop_clock()  # After a validation.
     clock.now += 7
-    measured.after_step(16, slow)
+    measured.after_call(16, 1, slow)
     assert clock.now == 165
     clock.now += 1
     assert measured.measure_speed(19) == 3 * 6400
@@ -115,13 +114,13 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
 def test_progress_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    progress = Progress(140, BATCHES, print)
+    progress = Progress(make_plan(), print)
     clock.now += 30
-    progress.print(1, 1 / 70, 2.5, 0.0)
+    progress.print(1, 2.5, 0.0)
     clock.now += 5
-    progress.print(6, 6 / 70, 2.4, 6400)  # Too early for a line.
+    progress.print(6, 2.4, 6400)  # Too early for a line.
     clock.now += 15
-    progress.print(21, 21 / 70, 2.25, 96)
+    progress.print(21, 2.25, 96)
     assert capsys.readouterr().out.splitlines() == [
         "step 1/140, epoch 0.01, loss 2.500",  # The speed was not measured yet.
         "step 21/140, epoch 0.30, loss 2.250, 96 tokens/s, 2:12:13 left",
@@ -144,7 +143,7 @@ def test_a_validation_line_compares_its_loss_and_gives_a_hint_when_it_begins_to_
     rows += [{"step": 70 * i, "split": "validation", "loss": x} for i, x in enumerate(losses)]
     rates: Any = SimpleNamespace(input_dropout=0.3, output_dropout=0.0, recurrent_dropout=0.0)
     more = suggest_dropout(rates, 1, {"lstm": {"recurrent_kernel": jnp.zeros(1)}})
-    line, *hints = describe_validation(rows, 70, 630, "1.2 nats", more).splitlines()
+    line, *hints = describe_validation(rows, make_plan(num_epochs=9), "1.2 nats", more).splitlines()
     assert line.startswith(f"epoch {len(losses) - 1} of 9: validation loss 1.2 nats")
     end = "; best 2.0000 at step 70; training loss 1.5000, learning rate 0.0123"
     assert line.endswith(end) and len(hints) == rises
@@ -163,7 +162,7 @@ def test_a_run_of_few_steps_names_flags_for_more(
     (hint,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Hint: 140")]
     changes = {k: ast.literal_eval(x) for k, x in re.findall(r"--config\.(\S+)=(\S+)", hint)}
     more = config_lib.complete_config(few, changes)
-    assert 1000 <= training.Plan(more, 18_000).total_steps < 1100
+    assert 1000 <= Plan(more, 18_000).total_steps < 1100
     with pytest.raises(KilledError):
         training.train(more, tmp_path / "more", kill_at(0, "validation"))
     assert "Hint" not in capsys.readouterr().out
@@ -171,58 +170,48 @@ def test_a_run_of_few_steps_names_flags_for_more(
 
 def test_a_row_has_the_means_since_the_last_one(clock: Clock) -> None:
     rows: list[Any] = []
-    config = config_lib.complete_config({"optimizer": {"warmup_steps": 20}})
-    plan = training.Plan(config, 10**6)
-    progress = Progress(plan.total_steps, config.batches, print)
-    progress.after_step(0, jnp.zeros(()))
+    plan = make_plan(optimizer={"warmup_steps": 20})
+    progress = Progress(plan, print)
+    progress.after_call(0, 1, jnp.zeros(()))
     clock.now += 5
     state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3)
     state = training.log(state, 10, plan, progress, lambda *row, **more: rows.append((row, more)))
-    speed = 2 * config.batches.batch_size * config.batches.window_length
-    rate = pytest.approx(0.45 * config.optimizer.learning_rate)
+    rate, speed = pytest.approx(0.45 * plan.config.optimizer.learning_rate), 2 * 64 * 100
     numbers = {"learning_rate": rate, "gradient_norm": 1.0, "tokens_per_second": speed}
     assert rows == [((10, "train", 2.0), numbers)]
     assert float(state.loss_sum) == float(state.norm_sum) == int(state.loss_steps) == 0
 
 
-def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock) -> None:
-    config = config_lib.complete_config({"checkpoint_every_seconds": 60.0})
-    checkpoints: Any = SimpleNamespace(is_saving=False, last_time=clock.now)
-    clock.now += 59
-    assert not training.is_save_due(checkpoints, config)
-    clock.now += 1
-    assert training.is_save_due(checkpoints, config)
-    checkpoints.is_saving = True
-    assert not training.is_save_due(checkpoints, config)
+def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock, tmp_path: Path) -> None:
+    with checkpoints.CheckpointWriter(tmp_path, 60.0) as writer:
+        clock.now += 59
+        assert not writer.is_due()
+        clock.now += 1
+        assert writer.is_due()
+        writer._saving = Future()
+        assert not writer.is_due()
+        writer._saving.set_result(None)
 
 
-def test_processes_agree_only_when_they_have_waited_for_the_device(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
+def test_at_most_16_calls_are_ahead_of_the_devices(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pacer, result = Pacer(0), jnp.zeros(())
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(parallel, "max_over_processes", lambda value: max(value, 250))
-    agreed = [step for step in range(1, 14) if pacer.wait(step, result)]
-    assert agreed == [1, 5], "a step took 250 ms, then 4 steps 250 ms"
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
-    assert pacer.wait(14, result), "one process agrees with itself"
+    waits, calls = list[int](), list[int]()
+    wait, next_batch = jax.block_until_ready, Feed.next
 
+    def note_wait(array: jax.Array) -> jax.Array:
+        waits.append(len(calls))
+        return wait(array)
 
-def test_few_steps_are_in_flight_on_several_cpu_devices(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    waits: list[int] = []
-    step = 0
-    monkeypatch.setattr(jax, "block_until_ready", lambda array: waits.append(step))
-    monkeypatch.setattr(parallel, "max_over_processes", lambda value: 1)
-    device, result = jax.devices("cpu")[0], jnp.zeros(())
-    for devices, expected in (([device], [1, 1001]), ([device, device], [1, 17, 33, 49])):
-        waits.clear()
-        monkeypatch.setattr(jax, "local_devices", functools.partial(list, devices))
-        pacer = Pacer(0)
-        for step in range(1, expected[-1] + 10):
-            pacer.wait(step, result)
-        assert waits == expected
+    def note_call(feed: Feed, steps: int) -> Batch:
+        calls.append(steps)
+        return next_batch(feed, steps)
+
+    monkeypatch.setattr(Feed, "next", note_call)
+    tiny_config.max_steps, tiny_config.log_every_steps = 45, 40
+    monkeypatch.setattr(jax, "block_until_ready", note_wait)
+    training.train(tiny_config, tmp_path)
+    assert {*waits} - {0} == {1, 16, 32, 40, 45}, "the first one starts the clock"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax.devices import parallel
+from lstm_jax.devices.mesh import make_mesh
 from lstm_jax.errors import UserError
 from lstm_jax.ops import processor
 
@@ -18,7 +18,7 @@ _SCRIPT = """
 import sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
-from lstm_jax.devices import parallel
+from lstm_jax.devices.mesh import get_local_copy, make_mesh
 from lstm_jax.run import cell_file
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,12 +45,12 @@ def train(mesh):
         state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.full(16, k % 10 == 0)))
         losses.append(float(state.loss_sum))
         state = state._replace(loss_sum=0 * state.loss_sum)
-    return losses, parallel.get_local_copy(state.params)
+    return losses, get_local_copy(state.params)
 
 
 expected = None
 for settings.mesh.data in 1, 4, 8:
-    mesh = parallel.make_mesh(settings)
+    mesh = make_mesh(settings)
     assert mesh.size == settings.mesh.data
     found = jax.tree.map(np.asarray, train(mesh))
     expected = expected or found  # Of one device.
@@ -84,4 +84,4 @@ def test_an_invalid_mesh_raises_an_error(
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * 6)
     with pytest.raises(UserError, match="multiple of the number of processes, .* devices, 6; and"):
-        parallel.make_mesh(config)
+        make_mesh(config)

@@ -25,7 +25,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import training
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, metrics, progress, workdir
+from lstm_jax.run import checkpoints, messages, metrics, workdir
 from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
 
@@ -70,7 +70,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
     tiny_config.log_every_steps = 1
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(messages, "_SECONDS_BETWEEN_LINES", 0)
     training.train(tiny_config, whole)
 
     def stop(steps: int, step: TrainStep, state: TrainState, batch: Any) -> TrainState:
@@ -430,7 +430,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     script = """
 import ctypes, resource, sys
 from concurrent.futures import ThreadPoolExecutor
-from lstm_jax.devices.memory import keep_freed_memory
+from lstm_jax.devices.setup import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -1,0 +1,101 @@
+"""Make the mesh of the devices that train, and place arrays on it.
+
+Devices share the batch, and each holds all parameters. This suits recurrent layers of any kind:
+with tensor parallelism, devices would have to exchange the hidden state at every position of the
+window.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lstm_jax.config import Config
+from lstm_jax.devices import setup
+from lstm_jax.errors import UserError
+
+T = TypeVar("T")
+
+DATA = "data"  # The name of the mesh axis.
+EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec(DATA)
+
+
+def make_mesh(config: Config) -> Mesh:
+    """Return the mesh of the devices that train with `config`, with the axis `DATA`.
+
+    Raises:
+      UserError: if there are too few devices, or they can't share the batch equally.
+    """
+    processes, number = jax.process_count(), config.mesh.data
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    # Devices of a process are adjacent, and so are its rows of a batch.
+    by_process = np.array(devices).reshape(processes, -1)
+    rows = config.batches.batch_size // config.optimizer.microbatches
+    if not number:
+        usable = by_process.shape[1]
+        if devices[0].platform == "cpu":  # There may be fewer if JAX had started before.
+            # All processes must choose the same, and the library may run only in some of them.
+            count = setup.count_useful_cores if processes == 1 else setup.limit_cores
+            usable = min(usable, count(config))
+        fitting = (n for n in range(usable, 0, -1) if rows % (n * processes) == 0)
+        number = processes * next(fitting, 1)
+    if number > len(devices) or number % processes or rows % number:
+        raise UserError(
+            f"{number} devices can't share a batch: --config.mesh.data must be a multiple of the "
+            f"number of processes, {processes}; at most the number of devices, {len(devices)}; and "
+            f"divide --config.batches.batch_size / --config.optimizer.microbatches, {rows}"
+        )
+    return Mesh(by_process[:, : number // processes].reshape(-1), DATA)
+
+
+def place(tree: T, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> T:
+    """Place the arrays of a tree on the devices of a mesh.
+
+    If the mesh has devices of other processes, all processes pass the same whole arrays.
+    """
+    sharding = NamedSharding(mesh, spec)
+
+    def put(array: jax.Array) -> jax.Array:
+        if sharding.is_fully_addressable or not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array)))
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: whole[part])
+
+    return jax.tree.map(put, tree)
+
+
+def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Place arrays on the devices of a mesh, from the part that each process holds."""
+    parts = jax.tree.map(np.asarray, tree)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
+
+
+def get_local_copy(tree: T) -> T:
+    """Return arrays that every device holds, on this process's first device."""
+    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def divide_over_devices(compute_grads: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Return a function like `compute_grads(params, key, batch, carry, masks)`, for a whole mesh.
+
+    Batch, carry and masks are divided over the devices. It returns the means of grads and loss over
+    all devices; and the carry.
+    """
+    if mesh.size == 1:
+        return compute_grads  # A collective operation would copy all gradients.
+
+    def compute_mean_grads(*arguments: Any) -> Any:
+        means, carry = compute_grads(*arguments)
+        return jax.lax.pmean(means, DATA), carry
+
+    return jax.shard_map(
+        compute_mean_grads,
+        mesh=mesh,
+        in_specs=(EVERYWHERE, EVERYWHERE, DIVIDED, DIVIDED, DIVIDED),
+        out_specs=(EVERYWHERE, DIVIDED),
+        check_vma=False,  # Without its check of which results are replicated.
+    )
