@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,10 @@ flags.disclaim_key_flags()
 def run_command(main: Callable[[], int | None]) -> None:
     """Parse the flags of absl, and call `main` with `call_main`; a bad flag is one line, too."""
     show_log()
-    interrupts.exit_at_once()  # While libraries are imported, which takes seconds.
+    # Ctrl-C ends the process at once, like SIGTERM: Python would raise KeyboardInterrupt, maybe in
+    # an import, which can't be repeated. Files get their names when they are complete.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # A name of a file, or a sample, must not end a training if the terminal can't show it.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app.run(lambda unused: call_main(main), flags_parser=_parse_flags)

@@ -276,7 +276,7 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["main", "--init_from=.", "--config.data.path=good.txt"], "no trained model in '.'"),
         (["main", "--config=nothing.py"], "there is no config file nothing.py"),
         (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
-        (["main", "--config", QUICK, "--config.num_epochs=three"], "num_epochs=three: invalid lit"),
+        (["main", "--config", QUICK, "--config.num_epochs=three"], "num_epochs is 'three'"),
         (["main", "--config", QUICK, "--config.model.hidden_size=0"], "1 <= hidden_size <= 2**20"),
         (["main", "--config", QUICK, "--config.data.fractions=('a','b')"], "fractions is ('a',"),
         (["main", "--hidden_size=3"], "no flag --hidden_size: did you mean --config.model.hidden"),
@@ -334,16 +334,14 @@ def test_a_text_of_documents_that_are_files_ends_with_their_stop_token(tmp_path:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("number", "message"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")]
-)
-def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, message: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_ends_the_process_at_once(number: signal.Signals) -> None:
     code = (
         "import os; from lstm_jax.run import command\n"
         f"command.run_command(lambda: os.kill(os.getpid(), {number.value}))"
     )
     process = run_python("-c", code)
-    assert (process.returncode, process.stderr) == (128 + number, f"{message}\n")
+    assert (process.returncode, process.stderr) == (-number, "")
 
 
 def test_a_second_signal_is_handled_as_before_and_an_ignored_one_stays_ignored() -> None:
