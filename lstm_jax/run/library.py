@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,36 +44,24 @@ class Scores(NamedTuple):
     log_probs: np.ndarray  # Natural logarithms, float32 [tokens].
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Run:
-    """A trained model, or an ensemble of several.
+    """A trained model, or an ensemble of several, whose config and step are those of the first.
 
     Texts that contain tokens that the model does not know are read with [UNK] in their place; all
     methods but `score` and `hidden_states` warn.
-
-    Attributes:
-      config: the config of the run, a read-only `config.Config`; of an ensemble, that of the first,
-        like step.
-      vocabulary: its `Vocabulary`.
-      model: its `LanguageModel`, or an `Ensemble`.
-      params: the parameters of the checkpoint with the best validation loss, to read only.
-      step: the training step of this checkpoint.
-      members: the models of an ensemble; of one model, only itself.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        vocabulary: Vocabulary,
-        model: Any,
-        params: Any,
-        step: int,
-        directory: Path | None = None,
-        members: Sequence["Run"] = (),
-    ) -> None:
-        self.config, self.vocabulary, self.model = config, vocabulary, model
-        self.params, self.step = params, step
-        self.members = members or [self]
-        self._directory = directory
+    config: Config
+    vocabulary: Vocabulary
+    model: Any  # A `LanguageModel` or an `Ensemble`.
+    params: Any  # Of the checkpoint with the best validation loss, to read only.
+    step: int  # The training step of this checkpoint.
+    directory: Path | None = None  # None for an ensemble.
+    members: Sequence["Run"] = ()  # The models of an ensemble; of one model, only itself.
+
+    def __post_init__(self) -> None:
+        self.members = self.members or [self]
 
     @functools.cached_property
     def _arrays(self) -> Any:
@@ -83,8 +72,7 @@ class Run:
         """Return the rows of metrics.jsonl; [] if a model has no run, or is an ensemble."""
         from lstm_jax.run import metrics  # It imports TensorBoard's events.
 
-        path = self._directory and self._directory / workdir.METRICS
-        return metrics.read_metrics(path) if path else []
+        return metrics.read_metrics(self.directory / workdir.METRICS) if self.directory else []
 
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
@@ -98,7 +86,7 @@ class Run:
     def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
         self._warn_of_unknown(prompt)
-        return prompt + "".join(self._stream(prompt, None, **options))
+        return prompt + "".join(self._stream(prompt, None, options))
 
     def stream(
         self, prompt: str = "", *, piece_length: int = 16, **options: Unpack[GenerateOptions]
@@ -111,7 +99,7 @@ class Run:
           prompt: the text to continue.
           piece_length: the number of tokens of a piece, at most 1,024. Up to 256 tokens are
             generated at a time, and cut into pieces.
-          **options: the following, of which none is needed.
+          **options: the following, all optional.
             length: the maximum number of tokens, by default 500.
             seed: the random seed, by default 0; the same seed generates the same text.
             stop_token: whether the stop token of a model of documents ends the text (by default).
@@ -123,32 +111,23 @@ class Run:
         """
         self._warn_of_unknown(prompt)
         generation.check_number("piece_length", piece_length)
-        return self._stream(prompt, piece_length, **options)
+        return self._stream(prompt, piece_length, options)
 
-    def _stream(
-        self,
-        prompt: str,
-        piece_length: int | None,
-        /,
-        *,
-        length: int = 500,
-        seed: int = 0,
-        stop_token: bool = True,
-        **options: Any,
-    ) -> Iterator[str]:
+    def _stream(self, prompt: str, piece_length: int | None, options: Any) -> Iterator[str]:
         """Check the options, and return the pieces."""
-        values = generation.Controls(**{"temperature": 0.8, **options})
-        generation.make_control_arrays(values)
-        generation.check_number("length", length)
-        generation.check_number("seed", seed)
+        values = {"length": 500, "seed": 0, "stop_token": True, "temperature": 0.8, **options}
+        numbers = ((name, values.pop(name)) for name in ("length", "seed"))
+        length, seed = itertools.starmap(generation.check_number, numbers)
+        stop_token, controls = values.pop("stop_token"), generation.Controls(**values)
+        generation.make_control_arrays(controls)
         pieces = generation.stream_texts(
             self.model,
             self.params,
             self.vocabulary,
-            jax.random.key(int(seed)),
+            jax.random.key(seed),
             prompt=prompt,
-            length=int(length),
-            controls=values,
+            length=length,
+            controls=controls,
             stop_token=stop_token,
             piece_length=piece_length,
         )
@@ -173,9 +152,9 @@ class Run:
         That is the prompt and the text itself; without a prompt, the first token is not predicted.
         """
         tokens = [*self.vocabulary.split(prompt), *self.vocabulary.split(text)]
-        prompt_ids = self.vocabulary.encode(prompt)
-        ids, first = np.append(prompt_ids, self.vocabulary.encode(text)), max(len(prompt_ids), 1)
-        losses = loss_lib.compute_token_losses(self.model, self.params, ids)
+        prompt_ids, ids = map(self.vocabulary.encode, (prompt, text))
+        first = max(len(prompt_ids), 1)
+        losses = loss_lib.compute_token_losses(self.model, self.params, np.append(prompt_ids, ids))
         return Scores(tokens[first:], -losses[first - 1 :])
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
@@ -253,10 +232,9 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
     directory = workdir.find_model(directory)
     config, vocabulary = workdir.load_config(directory), workdir.load_vocabulary(directory)
     fields = cell_file.use_loaded_cell(config.model, directory)
+    dtype = cast(Dtype, dtype or fields.dtype)
     # The run may have used another kind of device.
-    fields = dataclasses.replace(fields, recurrence="auto")
-    if dtype:
-        fields = dataclasses.replace(fields, dtype=cast(Dtype, dtype))
+    fields = dataclasses.replace(fields, recurrence="auto", dtype=dtype)
     config = dataclasses.replace(config, model=fields)
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     model_lib.check_model(model)

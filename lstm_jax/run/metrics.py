@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import IO, Any, TypedDict, Unpack
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -61,13 +61,13 @@ class MetricsWriter(contextlib.ExitStack[None]):
         """
         super().__init__()
         self._path, self._step, self._watch = path, step, watch
-        self._start, self._is_open = time.monotonic(), False
+        self._start = time.monotonic()
+        self._lines: IO[bytes] | None = None
 
-    def _open(self) -> None:
-        self._is_open = True
-        self._lines = self.enter_context(self._path.open("ab"))
+    def _open(self) -> IO[bytes]:
+        lines = self.enter_context(self._path.open("ab"))
         # A killed process or a full disk can leave half a line.
-        self._lines.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+        lines.truncate(self._path.read_bytes().rfind(b"\n") + 1)
         rows = read_metrics(self._path)
         self._start -= rows[-1]["seconds"] if rows else 0.0
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
@@ -77,14 +77,14 @@ class MetricsWriter(contextlib.ExitStack[None]):
         last = max((path.name for path in directory.glob("events.out.tfevents.*")), default="")
         self._events = RecordWriter(str(directory / max(name, f"{last}.1")))
         self.callback(self._events.close)
-        self._add(Event(file_version="brain.Event:2"))
+        self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
-        self._add(Event(step=self._step + 1, session_log=start))
+        self._add(step=self._step + 1, session_log=start)
+        return lines
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write(event.SerializeToString())
+    def _add(self, **fields: Any) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.flush()
 
     def write(
@@ -92,14 +92,11 @@ class MetricsWriter(contextlib.ExitStack[None]):
     ) -> None:
         """Record a loss in nats per token, and call `watch` with its row.
 
-        The row comes last: a run that resumes records a test loss only if its row is missing.
-
         `step` is the number of training steps done, `epoch` of passes over the training text,
-        with fractions, and `split` is "train", "validation" or "test". The row also has the seconds
-        of training so far, and the time in UTC.
+        with fractions, and `split` is "train", "validation" or "test". The row comes last: a run
+        that resumes records a test loss only if its row is missing.
         """
-        if not self._is_open:
-            self._open()
+        self._lines = self._lines or self._open()
         row: Row = {
             "step": step,
             "epoch": round(epoch, 6),
@@ -111,10 +108,10 @@ class MetricsWriter(contextlib.ExitStack[None]):
         }
         numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", *_TEXTS)}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
-        self._add(Event(step=step, summary=Summary(value=values)))
+        self._add(step=step, summary=Summary(value=values))
         if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
-            self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
+            self._add(step=step, summary=text(f"{split}/sample", quoted))
         self._watch({**row})  # A caller may take fields out.
         kept = {name: value for name, value in row.items() if name != "sample"}
         self._lines.write(f"{json.dumps(kept)}\n".encode())
@@ -129,9 +126,9 @@ def read_metrics(path: Path) -> list[Row]:
     Raises:
       UserError: if the file can't be read, or a line is not JSON.
     """
+    with name_failure(f"can't read {path}"):
+        content = files.check_file(path).read_bytes() if path.exists() else b""
     try:
-        with name_failure(f"can't read {path}"):
-            content = files.check_file(path).read_bytes() if path.exists() else b""
         return [json.loads(line) for line in content.split(b"\n")[:-1]]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None
@@ -151,9 +148,9 @@ def plot_metrics(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     first = max((row["step"] for row in rows), default=0) / 30
     for split, style, size in (("train", ".-", 1), ("validation", "o-", 4), ("test", "*", 12)):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points := [point for point in points if point[0] > first]:
-            steps, losses = zip(*points, strict=True)
+        shown = [row for row in rows if row["split"] == split and row["step"] > first]
+        if steps := [row["step"] for row in shown]:
+            losses = [row["loss"] for row in shown]
             label = f"{split}, last {losses[-1]:.3f}"
             axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
     if axes.lines:
