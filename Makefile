@@ -1,6 +1,10 @@
 # `make train` and `make test` need nothing but Python 3.11 or newer and a reachable package index.
 PYTHON ?= python3
-CONFIG ?= experiments/quick.py
+# A text of your own, and the minutes that its training may take.
+TEXT :=
+MINUTES ?= 10
+CONFIG ?= $(if $(TEXT),experiments/minutes.py:$(MINUTES),experiments/quick.py)
+OF_TEXT = $(if $(TEXT), --config.data.path=$(TEXT) --workdir runs/$(basename $(notdir $(TEXT)))_$(MINUTES))
 ROWS ?= quick.py
 # A file with exact versions, such as constraints/oldest.txt; without one, the newest are installed.
 CONSTRAINTS :=
@@ -15,7 +19,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 env: $(VENV)/installed
 
 train: env
-	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
+	$(BIN)/python -m lstm_jax.main --config $(CONFIG)$(OF_TEXT)
 
 # Trains rows of docs/results.md again, and compares their losses with those stated.
 results: env

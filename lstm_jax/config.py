@@ -218,11 +218,14 @@ class RunConfig:
     seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
     init_from: str = field("", "The model whose parameters this run starts from: directory of a "
         "run, folder of a model, or name of one in the package.", is_flag=False)
+    minutes: float = field(0.0, "Choose the open fields, such that the whole run takes this time "
+        "(docs/choosing.md). 0: none is open.", "0 <= x <= 1e6")
+    open: tuple[str, ...] = field((), "Fields that are open.", is_flag=False)
     num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True)
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
         "0: no limit.", _COUNT, resume=True)
-    validate_every_steps: int = field(0, "Also validate at the multiples of this number of steps. "
-        "0: only at the end of each epoch.", _COUNT, resume=True)
+    validate_every_steps: int = field(0, "Validate at the multiples of this number of steps. 0: at "
+        "the end of each epoch.", _COUNT, resume=True)
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
@@ -336,6 +339,11 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
             values[name] = value
         else:
             raise UserError(f"there is no field {name}{suggest_fields(name)}")
+    if values["minutes"]:
+        still_open = {*values["open"]} - {*dict(flatten(changes))}
+        still_open |= {name for name, value in values.items() if value is None}
+        values |= {name: FIELDS[name].default for name in still_open}
+        values["open"] = tuple(sorted(still_open))
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
     for name, value in values.items():
         section, _, last = name.rpartition(".")

@@ -5,6 +5,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lstm_jax import budget, generation
 from lstm_jax import config as config_lib
-from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -32,12 +34,13 @@ from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.library import Run, load
 from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState, check_dropout, init_state, make_train_step
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 # JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
 # a step is dispatched while 32 computations are in flight on one of the devices.
 _CALLS_BETWEEN_WAITS = 16
+_SECONDS_TO_START = 3  # That imports take, of the minutes of a run.
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 
 
@@ -68,12 +71,14 @@ def train(
       Stopped: a `KeyboardInterrupt`, after Ctrl-C or SIGTERM, with everything saved.
     """
     config, directory = config_lib.complete_config(config), workdir.expand_path(directory)
+    end = time.monotonic() + 60 * config.minutes - _SECONDS_TO_START
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))  # The caller may have enabled it.
         # The caller may have set a mesh: this is none.
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
         config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
-        mesh = mesh_lib.make_mesh(config)
+        if config.open:
+            config = fill_open_fields(config, directory)
 
         # The text, and the run or model that this one starts from.
         with processes.main_process_first("text and lock"):
@@ -93,6 +98,12 @@ def train(
             ids, sizes = texts.encode_splits(splits, vocabulary)
 
         # The model and its state.
+        if config.open:
+            lengths = {name: len(of_split) for name, of_split in ids.items()}
+            measure = functools.partial(measure_speed, vocabulary=vocabulary, ids=ids["train"])
+            config, line = budget.choose_fields(config, lengths, end, measure)
+            notes.append(line)
+        mesh = mesh_lib.make_mesh(config)
         plan = Plan(config, len(ids["train"]))
         model = make_model(config, vocabulary)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
@@ -255,6 +266,40 @@ def train(
                 f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
             )
         return run
+
+
+def fill_open_fields(config: Config, directory: Path) -> Config:
+    """Return the config with the values of the run that resumes, else with the kind of tokens.
+
+    Raise `UserError` if something takes time that `budget` does not know.
+    """
+    if workdir.has_run(directory):
+        saved = dict(config_lib.flatten(workdir.load_config(directory)))
+        return config_lib.complete_config(config, {name: saved[name] for name in config.open})
+    if config.init_from or config.distill.teachers:
+        raise UserError(
+            "config.minutes chooses the sizes of a new model, without teachers: leave out "
+            "--init_from and --config.distill.teachers, or set the sizes in another config"
+        )
+    chosen = {"data.units": texts.choose_units(config.data)} if "data.units" in config.open else {}
+    return config_lib.complete_config(config, chosen)
+
+
+def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids) -> budget.Speed:
+    """Measure a training step, for a second; all processes return the longest time."""
+    mesh, model = mesh_lib.make_mesh(config), make_model(config, vocabulary)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
+    key, batch_size = jax.random.key(config.seed), config.batches.batch_size
+    state = init_state(model, optimizer, key, batch_size).place(mesh)
+    parameters = sum(array.size for array in jax.tree.leaves(state.params))
+    train_step, feed = make_train_step(model, optimizer, config, mesh), Feed(ids, config, mesh)
+    times = list[float]()
+    while len(times) < 4 or sum(times[2:]) < 1:
+        began = time.monotonic()
+        state = train_step(state, feed.next())
+        jax.block_until_ready(state.loss_sum)
+        times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
+    return budget.Speed(statistics.median(times[2:]), times[0], parameters)
 
 
 def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:

@@ -44,6 +44,7 @@ from lstm_jax.vocabulary import (
 )
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
+_MOST_CHARACTERS = 1000  # Different ones, of which each has an embedding.
 _BLOCK_BYTES = 2**20  # That are read at a time.
 _BLOCK = 2**24  # Ids that are counted at a time.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
@@ -278,6 +279,23 @@ def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
             return stop
         found = windows if windows in block else found
     return found
+
+
+def choose_units(data: DataConfig) -> str:
+    """Return "characters", or "bytes" if a text is not UTF-8 or has too many different characters.
+
+    Only its start is read.
+    """
+    if not data.path:
+        return "characters"
+    (path, *_), *_ = find_files(data.path)
+    with name_failure(f"can't read {path}"), files.check_file(path).open("rb") as file:
+        start = file.read(_BLOCK_BYTES)
+    try:
+        characters = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return "bytes"
+    return "characters" if len(set(characters)) <= _MOST_CHARACTERS else "bytes"
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:

@@ -30,7 +30,7 @@ class Plan:
     def validates_at(self, step: int) -> bool:
         """Return whether the run validates, and saves before that, after `step` steps, or 0."""
         every = self.config.validate_every_steps or self.steps_per_epoch
-        return not step % every or not step % self.steps_per_epoch or step == self.total_steps
+        return not step % every or step == self.total_steps
 
     def count_steps_of_call(self, step: int) -> int:
         """Return the number of steps of the next call, which must not cross a log or validation."""

@@ -1,0 +1,145 @@
+"""Choose the fields that a config with `minutes` leaves open, for its text and this machine.
+
+The model is the largest that reads enough tokens for its parameters in the time. The batch depends
+on the length of the text, the learning rate on both, and dropout on the number of epochs. The
+numbers were fitted to 19 runs of about a minute on texts of 20 KB to 25 MB.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lstm_jax.config import Config, complete_config
+
+# The fields that can be left open.
+FIELDS = (
+    "data.units",
+    "batches.batch_size",
+    "model.embedding_size",
+    "model.hidden_size",
+    "optimizer.learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "regularization.embedding_dropout",
+    "regularization.input_dropout",
+    "regularization.hidden_dropout",
+    "regularization.output_dropout",
+    "regularization.recurrent_dropout",
+    "num_epochs",
+    "max_steps",
+    "validate_every_steps",
+    "log_every_steps",
+)
+_SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_FIRST_SIZE, _LARGEST_EMBEDDING = 256, 256
+_TOKENS_PER_PARAMETER = 3  # A larger model reads too few in the time.
+_GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
+_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 8, 64, 20
+# Each kind of dropout at these numbers of epochs; in between, by their logarithm.
+_EPOCHS = (4, 24, 64)
+_DROPOUT = {
+    "embedding": (0.0, 0.05, 0.1),
+    "input": (0.0, 0.15, 0.3),
+    "hidden": (0.0, 0.3, 0.4),
+    "output": (0.0, 0.45, 0.6),
+    "recurrent": (0.0, 0.25, 0.5),
+}
+_MOST_EPOCHS = _EPOCHS[-1]  # After more, a model has learned a short text by heart.
+_SHARE = 0.95  # Of the minutes; the speed may fall.
+_SECONDS_OF_EVALUATION = 6.0  # To compile it, generation, and to write the last files.
+_EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
+_VALIDATIONS = 8
+
+
+class Speed(NamedTuple):
+    """Measurements of a config on this machine."""
+
+    step_seconds: float
+    compile_seconds: float
+    parameters: int
+
+
+def choose_fields(
+    config: Config, lengths: Mapping[str, int], end: float, measure: Callable[[Config], Speed]
+) -> tuple[Config, str]:
+    """Choose all open fields, and return the config with a line that says what was chosen and why.
+
+    Args:
+      config: a config with open fields (`Config.open`).
+      lengths: the number of tokens of each split.
+      end: the end of the minutes, as `time.monotonic` tells it.
+      measure: returns the speed of a config; it may take seconds, which count.
+    """
+    length, window = lengths["train"], config.batches.window_length
+    batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
+    batch_size = min(max(batch_size, _SMALLEST_BATCH), _LARGEST_BATCH)
+    config = _fill(config, {"batches.batch_size": batch_size})
+    batch_size, tokens_per_step = config.batches.batch_size, config.batches.batch_size * window
+
+    sizes = _SIZES if "model.hidden_size" in config.open else (config.model.hidden_size,)
+    speeds: dict[tuple[int, bool], Speed] = {}
+
+    def set_size(size: int, epochs: float) -> Config:
+        logs = np.log((np.clip(epochs, _EPOCHS[0], _EPOCHS[-1]), *_EPOCHS))
+        chosen: dict[str, Any] = {
+            f"regularization.{kind}_dropout": round(float(np.interp(logs[0], logs[1:], rates)), 2)
+            for kind, rates in _DROPOUT.items()
+            if kind != "hidden" or config.model.num_layers > 1
+        }
+        chosen["model.hidden_size"] = size
+        chosen["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
+        return _fill(config, chosen)
+
+    def predict(size: int) -> tuple[float, float]:
+        """Return the tokens that a model of this size reads in the time, and its parameters."""
+        near = min(reversed(speeds), key=lambda x: abs(math.log(x[0] / size)))
+        speed, ratio = speeds[near], size / near[0]
+        rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
+        left = _SHARE * (end - time.monotonic()) - speed.compile_seconds - _SECONDS_OF_EVALUATION
+        evaluated = (_VALIDATIONS + 1) * lengths["validation"] + lengths["test"]
+        return max(left * rate - evaluated / _EVALUATION, 0.0), speed.parameters * ratio**2
+
+    def has_enough(size: int) -> bool:
+        tokens, parameters = predict(size)
+        return tokens >= min(_TOKENS_PER_PARAMETER * parameters, _MOST_EPOCHS * length)
+
+    size, epochs = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], 1e6 / length
+    while (key := (size, epochs > _EPOCHS[0])) not in speeds:  # Dropout takes time.
+        speeds[key] = measure(set_size(size, epochs))
+        size = max(filter(has_enough, sizes), default=sizes[0])
+        epochs = predict(size)[0] / length
+    tokens = min(predict(size)[0], _MOST_EPOCHS * length)
+    steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
+    epochs = steps * tokens_per_step / length
+    config = set_size(size, epochs)
+    rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _LARGEST_BATCH)
+    config = _fill(
+        config,
+        {
+            "optimizer.learning_rate": float(f"{rate:.2g}"),
+            "optimizer.warmup_steps": min(50, steps // 10),
+            "optimizer.weight_decay": 0.15,
+            "num_epochs": math.ceil(epochs),
+            "max_steps": steps,
+            "validate_every_steps": math.ceil(steps / _VALIDATIONS),
+            "log_every_steps": max(min(steps // 20, 50), 1),
+        },
+    )
+    rates = dataclasses.asdict(config.regularization)
+    dropout = ", ".join(f"{kind.removesuffix('_dropout')} {x:g}" for kind, x in rates.items() if x)
+    line = (
+        f"For {config.minutes:g} minutes: {config.model.num_layers} layers of {size}, with "
+        f"{1000 * speeds[key].step_seconds:.0f} ms for a step of {batch_size} x {window} tokens; "
+        f"{steps:,} steps are {epochs:.3g} epochs; learning rate "
+        f"{config.optimizer.learning_rate:g}; dropout: {dropout or 'none'}"
+    )
+    return config, line
+
+
+def _fill(config: Config, values: Mapping[str, Any]) -> Config:
+    """Set those fields that are open."""
+    return complete_config(config, {x: y for x, y in values.items() if x in config.open})

@@ -1,0 +1,115 @@
+"""Compare what a config with `minutes` chooses for texts, minutes and machines."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+import runs
+from lstm_jax import budget, training
+from lstm_jax import config as config_lib
+from lstm_jax.config import Config
+from lstm_jax.data import texts
+from lstm_jax.errors import UserError
+from lstm_jax.run import metrics, workdir
+
+
+def open_config(minutes: float, **fields: object) -> Config:
+    config = config_lib.load(f"experiments/minutes.py:{minutes}")
+    config.update_from_flattened_dict({"data.units": "characters"} | fields)
+    return config_lib.complete_config(config)
+
+
+def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> Config:
+    """Choose on a machine where a step of 256 hidden units and 64 x 48 tokens takes `ms`."""
+
+    def measure(config: Config) -> budget.Speed:
+        size, batch_size = config.model.hidden_size, config.batches.batch_size
+        seconds = ms / 1000 * (size / 256) ** power * batch_size / 64
+        dropout = config.regularization.output_dropout
+        return budget.Speed(seconds * (1.2 if dropout else 1), 8.0, 16 * size**2)
+
+    lengths = {"train": length, "validation": length // 18, "test": length // 18}
+    seconds = 60 * config.minutes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget.time, "monotonic", lambda: 0.0)
+        chosen, line = budget.choose_fields(config, lengths, seconds, measure)
+    assert not chosen.open and str(chosen.model.hidden_size) in line
+    if chosen.num_epochs == 64:  # It ends before the time.
+        return chosen
+    # Training, validations and the test take the time.
+    step = measure(chosen).step_seconds
+    evaluated = (9 * lengths["validation"] + lengths["test"]) / 2.5 / (64 * 48) * ms / 1000
+    assert 0.7 * seconds < chosen.max_steps * step + evaluated + 14 < 1.05 * seconds
+    return chosen
+
+
+@pytest.mark.parametrize("power", [1.65, 0.3])  # Of a CPU and, where steps have little work, a GPU.
+def test_more_minutes_or_a_faster_machine_train_a_larger_model(power: float) -> None:
+    sizes = [choose(open_config(x), 10**6, power=power).model.hidden_size for x in (1, 4, 15, 60)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+    faster = choose(open_config(4), 10**6, ms=5, power=power).model.hidden_size
+    assert faster > sizes[1] or faster == sizes[1] == 1024
+
+
+def test_a_shorter_text_has_smaller_batches_and_more_dropout() -> None:
+    chosen = [choose(open_config(4), length) for length in (18_000, 900_000, 30_000_000)]
+    assert [config.batches.batch_size for config in chosen] == [16, 64, 64]
+    dropout = [config.regularization.output_dropout for config in chosen]
+    assert dropout[0] > dropout[1] > dropout[2] == 0
+    assert chosen[2].num_epochs == 1
+
+
+def test_a_set_field_stays_and_the_others_follow() -> None:
+    fields = {"model.hidden_size": 96, "regularization.hidden_dropout": 0.0}
+    set_, free = choose(open_config(4, **fields), 10**6), choose(open_config(4), 10**6)
+    assert (set_.model.hidden_size, set_.regularization.hidden_dropout) == (96, 0.0)
+    assert set_.optimizer.learning_rate > free.optimizer.learning_rate
+    assert set_.max_steps > free.max_steps and set_.regularization.output_dropout > 0
+    config = config_lib.complete_config(open_config(4), {"optimizer.learning_rate": 1e-3})
+    assert "optimizer.learning_rate" not in config.open
+    assert choose(config, 10**6).optimizer.learning_rate == 1e-3
+
+
+def test_bytes_are_chosen_where_characters_do_not_suit(tmp_path: Path) -> None:
+    kinds = {}
+    latin1 = "é".encode("latin-1") * 99
+    many = "".join(map(chr, range(0x4E00, 0x5200))).encode()
+    for name, content in ("latin1", latin1), ("many", many), ("few", "ab é".encode() * 99):
+        (tmp_path / name).write_bytes(content)
+        data = open_config(1, **{"data.path": str(tmp_path / name)}).data
+        kinds[name] = texts.choose_units(data)
+    assert kinds == {"latin1": "bytes", "many": "bytes", "few": "characters"}
+
+
+def test_a_run_resumes_with_the_fields_that_it_chose(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"data.path": str(text_file), "model.hidden_size": 16, "max_steps": 30}
+    config = open_config(0.5, **fields)
+
+    def kill(row: metrics.Row) -> None:
+        if row["step"] >= 12:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        training.train(config, tmp_path / "run", kill, quiet=True)
+    with monkeypatch.context() as patched:  # Nothing is measured again.
+        patched.delattr(training, "measure_speed")
+        run = training.train(config, tmp_path / "run", quiet=True)
+    assert run.config.minutes == 0.5 and not run.config.open
+    plain = ConfigDict(workdir.load_config(tmp_path / "run").to_dict())
+    training.train(plain, tmp_path / "whole", quiet=True)
+    runs.assert_same(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(UserError, match="minutes was 0.5 and is 0.6"):
+        training.train(open_config(0.6, **fields), tmp_path / "run")
+
+
+def test_an_initial_model_is_refused(text_file: Path, tmp_path: Path) -> None:
+    config: Any = open_config(1, **{"data.path": str(text_file)})
+    config = config_lib.complete_config(config, {"init_from": "tiny-shakespeare"})
+    with pytest.raises(UserError, match="chooses the sizes of a new model"):
+        training.train(config, tmp_path / "run")
+    assert jax.tree.leaves(workdir.has_run(tmp_path / "run")) == [False]
