@@ -138,6 +138,15 @@ def train(
             if processes.is_first():
                 writer.write(step, plan.count_epochs(step), split, loss, **extra)
 
+        def generate_sample(params: model_lib.Params, key: jax.Array) -> str:
+            """Return a text that the model generates, as a terminal can show it."""
+            length, temperature = config.sample.length, config.sample.temperature
+            controls = generation.Controls(temperature=temperature)
+            (text,) = generation.generate_texts(
+                model, params, vocabulary, key, length=length, controls=controls, stop_token=False
+            )
+            return messages.make_printable(text)
+
         def save(state: TrainState, step: int) -> None:
             """Start saving a checkpoint."""
             history = workdir.measure_history(directory)
@@ -148,7 +157,7 @@ def train(
             params, key = mesh_lib.get_local_copy((state.params, state.key))
             loss = loss_lib.compute_loss(model, params, ids["validation"])
             key = jax.random.fold_in(key, step)
-            sample = generate_sample(config, model, vocabulary, params, key)
+            sample = generate_sample(params, key)
             checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
             if processes.is_first():
                 record(step, "validation", loss, sample=sample)
@@ -255,7 +264,7 @@ def train(
             plot_curves(directory)
             # On a device, as in `validate`: else the function that generates is compiled again.
             key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
-            sample = generate_sample(config, model, vocabulary, params, key)
+            sample = generate_sample(params, key)
             described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
             command = make_command("sample", "--workdir", str(directory))
             show(
@@ -437,22 +446,6 @@ def log(
         extra["tokens_per_second"] = round(speed)
     record(step, "train", loss, **extra)
     return state.clear_sums()
-
-
-def generate_sample(
-    config: Config,
-    model: model_lib.LanguageModel,
-    vocabulary: Vocabulary,
-    params: model_lib.Params,
-    key: jax.Array,
-) -> str:
-    """Return a text that the model generates, as a terminal can show it."""
-    length, temperature = config.sample.length, config.sample.temperature
-    controls = generation.Controls(temperature=temperature)
-    (text,) = generation.generate_texts(
-        model, params, vocabulary, key, length=length, controls=controls, stop_token=False
-    )
-    return messages.make_printable(text)
 
 
 def plot_curves(directory: Path, seconds: float = 0) -> None:

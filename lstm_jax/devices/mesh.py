@@ -25,8 +25,7 @@ EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec(DATA)
 def make_mesh(config: Config) -> Mesh:
     """Return the mesh of the devices that train with `config`, with the axis `DATA`.
 
-    Raises:
-      UserError: if there are too few devices, or they can't share the batch equally.
+    Raise `UserError` if there are too few devices, or they can't share the batch equally.
     """
     processes, number = jax.process_count(), config.mesh.data
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))

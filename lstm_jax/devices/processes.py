@@ -29,9 +29,7 @@ def join_processes(
     Process 0 listens at `coordinator_address`, HOST:PORT. What is None, JAX gets from SLURM, Open
     MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX but `setup.use_cores`. An
     exception within the block ends this process immediately, so that no other process waits for it.
-
-    Raises:
-      UserError: if an argument is missing, or the processes don't find each other.
+    Raise `UserError` if an argument is missing, or the processes don't find each other.
     """
     # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
@@ -72,10 +70,10 @@ def _wait_for_devices() -> None:
 def _leave(error: BaseException) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
     message = str(error)
+    # The end of another process is a JaxRuntimeError, wherever this one notices it.
+    if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
+        traceback.print_exception(error)
     if not isinstance(error, UserError):
-        # The end of another process is such an error, wherever this one notices it.
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            traceback.print_exception(error)
         reason = one_line(error).replace("Error dispatching computation: ", "")
         message = (
             f"process {jax.process_index()} failed ({reason[:300]}): if another process has ended, "

@@ -21,17 +21,16 @@ from lstm_jax.errors import UserError, name_failure, run_user_code, warn
 
 
 def resolve_cell(model: ModelConfig) -> ModelConfig:
-    """Load the cell that a training config names; return the fields with its checksum.
-
-    Raises:
-      UserError: if it is in a file that can't be read or run, or that has no such cell.
-    """
+    """Load the cell that a training config names; return the fields with its checksum."""
     sha256 = "" if model.cell in cells.CELLS else load_cell(model.cell)
     return dataclasses.replace(model, cell_sha256=sha256)
 
 
 def load_cell(name: str) -> str:
-    """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
+    """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum.
+
+    Raise `UserError` if the file can't be read or run, or has no such cell.
+    """
     if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     file, _, class_name = os.path.expanduser(name).rpartition(":")

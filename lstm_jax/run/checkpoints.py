@@ -35,10 +35,6 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
     """Saves the checkpoints of a run; keeps the latest two and the best by validation loss.
 
     Only the processes of one run may use it, one of which holds the lock of the working directory.
-    All of them call the same methods in the same order.
-
-    Attributes:
-      last_step: the step of the last save, by an earlier process, too; -1 if there is none.
     """
 
     # Orbax's CheckpointManager would break three guarantees: SHA256SUMS is written before a
@@ -53,7 +49,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
             for path in self._directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
         processes.wait_for_all("checkpoints")
-        self.last_step = max(list_steps(self._directory), default=-1)
+        self.last_step = max(list_steps(self._directory), default=-1)  # Also of earlier processes.
         self._last_time = time.monotonic()  # Of the start, or of the last save.
         options = ocp.CompositeOptions(async_options=_OPTIONS)
         handler = ocp.CompositeCheckpointHandler(composite_options=options)
@@ -150,10 +146,10 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Flush every file of a checkpoint to disk, and write its checksum to SHA256SUMS."""
-    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     lines = [
         f"{files.hash_file(path, sync=True)}  {path.relative_to(checkpoint).as_posix()}\n"
-        for path in paths
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
     ]
     files.write_file(checkpoint / SEAL, "".join(lines).encode())
 
@@ -181,11 +177,8 @@ def restore_latest(
     """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
 
     Return None if there is no checkpoint. Later ones, which are damaged, are renamed, each with a
-    warning. `params` and `state` are arrays of the expected shapes and dtypes, or
-    `jax.ShapeDtypeStruct`s.
-
-    Raises:
-      UserError: if all are damaged, or one does not hold such `params` and `state`.
+    warning. `params` and `state` have the expected shapes and dtypes, as arrays or
+    `jax.ShapeDtypeStruct`s. Raise `UserError` if all are damaged, or one does not hold such arrays.
     """
     step, restored, damaged = _restore_first(
         directory,
@@ -206,11 +199,8 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
-    checkpoints at the same time. Each damaged checkpoint is reported with a warning. `params` are
-    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
-
-    Raises:
-      UserError: if there is none, all are damaged, or one does not hold such `params`.
+    checkpoints at the same time. Each damaged one is reported with a warning. For `params` and
+    errors, see `restore_latest`; it is also an error if there is no checkpoint.
     """
     rank = functools.partial(_rank, directory)
     arguments = ocp.args.StandardRestore(_abstract(params))
@@ -255,8 +245,7 @@ def _restore_first(
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
-    The last item describes the damage of those ranked higher. Raise `UserError` if all are damaged,
-    or one does not hold arrays of these names, shapes and dtypes.
+    The last result describes the damage of those ranked higher.
     """
     damaged: dict[Path, str] = {}
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:

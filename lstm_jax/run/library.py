@@ -160,8 +160,7 @@ class Run:
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
 
-        Raises:
-          UserError: if this is an ensemble.
+        Raise `UserError` if this is an ensemble.
         """
         if isinstance(self.model, Ensemble):
             raise UserError("an ensemble has no hidden states of its own: load one of its models")

@@ -30,8 +30,7 @@ _FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
 _STEPS, _STEPS_PER_EPOCH = 1000, 40
 _DROPOUT = {"input": 0.2, "hidden": 0.3, "output": 0.5, "recurrent": 0.3}
 _HINT = "try the same command with another --workdir and {} (docs/choosing.md)"
-# A validation loss is worse than the best one if it is higher by this factor.
-_RISE = 1.01
+_RISE = 1.01  # A validation loss that is higher by this factor is worse.
 
 
 def make_printable(text: str) -> str:
@@ -85,10 +84,7 @@ def describe_setup(
 
 
 def suggest_steps(plan: "Plan", dropout: str) -> list[str]:
-    """Return a hint to start a run with more steps, and its flags; [] if there are enough.
-
-    `dropout` is from `suggest_dropout`.
-    """
+    """Return a hint to start a run with more steps, and its flags; [] if there are enough."""
     if plan.total_steps >= _FEW_STEPS:
         return []
     windows = plan.length // plan.config.batches.window_length
@@ -114,7 +110,7 @@ def suggest_dropout(rates: RegularizationConfig, num_layers: int, params: Params
 def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str, dropout: str) -> str:
     """Return a line about the last validation, and a hint if the loss begins to rise.
 
-    `described` is its loss, and `dropout` from `suggest_dropout`.
+    `described` is the loss, from `describe_loss`, and `dropout` from `suggest_dropout`.
     """
     losses = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     *_, step = losses
@@ -138,10 +134,7 @@ def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str, dro
 
 
 class Progress:
-    """Measures the speed of training, and prints step, epoch, loss, speed and remaining time.
-
-    It prints a line every ten seconds.
-    """
+    """Measures the speed of training, and prints a line about it every ten seconds."""
 
     def __init__(self, plan: "Plan", show: Callable[[str], None]) -> None:
         batches = plan.config.batches

@@ -121,10 +121,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl; [] if the file does not exist.
 
-    An incomplete last line, which is still being written, is left out.
-
-    Raises:
-      UserError: if the file can't be read, or a line is not JSON.
+    An incomplete last line, which is still being written, is left out. Raise `UserError` if the
+    file can't be read, or a line is not JSON.
     """
     with name_failure(f"can't read {path}"):
         content = files.check_file(path).read_bytes() if path.exists() else b""

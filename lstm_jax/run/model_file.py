@@ -27,10 +27,9 @@ def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
 
 
 def read_params(path: Path, params: Params) -> tuple[Params, int]:
-    """Return float32 parameters, and their step.
+    """Return float32 parameters of the shapes of `params`, and their step.
 
-    `params` are the expected arrays or `jax.ShapeDtypeStruct`s. Raise `UserError` if the file is
-    damaged, or does not hold such arrays.
+    Raise `UserError` if the file is damaged, or does not hold such arrays.
     """
     expected = _name_leaves(params)
     try:

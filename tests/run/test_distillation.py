@@ -1,6 +1,5 @@
 """Test training on the probabilities of teachers."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,3 @@ def test_a_student_resumes_bit_for_bit(
     done = commands.run("main", *arguments, "--config.data.units=bytes")
     assert done.returncode == 2
     assert "is not that of this run" in done.stderr
-    untrained = shutil.copytree(trained, tmp_path / "untrained")
-    shutil.rmtree(untrained / workdir.CHECKPOINTS)
-    arguments = runs.make_arguments(text_file, tmp_path / "new", f"{flags[0]},{untrained}")
-    done = commands.run("main", *arguments)
-    assert done.returncode == 2 and "there is no checkpoint in" in done.stderr

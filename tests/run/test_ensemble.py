@@ -1,6 +1,5 @@
 """Test that an ensemble predicts the mean probabilities of its members."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ MODELS = LanguageModel(11, 4, 12, 2), LanguageModel(11, 5, 7, cell="gru")
 PARAMS = tuple(models.draw_params(model, 0.6) for model in MODELS)
 MEMBERS = [*zip(MODELS, PARAMS, strict=True)]
 JOINED: tuple[Any, Any] = ensemble.Ensemble(MODELS), PARAMS
-ONE: tuple[Any, Any] = ensemble.Ensemble(MODELS[:1]), PARAMS[:1]
 
 
 def make_ids(length: int) -> np.ndarray:
@@ -81,24 +79,6 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
     np.testing.assert_array_equal(greedy[0], probabilities[:, 2:].argmax(axis=-1) + 2)
 
 
-def test_an_ensemble_of_one_equals_its_member() -> None:
-    prompts, ids = make_ids(12).reshape(2, 6), make_ids(100)
-    key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
-    pairs: list[tuple[Any, model_lib.Params]] = [MEMBERS[0], ONE]
-    single, joined = (
-        models.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
-    )
-    np.testing.assert_array_equal(single, joined)
-    single, joined = (
-        np.concatenate([*dynamic.adapt_to_text(members, prompts[0], ids, SETTINGS)])
-        for members in itertools.starmap(ensemble.list_members, pairs)
-    )
-    np.testing.assert_array_equal(single, joined)
-    assert loss_lib.compute_loss(*ONE, ids) == pytest.approx(
-        loss_lib.compute_loss(*MEMBERS[0], ids), rel=1e-6
-    )
-
-
 def test_each_member_adapts_on_its_own_loss() -> None:
     train_ids, ids, probabilities = make_ids(50), make_ids(90), np.zeros(89)
     for model, params in MEMBERS:
@@ -140,7 +120,10 @@ def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
     carry = loaded.model.initial_carry(1)
     logits, _ = models.apply(loaded.model, loaded.params, ids[None], carry)
     best = int(logits[0, -1].argmax())
-    ((token, probability),) = lstm_jax.load([trained, other]).next("", n=1)
+    assert str(loaded).startswith("<lstm_jax.Run: lstm 1x24, gru 1x16; ")
+    with pytest.raises(UserError, match="an ensemble has no hidden states"):
+        loaded.hidden_states("A")
+    ((token, probability),) = loaded.next("", n=1)
     assert token == loaded.vocabulary.tokens[best]
     assert probability == pytest.approx(np.exp(logits[0, -1, best]), abs=1e-5)
 

@@ -25,14 +25,18 @@ def find_free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(
-    text_file: Path, directory: Path, processes: int, *more: str
-) -> list[subprocess.Popen[str]]:
-    """Start all processes of a run."""
-    join = (f"--coordinator_address={find_free_address()}", f"--num_processes={processes}")
-    mesh = f"--config.mesh.data={processes}"
-    arguments = runs.make_arguments(text_file, directory, mesh, *join, *more)
-    return [runs.start([*arguments, f"--process_id={k}"]) for k in range(processes)]
+def start(text_file: Path, *directories: Path) -> list[subprocess.Popen[str]]:
+    """Start all processes of a run, each with its working directory."""
+    number = len(directories)
+    flags = f"--coordinator_address={find_free_address()}", f"--num_processes={number}"
+    return [
+        runs.start(
+            runs.make_arguments(
+                text_file, path, f"--config.mesh.data={number}", *flags, f"--process_id={k}"
+            )
+        )
+        for k, path in enumerate(directories)
+    ]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -80,7 +84,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
         runs.wait_for_rows(process, directory, rows + 3)
 
     for victim in (0, 1) if draws.TIMES > 1 else (random.Random(draws.SEED).randrange(2),):
-        processes = start(text_file, directory, 2)
+        processes = start(text_file, directory, directory)
         wait(processes[0])
         processes[victim].kill()
         # The heartbeat's timeout is 30 s.
@@ -88,7 +92,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
         assert processes[1 - victim].returncode != 0
         assert "Traceback" not in errors and "free space" not in errors, errors
         processes[victim].communicate()
-    processes = start(text_file, directory, 2)
+    processes = start(text_file, directory, directory)
     wait(processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _ in finish(processes)] == [143] * 2
@@ -101,10 +105,5 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
 
 def test_processes_with_different_working_directories_fail(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()  # As on a local disk where the directory exists.
-    address = f"--coordinator_address={find_free_address()}"
-    join = (address, "--num_processes=2", "--config.mesh.data=2")
-    processes = [
-        runs.start(runs.make_arguments(text_file, tmp_path / str(k), *join, f"--process_id={k}"))
-        for k in range(2)
-    ]
+    processes = start(text_file, tmp_path / "0", tmp_path / "1")
     assert_fails(processes, "same config, text or working directory")

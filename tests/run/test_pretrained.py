@@ -2,20 +2,13 @@
 
 import hashlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
-from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
-from lstm_jax import training
 from lstm_jax.run import workdir
 
 NAME = "tiny-shakespeare"
@@ -49,20 +42,12 @@ def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[
     assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.4
 
 
-@pytest.mark.process
-def test_it_needs_no_checkpoints() -> None:
-    code = (
-        f"import sys, lstm_jax; print(lstm_jax.load({NAME!r}).generate('A', length=5)[:1])\n"
-        "packages = {name.partition('.')[0] for name in sys.modules}\n"
-        "print(packages & {'orbax', 'tensorflow_datasets'})"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "A\nset()\n"
-
-
 @pytest.mark.slow
 def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("ROMEO:\nBut, soft! what light through yonder window breaks?\n")
+    text.write_text("ROMEO:\nBut, soft! what light through yonder window breaks?\n" * 9)
+    sizes = [f"--config.data.path={text}", "--config.batches.batch_size=2"]
+    sizes += ["--config.batches.window_length=9", "--config.sample.length=3"]
     folder = workdir.find_model(NAME)
     before = sorted(folder.iterdir())
     for arguments in (
@@ -71,24 +56,13 @@ def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> N
         ["evaluate", f"--text={text}", f"--model={NAME}"],
         ["export", f"--text={text}", f"--model={NAME}"],
         ["convert", "--to=copy", f"--model={NAME}"],
+        ["main", f"--init_from={NAME}", "--config.max_steps=1", "--workdir=run", *sizes],
     ):
         done = commands.run(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"text.txt", "page.html", "copy"}
+    assert made == {"text.txt", "page.html", "copy", "run"}
     assert sorted(folder.iterdir()) == before
-
-
-def test_a_run_starts_from_it(run: lstm_jax.Run, tiny_config: ConfigDict, tmp_path: Path) -> None:
-    model = workdir.load_config(workdir.find_model(NAME)).to_dict()["model"]
-    tiny_config.model.update(model)
-    tiny_config.init_from = NAME
-    config = config_lib.complete_config(tiny_config)
-    with pytest.raises(ZeroDivisionError):  # In the validation of step 0.
-        training.train(config, tmp_path / "run", lambda row: 1 / 0)
-    start = lstm_jax.load(tmp_path / "run")
-    assert (start.config.init_from, start.step) == (NAME, 0)
-    jax.tree.map(np.testing.assert_array_equal, start.params, run.params)
 
 
 def test_a_directory_of_this_name_comes_first(

@@ -208,16 +208,10 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
         training.train(tiny_config, directory)
     tiny_config.model.hidden_size = 24
     other = tmp_path / "other.txt"
-    text = Path(tiny_config.data.path).read_text()
-    other.write_text(text + ".")
+    other.write_text(Path(tiny_config.data.path).read_text() + ".")
     tiny_config.data.path = str(other)
     message = "data.path was .*data.sha256 was .*begin anew: use another --workdir, or remove"
     with pytest.raises(UserError, match=message):
-        training.train(tiny_config, directory)
-    tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
-    for name, part in zip("abc", (text[:-200], text[-200:-100], text[-100:]), strict=True):
-        (tmp_path / name).write_text(part)
-    with pytest.raises(UserError, match="data.sha256 was"):
         training.train(tiny_config, directory)
 
 
@@ -264,34 +258,26 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_not_finite_stops_and_resumes(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     poison(monkeypatch, 93)
     with pytest.raises(UserError, match="finite at step 100: resume .* that of step 70, with a"):
         training.train(tiny_config, tmp_path)
+    assert "Hint: 140 steps are few" in capsys.readouterr().out
     # Nothing of this logging interval is saved or logged.
     steps = [step for step, split, _ in runs.read_losses(tmp_path) if split == "train"]
     assert steps == list(range(10, 100, 10))
     assert all(np.isfinite(loss) for *_, loss in runs.read_losses(tmp_path))
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
-    training.train(tiny_config, tmp_path)
-    assert all(np.isfinite(x).all() for x in runs.load_final_state(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
-    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_config.optimizer.learning_rate = 1e38
-    tiny_config.optimizer.warmup_steps = 0
-    tiny_config.optimizer.max_gradient_norm = 0.0
-    with pytest.raises(UserError, match="finite at step 10: .* that of step 0, .*learning_rate"):
-        training.train(tiny_config, tmp_path)
     tiny_config.optimizer.learning_rate = 0.01
-    tiny_config.optimizer.max_gradient_norm = 1.0
-    capsys.readouterr()
     training.train(tiny_config, tmp_path)
-    assert "optimizer.learning_rate is now 0.01; it was 1e+38\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "optimizer.learning_rate is now 0.01; it was 0.02\n" in output
+    assert "Hint: 140" not in output
+    assert all(np.isfinite(x).all() for x in runs.load_final_state(tmp_path))
 
 
 @pytest.mark.slow
@@ -381,9 +367,6 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
     tiny_config.model.hidden_size = 25
     tiny_config.batches.batch_size = 4  # The batch size may differ.
     with pytest.raises(UserError, match="hidden_size is 25, but 24 in .*: set the same$"):
-        training.train(tiny_config, tmp_path / "run")
-    tiny_config.init_from = str(tmp_path)
-    with pytest.raises(UserError, match="there is no trained model in"):
         training.train(tiny_config, tmp_path / "run")
 
 
