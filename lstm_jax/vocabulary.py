@@ -82,7 +82,7 @@ class Vocabulary:
         stop: str = "",
         size: int = DEFAULT_SIZE,
     ) -> "Vocabulary":
-        """Return the vocabulary of a text, which may be in pieces, as of `Text.read_pieces`.
+        """Return the vocabulary of a text, which may be in pieces, as of `Text.read_blocks`.
 
         The tokens are those that occur at least `min_count` times. For kind "bpe", `size` is the
         maximum number of tokens. Raise `UserError` if none occurs often enough, or the stop token
@@ -250,9 +250,7 @@ def _index_tokens(text: str, kind: str, stop: str) -> tuple[list[str], np.ndarra
         single = single.replace(end, chr(stop_code))
     # "surrogatepass": a surrogate is a code point like any other here.
     codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.intp)
-    counts = np.bincount(codes)
-    present = np.flatnonzero(counts)
-    table = np.zeros(len(counts), np.int32)
-    table[present] = np.arange(len(present))
+    present = np.bincount(codes) > 0
     spell = BYTES.__getitem__ if kind == "bytes" else chr
-    return [stop if code == stop_code else spell(code) for code in present.tolist()], table[codes]
+    tokens = [stop if code == stop_code else spell(code) for code in np.flatnonzero(present)]
+    return tokens, (np.cumsum(present, dtype=np.int32) - 1)[codes]

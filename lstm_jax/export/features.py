@@ -105,10 +105,9 @@ def find_followers(
     first_half = compute_correlations(activations[:, :half], features[:, :half])
     second_half = compute_correlations(activations[:, half:], features[:, half:])
     rows = []
-    for feature, row in enumerate(first_half):
-        best = np.argsort(-np.abs(row), kind="stable")[:each]
-        kept = best[second_half[feature, best] * np.sign(row[best]) >= _LEAST]
-        pairs = zip(kept.tolist(), second_half[feature, kept].tolist(), strict=True)
-        rows.append([Follower(feature, *pair) for pair in pairs])
+    for i, (first, second) in enumerate(zip(first_half, second_half, strict=True)):
+        best = np.argsort(-np.abs(first), kind="stable")[:each]
+        kept = best[second[best] * np.sign(first[best]) >= _LEAST]
+        rows.append([Follower(i, int(k), float(second[k])) for k in kept])
     rows.sort(key=lambda row: -abs(row[0].correlation) if row else 0)
     return [follower for row in rows for follower in row], second_half
