@@ -255,7 +255,7 @@ class Config(RunConfig):
 
 
 _SECTIONS: dict[str, Any] = {
-    "": RunConfig,
+    "": RunConfig,  # Its fields have no prefix.
     **{own.name: own.type for own in dataclasses.fields(Config) if not own.metadata},
 }
 
