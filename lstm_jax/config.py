@@ -218,9 +218,9 @@ class RunConfig:
     seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
     init_from: str = field("", "The model whose parameters this run starts from: directory of a "
         "run, folder of a model, or name of one in the package.", is_flag=False)
-    minutes: float = field(0.0, "Choose the open fields, such that the whole run takes this time "
-        "(docs/choosing.md). 0: none is open.", "0 <= x <= 1e6")
-    open: tuple[str, ...] = field((), "Fields that are open.", is_flag=False)
+    minutes: float = field(0.0, "Minutes of the whole run, for which it chooses the open fields.",
+        "0 <= x <= 1e6", is_flag=False)
+    open: tuple[str, ...] = field((), "Fields that `budget` chooses.", is_flag=False)
     num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True)
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
         "0: no limit.", _COUNT, resume=True)
