@@ -174,11 +174,8 @@ def get_number(trial: FrozenTrial) -> int:
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return the last attempt at each trial: first the complete ones, by their losses."""
     last = {get_number(trial): trial for trial in study.get_trials(deepcopy=False)}
-
-    def rank(trial: FrozenTrial) -> tuple[bool, float]:
-        return trial.state != TrialState.COMPLETE, math.inf if trial.value is None else trial.value
-
-    return sorted(last.values(), key=rank)
+    by_loss = sorted(last.values(), key=lambda x: math.inf if x.value is None else x.value)
+    return sorted(by_loss, key=lambda trial: trial.state != TrialState.COMPLETE)
 
 
 def run_worker(sweep: Sweep) -> None:

@@ -5,16 +5,13 @@ import io
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lstm_jax import config as config_lib
-from lstm_jax import generation
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
-from lstm_jax.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.drawn
 
@@ -49,14 +46,3 @@ def test_config_fields(fields: dict[str, Any]) -> None:
         assert_one_line(error)
     else:
         assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
-
-
-@given(prompt=st.text(st.characters(codec=None), max_size=50))
-def test_prompts(prompt: str) -> None:
-    for text in ("ab", "\n", "The quick brown fox.\n"):
-        vocabulary = Vocabulary.from_text(text)
-        ids = generation.encode_prompt(vocabulary, prompt)
-        assert ids.dtype == np.int32 and len(ids) == max(len(prompt), 1)
-        assert ids.min() > 0 and ids.max() < len(vocabulary)
-        unknown = ", ".join(map(repr, sorted(set(prompt) - set(text))[:10]))
-        assert vocabulary.name_unknown(prompt).removesuffix(", ...") == unknown
