@@ -25,7 +25,6 @@ import numpy as np
 from constriction import stream
 
 import lstm_jax
-from lstm_jax.run import command
 
 
 def code(run: lstm_jax.Run, coders: list[Any], blocks: list[np.ndarray]) -> None:
@@ -93,13 +92,8 @@ def unpack(run: lstm_jax.Run, data: bytes) -> bytes:
     return run.vocabulary.decode(np.concatenate(blocks)).encode("utf-8", "surrogateescape")
 
 
-def main() -> None:
-    """Pack or unpack a file."""
+if __name__ == "__main__":
     action, directory, source, target = sys.argv[1:] if len(sys.argv) == 5 else sys.exit(__doc__)
     convert = pack if action == "pack" else unpack if action == "unpack" else sys.exit(__doc__)
     Path(target).write_bytes(convert(lstm_jax.load(directory), Path(source).read_bytes()))
     print(f"{Path(source).stat().st_size:,} bytes in, {Path(target).stat().st_size:,} bytes out")
-
-
-if __name__ == "__main__":
-    command.call_main(main)

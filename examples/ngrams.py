@@ -23,7 +23,6 @@ import numpy as np
 import lstm_jax
 from lstm_jax import dynamic
 from lstm_jax.ensemble import list_members
-from lstm_jax.run import command
 
 
 class NGrams:
@@ -70,8 +69,7 @@ def fit_weights(experts: np.ndarray, lengths: np.ndarray, longest: int) -> np.nd
     return weights
 
 
-def main() -> None:
-    """Print the losses of the model, the n-grams and their mixture."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a model that lstm_jax.load reads; several: an ensemble")
     parser.add_argument("train", type=Path, help="the training text")
@@ -99,7 +97,3 @@ def main() -> None:
         mixed = (weights[lengths].T * experts).sum(axis=0)
         means = [-np.log(p).mean() for p in (*experts, mixed)]
         print("{}: model {:.4f}, n-grams {:.4f} and {:.4f}, mixed {:.4f}".format(path, *means))
-
-
-if __name__ == "__main__":
-    command.call_main(main)

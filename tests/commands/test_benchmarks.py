@@ -31,7 +31,8 @@ def test_every_library_runs_the_same_layer(cell: str, dtype: str) -> None:
     import layers
     from lstm_jax.ops import choice
 
-    options = argparse.Namespace(batch_size=2, window_length=3, hidden_size=16, dtype=dtype)
+    sizes = {"batch_size": 2, "window_length": 3, "hidden_size": 16}
+    options = argparse.Namespace(**sizes, dtype=dtype, work="gradients")
     gates = {"lstm": 4, "peephole": 4, "gru": 3, "rnn": 1}[cell]
     ours: list[Any] = []
     for name, make in layers.list_contestants().items():
