@@ -38,7 +38,7 @@ _SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _FIRST_SIZE, _LARGEST_EMBEDDING = 256, 256
 _TOKENS_PER_PARAMETER = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
-_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 8, 64, 20
+_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
 # Each kind of dropout at these numbers of epochs; in between, by their logarithm.
 _EPOCHS = (4, 24, 64)
 _DROPOUT = {
