@@ -134,7 +134,7 @@ def load_trials(sweep: Path) -> list[FrozenTrial]:
 
 def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
     """Measure the trained model of a trial, and keep the results beside it."""
-    directory = sweep / "trials" / f"{search.get_number(trial):04}"
+    directory = search.get_directory(sweep, search.get_number(trial))
     path = directory / "measured.json"
     return Measured(**frame.compute_once(path, lambda: measure(trial, directory)._asdict()))
 

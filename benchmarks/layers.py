@@ -4,10 +4,9 @@
     python benchmarks/layers.py --only peephole,rnn --hidden_size 512 --dtype bfloat16
 
 Each computes the gradients of its parameters and inputs, given those of all outputs, or its outputs
-only (--work outputs). The rounds
-alternate between the libraries, all in one process. The rows whose names have a word of --only run,
-and an LSTM in XLA; ratios are to the first row. `pip install -e '.[bench]'` installs the other
-libraries; a line is printed for each that is missing.
+only (--work outputs). The rounds alternate between the libraries, all in one process. The rows
+whose names have a word of --only run, and an LSTM in XLA; ratios are to the first row. `pip install
+-e '.[bench]'` installs the other libraries; a line is printed for each that is missing.
 """
 
 import argparse

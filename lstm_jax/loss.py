@@ -1,7 +1,7 @@
 """Compute the loss of a model, or of an `Ensemble`, on a text, and measures derived from it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -152,14 +152,13 @@ def compute_perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def compute_bits_per_character(loss: float, sizes: Sequence[TextSize]) -> float:
+def compute_bits_per_character(loss: float, size: TextSize) -> float:
     """Convert a loss to bits per Unicode character, to compare tokens of any kind.
 
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token. The sizes are those of the measured texts; that of the first
-    excludes its first token.
+    The loss is in nats per token. The size is that of the measured text without its first token.
     """
-    tokens, characters, unknown_bytes = map(sum, zip(*sizes, strict=True))
+    tokens, characters, unknown_bytes = size
     return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

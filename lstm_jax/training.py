@@ -133,7 +133,7 @@ def train(
         def record(step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
             """Write a row of metrics and pass it to `watch`, in process 0 only."""
             if split != "train":
-                bits = loss_lib.compute_bits_per_character(loss, [sizes[split]])
+                bits = loss_lib.compute_bits_per_character(loss, sizes[split])
                 extra["bits_per_character"] = bits
             if processes.is_first():
                 writer.write(step, plan.count_epochs(step), split, loss, **extra)

@@ -87,14 +87,12 @@ def main() -> None:
             "the loss is not a number: lower --config.optimizer.learning_rate in training, or "
             "--dynamic_learning_rate"
         )
-    perplexity = loss_lib.compute_perplexity(loss)
+    perplexity, size = loss_lib.compute_perplexity(loss), text.measure(vocabulary, ids)
     steps = [member.step for member in trained.members]
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": loss_lib.compute_bits_per_character(
-            loss, [text.measure(vocabulary, ids)]
-        ),
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, size),
         "perplexity": None if perplexity == math.inf else perplexity,  # JSON has no infinity.
         "tokens": len(ids) - 1,
         "step": steps[0] if len(steps) == 1 else steps,

@@ -54,7 +54,7 @@ def format_parameters(params: Params) -> str:
 
 def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
     """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
-    bits = loss_lib.compute_bits_per_character(loss, [size])
+    bits = loss_lib.compute_bits_per_character(loss, size)
     is_character = token_name == "character"  # Then bits are printed once.
     described = (
         f"{loss:.4f} nats per {token_name}, "

@@ -87,9 +87,11 @@ def hold_lock(directory: Path) -> Iterator[str]:
 
 def has_run(directory: Path) -> bool:
     """Return whether a run in `directory` can resume; raise `UserError` if some files are gone."""
+    from lstm_jax.run import checkpoints
+
     names = (CONFIG, *HISTORY, MODEL)
     has_config, *others = ((directory / name).exists() for name in names)
-    has_checkpoint = any(path.name.isdecimal() for path in (directory / CHECKPOINTS).glob("*/"))
+    has_checkpoint = bool(checkpoints.list_steps(directory / CHECKPOINTS))
     if (has_checkpoint or any(others)) and not (has_checkpoint and has_config):
         missing = CHECKPOINTS if has_config else CONFIG
         raise UserError(

@@ -171,6 +171,11 @@ def get_number(trial: FrozenTrial) -> int:
     return trial.number if first is None else first
 
 
+def get_directory(sweep: Path, number: int) -> Path:
+    """Return the working directory of a trial in that of a sweep."""
+    return sweep / "trials" / f"{number:04}"
+
+
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return the last attempt at each trial: first the complete ones, by their losses."""
     last = {get_number(trial): trial for trial in study.get_trials(deepcopy=False)}
@@ -231,7 +236,7 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
             trial.set_user_attr(REASON, "other workers have started all points of the grid")
             raise optuna.TrialPruned
         sweep.study.sampler = PartialFixedSampler(sweep.points[index], RandomSampler())
-    directory = sweep.directory / "trials" / f"{number:04}"
+    directory = get_directory(sweep.directory, number)
     try:
         overrides = sweep.space(trial)
         config = complete_config(sweep.experiment, overrides)

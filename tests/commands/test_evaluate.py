@@ -74,7 +74,7 @@ def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
         characters = len(text) - len(first.lstrip(" ") if kind == "tokens" else first)
         size = hold_text(text.encode(), kind).measure(vocabulary, vocabulary.encode(text))
         assert size.tokens == tokens
-        bits = loss_lib.compute_bits_per_character(3.0, [size])
+        bits = loss_lib.compute_bits_per_character(3.0, size)
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     # A first token that is a byte of a character does not count as this character.
     vocabulary = Vocabulary.from_text("été", "bytes")
@@ -89,7 +89,7 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     # The first token is not predicted. " été" costs six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     size = hold_text(text.encode(), "words").measure(vocabulary, vocabulary.encode(text))
-    assert loss_lib.compute_bits_per_character(1.5, [size]) == pytest.approx(expected)
+    assert loss_lib.compute_bits_per_character(1.5, size) == pytest.approx(expected)
     assert messages.describe_loss(1.5, vocabulary.token_name, size) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
