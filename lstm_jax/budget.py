@@ -7,7 +7,6 @@ numbers were fitted to 19 runs of about a minute on texts of 20 KB to 25 MB.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,7 +34,8 @@ FIELDS = (
     "log_every_steps",
 )
 _SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_FIRST_SIZE, _LARGEST_EMBEDDING = 256, 256
+_FIRST_SIZE, _FIRST_TOKENS = 256, 1e6  # Measured first, with dropout for this number of tokens.
+_LARGEST_EMBEDDING = 256
 _TOKENS_PER_PARAMETER = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
@@ -49,30 +49,30 @@ _DROPOUT = {
     "recurrent": (0.0, 0.25, 0.5),
 }
 _MOST_EPOCHS = _EPOCHS[-1]  # After more, a model has learned a short text by heart.
-_SHARE = 0.95  # Of the minutes; the speed may fall.
+_SHARE = 0.95  # Of the time that is left; the speed may fall.
 _SECONDS_OF_EVALUATION = 6.0  # To compile it, generation, and to write the last files.
 _EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
 _VALIDATIONS = 8
 
 
 class Speed(NamedTuple):
-    """Measurements of a config on this machine."""
+    """Measurements of a config on this machine; all processes of a run have the same."""
 
     step_seconds: float
     compile_seconds: float
     parameters: int
+    seconds_left: int  # Of the minutes, after measuring.
 
 
 def choose_fields(
-    config: Config, lengths: Mapping[str, int], end: float, measure: Callable[[Config], Speed]
+    config: Config, lengths: Mapping[str, int], measure: Callable[[Config], Speed]
 ) -> tuple[Config, str]:
     """Choose all open fields, and return the config with a line that says what was chosen and why.
 
     Args:
       config: a config with open fields (`Config.open`).
       lengths: the number of tokens of each split.
-      end: the end of the minutes, as `time.monotonic` tells it.
-      measure: returns the speed of a config; it may take seconds, which count.
+      measure: returns the speed of a config.
     """
     length, window = lengths["train"], config.batches.window_length
     batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
@@ -84,22 +84,22 @@ def choose_fields(
     speeds: dict[tuple[int, bool], Speed] = {}
 
     def set_size(size: int, epochs: float) -> Config:
-        logs = np.log((np.clip(epochs, _EPOCHS[0], _EPOCHS[-1]), *_EPOCHS))
-        chosen: dict[str, Any] = {
-            f"regularization.{kind}_dropout": round(float(np.interp(logs[0], logs[1:], rates)), 2)
-            for kind, rates in _DROPOUT.items()
-            if kind != "hidden" or config.model.num_layers > 1
-        }
-        chosen["model.hidden_size"] = size
+        chosen: dict[str, Any] = {"model.hidden_size": size}
         chosen["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
+        position = np.log(np.clip(epochs, _EPOCHS[0], _EPOCHS[-1]))
+        for kind, rates in _DROPOUT.items():
+            applies = kind != "hidden" or config.model.num_layers > 1  # It is between layers.
+            rate = float(np.interp(position, np.log(_EPOCHS), rates)) if applies else 0.0
+            chosen[f"regularization.{kind}_dropout"] = round(rate, 2)
         return _fill(config, chosen)
 
     def predict(size: int) -> tuple[float, float]:
         """Return the tokens that a model of this size reads in the time, and its parameters."""
+        last = next(reversed(speeds.values()))
         near = min(reversed(speeds), key=lambda x: abs(math.log(x[0] / size)))
         speed, ratio = speeds[near], size / near[0]
         rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
-        left = _SHARE * (end - time.monotonic()) - speed.compile_seconds - _SECONDS_OF_EVALUATION
+        left = _SHARE * last.seconds_left - speed.compile_seconds - _SECONDS_OF_EVALUATION
         evaluated = (_VALIDATIONS + 1) * lengths["validation"] + lengths["test"]
         return max(left * rate - evaluated / _EVALUATION, 0.0), speed.parameters * ratio**2
 
@@ -107,7 +107,7 @@ def choose_fields(
         tokens, parameters = predict(size)
         return tokens >= min(_TOKENS_PER_PARAMETER * parameters, _MOST_EPOCHS * length)
 
-    size, epochs = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], 1e6 / length
+    size, epochs = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS / length
     while (key := (size, epochs > _EPOCHS[0])) not in speeds:  # Dropout takes time.
         speeds[key] = measure(set_size(size, epochs))
         size = max(filter(has_enough, sizes), default=sizes[0])

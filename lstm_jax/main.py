@@ -44,10 +44,9 @@ def main() -> int:
     from lstm_jax import training
     from lstm_jax.devices import setup
     from lstm_jax.devices.processes import join_processes
-    from lstm_jax.ops.processor import count_cores
     from lstm_jax.run import workdir
 
-    setup.use_cores(experiment, least=count_cores() if experiment.open else 1)
+    setup.use_cores(experiment)
     directory = workdir.expand_path(_WORKDIR.value or Path("runs", name))
     processes = [flag.value for flag in _PROCESSES]
     alone = not _DISTRIBUTED.value and processes == [None] * 3

@@ -100,8 +100,10 @@ def train(
         # The model and its state.
         if config.open:
             lengths = {name: len(of_split) for name, of_split in ids.items()}
-            measure = functools.partial(measure_speed, vocabulary=vocabulary, ids=ids["train"])
-            config, line = budget.choose_fields(config, lengths, end, measure)
+            measure = functools.partial(
+                measure_speed, vocabulary=vocabulary, ids=ids["train"], end=end
+            )
+            config, line = budget.choose_fields(config, lengths, measure)
             notes.append(line)
         mesh = mesh_lib.make_mesh(config)
         plan = Plan(config, len(ids["train"]))
@@ -294,8 +296,11 @@ def fill_open_fields(config: Config, directory: Path) -> Config:
     return config_lib.complete_config(config, chosen)
 
 
-def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids) -> budget.Speed:
-    """Measure a training step, for a second; all processes return the longest time."""
+def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> budget.Speed:
+    """Measure a training step, for a second; `end` is a time of `time.monotonic`.
+
+    All processes return the numbers of the slowest, so that they choose the same.
+    """
     mesh, model = mesh_lib.make_mesh(config), make_model(config, vocabulary)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
@@ -308,7 +313,8 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids) -> budget.Sp
         state = train_step(state, feed.next())
         jax.block_until_ready(state.loss_sum)
         times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
-    return budget.Speed(statistics.median(times[2:]), times[0], parameters)
+    left = -processes.max_over_processes(-int(end - time.monotonic()))
+    return budget.Speed(statistics.median(times[2:]), times[0], parameters, left)
 
 
 def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:

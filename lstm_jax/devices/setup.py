@@ -60,7 +60,8 @@ def use_cores(config: Config, least: int = 1) -> None:
     are and whether the library in C runs. Call it before anything else uses JAX; later, or with a
     GPU or TPU, it has no effect.
     """
-    wanted = config.mesh.data or limit_cores(config)
+    # With open fields, the sizes are unknown.
+    wanted = config.mesh.data or (count_cores() if config.open else limit_cores(config))
     given = jax.config.values["jax_num_cpu_devices"]  # The caller may have set it.
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
         jax.config.update("jax_num_cpu_devices", max(least, wanted, given))
