@@ -157,9 +157,9 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1)
     leading = (steps,) if steps > 1 else ()
     rows = PartitionSpec(*[None] * len(leading), *DIVIDED)
     ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))
-    starts = place(rows, jax.ShapeDtypeStruct((*leading, batch_size), jnp.bool_))
+    reset = place(rows, jax.ShapeDtypeStruct((*leading, batch_size), jnp.bool_))
     step: Any = train_step.make_train_step(lstm, updates, config, mesh)
-    return step.trace(stored._replace(carry=carry), batches.Batch(ids, ids, starts))
+    return step.trace(stored._replace(carry=carry), batches.Batch(ids, ids, reset))
 
 
 def trace_layer(

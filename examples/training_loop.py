@@ -19,7 +19,7 @@ from absl import flags
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import batches, loss, model, optimizer, train_step
-from lstm_jax.cells.base import restart
+from lstm_jax.cells.base import reset_carry
 from lstm_jax.config import Config, complete_config
 from lstm_jax.data import texts
 from lstm_jax.run import cell_file, command
@@ -66,7 +66,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any, key:
     @jax.jit(donate_argnums=(0, 1, 2))
     def step(params: Any, opt_state: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
         key, *mask_keys = jax.random.split(key, 3)
-        carry = restart(lstm, carry, batch.starts)
+        carry = reset_carry(lstm, carry, batch.reset)
         grads, carry = jax.grad(compute_loss, has_aux=True)(params, carry, mask_keys, batch)
         updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, carry, key

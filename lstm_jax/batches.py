@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     inputs: Any  # int32 [batch, time].
     targets: Any  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
-    starts: Any  # bool [batch], whether a row reads the initial carry.
+    reset: Any  # bool [batch], whether a row reads the initial carry.
     soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
 
 
@@ -88,7 +88,7 @@ class Order:
 def cut_batch(
     ids: Ids | jax.Array,
     begins: Any,
-    starts: Any,
+    reset: Any,
     window_length: int,
     predictions: jax.Array | None = None,
 ) -> Batch:
@@ -105,7 +105,7 @@ def cut_batch(
     if predictions is not None:  # Slices: to gather rows, a TPU would copy the whole array.
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
         soft_targets = jnp.vectorize(cut, signature="()->(t,v)")(begins + 1)
-    return Batch(windows[..., :-1], windows[..., 1:], starts, soft_targets)
+    return Batch(windows[..., :-1], windows[..., 1:], reset, soft_targets)
 
 
 def make_batches(

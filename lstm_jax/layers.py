@@ -99,14 +99,14 @@ def _wrap(params_type: Any, carry: Any) -> Any:
     return carry if carry is None or len(arrays) != len(kind._fields) else kind(*arrays)
 
 
-def _mark_ends(starts: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array | None:
+def _mark_ends(reset: ArrayLike | None, lengths: ArrayLike | None) -> jax.Array | None:
     """Return where documents end, [batch, time], from where they start."""
-    if starts is None:
+    if reset is None:
         return None
-    starts = jnp.asarray(starts).astype(bool)
+    reset = jnp.asarray(reset).astype(bool)
     if lengths is not None:  # No document starts in the padding.
-        starts &= jnp.arange(starts.shape[1]) < jnp.asarray(lengths)[:, None]
-    return jnp.pad(starts, ((0, 0), (0, 1)))[:, 1:]
+        reset &= jnp.arange(reset.shape[1]) < jnp.asarray(lengths)[:, None]
+    return jnp.pad(reset, ((0, 0), (0, 1)))[:, 1:]
 
 
 class LSTM(Stack, nn.Module):

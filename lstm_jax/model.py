@@ -30,7 +30,7 @@ from lstm_jax.cells.base import (
     get_layer_params,
     make_cell,
     name_cell_error,
-    restart,
+    reset_carry,
     run_cell,
 )
 from lstm_jax.config import ModelConfig, Option
@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
         Return the outputs of the last layer, to which the last of `masks` is not applied yet, and
         the carry.
         """
-        starts = self.find_starts(ids)
+        reset = self.find_resets(ids)
         below, carries = self.embedding.embedding[ids], []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
@@ -209,7 +209,7 @@ class LanguageModel(nn.Module):
             inputs = apply_mask(below, mask)
             if i == 0 and mask is None and self.folds_embedding:
                 run, inputs = self.fold_embedding(cell, ids)
-            after, outputs = run(before, inputs, starts)
+            after, outputs = run(before, inputs, reset)
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
@@ -233,8 +233,8 @@ class LanguageModel(nn.Module):
         layer = params._replace(input_kernel=table)
         options: Any = {"dtype": self.dtype, "implementation": self.recurrence}
 
-        def run(carry: Any, inputs: Logits, starts: Any) -> Any:
-            return ops.run(layer, inputs, carry, reset=starts, **options)
+        def run(carry: Any, inputs: Logits, reset: Any) -> Any:
+            return ops.run(layer, inputs, carry, reset=reset, **options)
 
         return run, jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
 
@@ -246,9 +246,9 @@ class LanguageModel(nn.Module):
         Return the outputs of the last layer, the next carry, and the record of each layer.
         """
         below, carries, records = self.embedding.embedding[ids], [], []
-        starts = self.find_starts(ids)
+        reset = self.find_resets(ids)
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
-            before = restart(cell, before, starts)
+            before = reset_carry(cell, before, reset)
             gates, (after, outputs) = get_gates(cell, before, below), cell(before, below)
             records.append((gates, get_activation(cell, after, outputs), outputs))
             carries.append(after)
@@ -315,13 +315,15 @@ class LanguageModel(nn.Module):
         Return logits and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            return _run_gated_step(self, arrays, ids, restart(self, carry, self.find_starts(ids)))
+            return _run_gated_step(
+                self, arrays, ids, reset_carry(self, carry, self.find_resets(ids))
+            )
         bound = self.bind({"params": arrays})
         outputs, carry, _ = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
 
     @nn.nowrap
-    def find_starts(self, ids: Integer[Array, "*shape"]) -> Bool[Array, "*shape"] | None:
+    def find_resets(self, ids: Integer[Array, "*shape"]) -> Bool[Array, "*shape"] | None:
         """Return at which ids a document begins; None without documents."""
         return None if self.stop_id is None else ids == self.stop_id
 

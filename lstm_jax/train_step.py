@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from lstm_jax import model as model_lib
 from lstm_jax.batches import Batch
-from lstm_jax.cells.base import restart
+from lstm_jax.cells.base import reset_carry
 from lstm_jax.config import Config, RegularizationConfig
 from lstm_jax.devices import mesh as mesh_lib
 from lstm_jax.errors import UserError, warn
@@ -96,7 +96,7 @@ def make_train_step(
     compute_grads = _make_compute_grads(model, config)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        before = restart(model, state.carry, batch.starts)
+        before = reset_carry(model, state.carry, batch.reset)
         key, mask_key, parameter_key = jax.random.split(state.key, 3)
         masks = draw_masks(rates, model, mask_key, len(batch.inputs))
         compute = mesh_lib.divide_over_devices(compute_grads, mesh)
@@ -115,7 +115,7 @@ def make_train_step(
         )
 
     def train_steps(state: TrainState, batch: Batch) -> TrainState:
-        if batch.starts.ndim == 1:
+        if batch.reset.ndim == 1:
             return train_step(state, batch)
         return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[0]
 

@@ -5,8 +5,8 @@ A cell is a flax module with the fields `input_size` and `hidden_size`, and the 
 and `__call__(carry, inputs)`, which returns the next carry, of the same types, and the outputs. It
 may also have a field `dtype`; other fields with a default, which are options; and the methods
 
-- `run_parallel(carry, inputs, starts)`, which returns the last carry and the outputs of all steps.
-  `starts` is true at the steps that read the initial carry because a document begins, or None;
+- `run_parallel(carry, inputs, reset)`, which returns the last carry and the outputs of all steps.
+  `reset` is true at the steps that read the initial carry because a document begins, or None;
 - `gates(carry, inputs)`, which returns the gates of a step by name, and `activation(carry)`, the
   activations of the hidden units in [-1, 1], for `lstm_jax.export`.
 
@@ -38,7 +38,7 @@ Inputs = Float[Array, "batch inputs"]
 Outputs = Float[Array, "batch hidden"]
 AllInputs = Float[Array, "batch time inputs"]
 AllOutputs = Float[Array, "batch time hidden"]
-Starts = Bool[Array, "batch time"]
+Reset = Bool[Array, "batch time"]
 # Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
 Gates = dict[str, Float[Array, "*batch hidden"]]
 
@@ -93,21 +93,21 @@ def run_cell(
     cell: Any,
     carry: Any,
     inputs: Float[ArrayLike, "batch time features"],
-    starts: Bool[ArrayLike, "batch time"] | None = None,
+    reset: Bool[ArrayLike, "batch time"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Any, AllOutputs]:
     """Run a cell over inputs; return the last carry and all outputs.
 
     With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
     that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
-    where `starts` is true read the initial carry.
+    where `reset` is true read the initial carry.
     """
     if implementation != "scan" and (params := get_layer_params(cell)):
         options: Any = {"dtype": cell.dtype, "implementation": implementation}
-        return ops.run(params, inputs, carry, reset=starts, **options)
+        return ops.run(params, inputs, carry, reset=reset, **options)
     if implementation != "scan" and hasattr(cell, "run_parallel"):
-        return cell.run_parallel(carry, inputs, starts)
-    return _scan(cell, carry, (inputs, starts))
+        return cell.run_parallel(carry, inputs, reset)
+    return _scan(cell, carry, (inputs, reset))
 
 
 def get_layer_params(cell: Any) -> Any:
@@ -117,19 +117,19 @@ def get_layer_params(cell: Any) -> Any:
     return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
 
 
-def restart(cell: Any, carry: Any, starts: Bool[Array, " batch"] | None) -> Any:
-    """Return the carry of a cell or model: the initial one where `starts` is true."""
-    if starts is None:
+def reset_carry(cell: Any, carry: Any, reset: Bool[Array, " batch"] | None) -> Any:
+    """Return the carry of a cell or model: the initial one where `reset` is true."""
+    if reset is None:
         return carry
     return jax.tree.map(
-        lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
-        cell.initial_carry(len(starts)),
+        lambda first, x: jnp.where(reset.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+        cell.initial_carry(len(reset)),
         carry,
     )
 
 
 _scan = nn.scan(
-    lambda cell, carry, read: cell(restart(cell, carry, read[1]), read[0]),
+    lambda cell, carry, read: cell(reset_carry(cell, carry, read[1]), read[0]),
     variable_broadcast="params",
     split_rngs={"params": False},
     in_axes=1,

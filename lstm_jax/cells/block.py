@@ -13,7 +13,7 @@ from lstm_jax.cells.base import (
     Gates,
     Inputs,
     Outputs,
-    Starts,
+    Reset,
     get_gates,
     run_cell,
 )
@@ -72,18 +72,18 @@ class Block(nn.Module):
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(
-        self, carry: BlockCarry, inputs: AllInputs, starts: Starts | None
+        self, carry: BlockCarry, inputs: AllInputs, reset: Reset | None
     ) -> tuple[BlockCarry, AllOutputs]:
         """Return the last carry and all outputs.
 
         Only a cell without a parallel form runs step by step.
         """
-        x, before, u = self._convolve(carry, inputs, starts)
-        cell, outputs = run_cell(self.cell, carry.cell, u, starts=starts)
+        x, before, u = self._convolve(carry, inputs, reset)
+        cell, outputs = run_cell(self.cell, carry.cell, u, reset=reset)
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
-        self, carry: BlockCarry, inputs: AllInputs, starts: Starts | None = None
+        self, carry: BlockCarry, inputs: AllInputs, reset: Reset | None = None
     ) -> tuple[AllOutputs, Float[Array, "batch 3 hidden"], AllOutputs]:
         """Return x, the next inputs to keep for the convolution, and u; see the equations."""
         x, time = inputs, inputs.shape[1]
@@ -91,8 +91,8 @@ class Block(nn.Module):
             x = matmul(inputs, self.input_kernel, self.dtype)
         read = jnp.concatenate([carry.before, normalize_rms(x, self.cell_scale)], axis=1)
         parts, after = [read[:, j : j + time] for j in range(_WIDTH)], read[:, time:]
-        if starts is not None:  # A step reads inputs of its document, and the rest is zero.
-            document = jnp.cumsum(starts, axis=1)
+        if reset is not None:  # A step reads inputs of its document, and the rest is zero.
+            document = jnp.cumsum(reset, axis=1)
             of_read = jnp.pad(document, ((0, 0), (_WIDTH - 1, 0)))
             parts = [
                 jnp.where((of_read[:, j : j + time] == document)[..., None], part, 0)

@@ -135,18 +135,18 @@ def _check_gradients(cell: Any, variables: Any) -> None:
     inputs = np.random.default_rng(1).normal(size=(_BATCH, _TIME, cell.input_size))
     carry, variables = jax.tree.map(to_float64, (cell.initial_carry(_BATCH), variables))
 
-    def loss(variables: Any, inputs: jax.Array, starts: Any, implementation: str) -> jax.Array:
-        before, starts = jax.tree.map(jnp.asarray, (carry, starts))
+    def loss(variables: Any, inputs: jax.Array, reset: Any, implementation: str) -> jax.Array:
+        before, reset = jax.tree.map(jnp.asarray, (carry, reset))
         run = nn.apply(run_cell, cell)
-        after, outputs = run(variables, before, inputs, starts, implementation)
+        after, outputs = run(variables, before, inputs, reset, implementation)
         states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
         weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
         return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
 
-    starts = np.arange(_TIME) == np.full((_BATCH, 1), _CUT)
-    forms = ("scan", None), ("auto", None), ("auto with documents", starts)
+    reset = np.arange(_TIME) == np.full((_BATCH, 1), _CUT)
+    forms = ("scan", None), ("auto", None), ("auto with documents", reset)
     for name, mask in forms if hasattr(cell, "run_parallel") else forms[:1]:
-        run = jax.jit(functools.partial(loss, starts=mask, implementation=name[:4]))
+        run = jax.jit(functools.partial(loss, reset=mask, implementation=name[:4]))
         try:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
@@ -156,10 +156,10 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
 
 def _make_run(cell: Any, variables: Any, implementation: str) -> Callable[..., Any]:
-    """Return a function of a carry, inputs [batch, time, features] and starts, compiled anew."""
+    """Return a function of a carry, inputs [batch, time, features] and reset, compiled anew."""
     run = jax.jit(functools.partial(nn.apply(run_cell, cell), implementation=implementation))
-    return lambda carry, inputs, starts=None: jax.device_get(
-        run(variables, carry, inputs, starts=starts)
+    return lambda carry, inputs, reset=None: jax.device_get(
+        run(variables, carry, inputs, reset=reset)
     )
 
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from lstm_jax import ops
-from lstm_jax.cells.base import AllInputs, AllOutputs, Inputs, Outputs, SizedCell, Starts
+from lstm_jax.cells.base import AllInputs, AllOutputs, Inputs, Outputs, Reset, SizedCell
 from lstm_jax.ops.gates import HiddenCarry
 
 # a and b.
@@ -24,7 +24,7 @@ class LinearCell(SizedCell):
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self, carry: HiddenCarry, inputs: AllInputs, starts: Starts | None
+        self, carry: HiddenCarry, inputs: AllInputs, reset: Reset | None
     ) -> tuple[HiddenCarry, AllOutputs]:
         """Return the last carry and all outputs."""
-        return ops.linear_scan(*self.coefficients(inputs), carry, reset=starts)
+        return ops.linear_scan(*self.coefficients(inputs), carry, reset=reset)

@@ -11,8 +11,8 @@ from lstm_jax.cells.base import (
     Gates,
     Inputs,
     Outputs,
+    Reset,
     SizedCell,
-    Starts,
     forget_bias,
 )
 from lstm_jax.cells.slstm import count_per_head
@@ -58,10 +58,10 @@ class MLSTMCell(SizedCell):
         return carry, (o * found).reshape(len(inputs), -1)
 
     def run_parallel(
-        self, carry: MLSTMCarry, inputs: AllInputs, starts: Starts | None
+        self, carry: MLSTMCarry, inputs: AllInputs, reset: Reset | None
     ) -> tuple[MLSTMCarry, AllOutputs]:
         """Return the last carry and all outputs."""
-        return ops.mlstm(self._params(), inputs, carry, reset=starts, dtype=self.dtype)
+        return ops.mlstm(self._params(), inputs, carry, reset=reset, dtype=self.dtype)
 
     def _params(self) -> MLSTMParams:
         return MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)

@@ -12,8 +12,8 @@ from lstm_jax.cells.base import (
     Gates,
     Inputs,
     Outputs,
+    Reset,
     SizedCell,
-    Starts,
     forget_bias,
 )
 from lstm_jax.matmul import matmul
@@ -53,7 +53,7 @@ class ParaGRUCell(SizedCell):
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self, carry: HiddenCarry, inputs: AllInputs, starts: Starts | None
+        self, carry: HiddenCarry, inputs: AllInputs, reset: Reset | None
     ) -> tuple[HiddenCarry, AllOutputs]:
         """Return the last carry and all outputs.
 
@@ -68,13 +68,13 @@ class ParaGRUCell(SizedCell):
         ) -> tuple[HiddenCarry, AllOutputs]:
             """Run h' = a * h + b, which equals a step and its slope at `hidden`."""
             before = jnp.concatenate([carry.hidden[:, None], hidden[:, :-1]], axis=1)
-            if starts is not None:
-                before = jnp.where(starts[..., None], 0, before)
+            if reset is not None:
+                before = jnp.where(reset[..., None], 0, before)
             before = lax.stop_gradient(before)
             ones = jnp.ones_like(before)
             value, slope = jax.jvp(lambda h: _step(h, sums, scale), (before,), (ones,))
             slope = lax.stop_gradient(slope)
-            return ops.linear_scan(slope, value - slope * before, carry, reset=starts)
+            return ops.linear_scan(slope, value - slope * before, carry, reset=reset)
 
         def improve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden, _ = state

@@ -22,7 +22,7 @@ import runs
 from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.base import make_cell, restart
+from lstm_jax.cells.base import make_cell, reset_carry
 from lstm_jax.cells.block import Block
 from lstm_jax.errors import UserError
 from lstm_jax.export import activations
@@ -283,11 +283,11 @@ class Sum(nn.Module):
         return carry, carry
 
     def run_parallel(
-        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+        self, carry: jax.Array, inputs: jax.Array, reset: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         outputs = []
         for t in range(inputs.shape[1]):
-            carry = restart(self, carry, None if starts is None else starts[:, t])
+            carry = reset_carry(self, carry, None if reset is None else reset[:, t])
             carry, output = self(carry, inputs[:, t])
             outputs.append(output)
         return carry, jnp.stack(outputs, axis=1)
@@ -347,7 +347,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "the parallel form differs from a scan: by": parallel(lambda _, h, x, s: (0 * h, x, s)),
     "with documents, the parallel form differs": parallel(lambda _, h, x, s: (h, x, None)),
     r"differs from finite differences \(auto with documents\)": parallel(
-        lambda _, h, x, starts: (h, x if starts is None else stop(x), starts)
+        lambda _, h, x, reset: (h, x if reset is None else stop(x), reset)
     ),
     r"outputs is float32\[3, 5\]: it must be .* here \[3, 8\]": {
         "__call__": lambda self, h, x: (h, x)

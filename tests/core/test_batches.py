@@ -30,11 +30,11 @@ def test_an_epoch_reads_the_text_once_in_segments_drawn_anew(kind: str) -> None:
             assert batch.inputs.dtype == batch.targets.dtype == np.int32
             np.testing.assert_array_equal(batch.targets, (batch.inputs + 1) % length)
         assert len({*np.ravel([batch.inputs for batch in epoch])}) == steps * size * window
-        starts = np.array([batch.starts for batch in epoch])
-        assert starts[0].all()
-        assert starts.all() if kind == "windows" else 0.05 < starts[1:].mean() < 0.15
+        reset = np.array([batch.reset for batch in epoch])
+        assert reset[0].all()
+        assert reset.all() if kind == "windows" else 0.05 < reset[1:].mean() < 0.15
         for before, after in itertools.pairwise(epoch):
-            assert (after.starts | (after.inputs[:, 0] == before.targets[:, -1])).all()
+            assert (after.reset | (after.inputs[:, 0] == before.targets[:, -1])).all()
         boundaries.add(int(epoch[0].inputs[0, 0]) % window)
         (batch,) = (batch for batch in epoch if 3000 in batch.inputs)
         distances.add(tuple(sorted(abs(batch.inputs[:, 0] - 3000) // 100)))

@@ -43,10 +43,10 @@ def set_up(
     return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
 
 
-def make_batch(batch_size: int, time: int, seed: int = 0, starts: bool = True) -> batches.Batch:
+def make_batch(batch_size: int, time: int, seed: int = 0, reset: bool = True) -> batches.Batch:
     """Return a batch of random ids below 11."""
     ids = np.random.default_rng(seed).integers(0, 11, (batch_size, time + 1)).astype(np.int32)
-    return batches.Batch(ids[:, :-1], ids[:, 1:], np.full(batch_size, starts))
+    return batches.Batch(ids[:, :-1], ids[:, 1:], np.full(batch_size, reset))
 
 
 @pytest.mark.parametrize("max_gradient_norm", [0.0, 0.01])
@@ -98,7 +98,7 @@ def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.Monk
         model = model_lib.make_model(config.model, 11)
         state, step = set_up(model, config)
         for seed in range(4):
-            state = step(state, make_batch(6, 8, seed, starts=seed == 2))
+            state = step(state, make_batch(6, 8, seed, reset=seed == 2))
         results.append(state)
         assert sizes == {6 // number}
         sizes.clear()
@@ -166,10 +166,10 @@ def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
     model = model_lib.make_model(config.model, 11)
     state, step = set_up(model, config)
     carries = []
-    for first, starts in ((1, True), (0, True), (0, False)):
+    for first, reset in ((1, True), (0, True), (0, False)):
         state, _ = set_up(model, config)
         state = step(state, make_batch(4, 8, first))
-        carries.append(step(state, make_batch(4, 8, 1, starts)).carry)
+        carries.append(step(state, make_batch(4, 8, 1, reset)).carry)
     fresh, again, kept = map(jax.tree.leaves, carries)
     jax.tree.map(np.testing.assert_array_equal, fresh, again)
     assert not np.allclose(fresh[0], kept[0], rtol=1e-2, atol=0)
