@@ -1,6 +1,8 @@
 // Call the functions of the library as XLA does, on one thread: run the calls that standard input
 // describes, and write the number of lanes, whether the processor has bfloat16, and the errors and
 // results of the calls. tests/call_handlers.py has the format.
+#include <stdio.h>
+
 #include "lstm.c"
 
 static char message[1000];
