@@ -33,11 +33,9 @@ from lstm_jax.errors import UserError, check_type, one_line
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
-# The inputs and outputs of one step, and of all steps.
-Inputs = Float[Array, "batch inputs"]
-Outputs = Float[Array, "batch hidden"]
-AllInputs = Float[Array, "batch time inputs"]
-AllOutputs = Float[Array, "batch time hidden"]
+# Of one step, [batch, n], or of all steps, [batch, time, n].
+Inputs = Float[Array, "batch *time inputs"]
+Outputs = Float[Array, "batch *time hidden"]
 Reset = Bool[Array, "batch time"]
 # Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
 Gates = dict[str, Float[Array, "*batch hidden"]]
@@ -95,7 +93,7 @@ def run_cell(
     inputs: Float[ArrayLike, "batch time features"],
     reset: Bool[ArrayLike, "batch time"] | None = None,
     implementation: str = "auto",
-) -> tuple[Any, AllOutputs]:
+) -> tuple[Any, Outputs]:
     """Run a cell over inputs; return the last carry and all outputs.
 
     With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
@@ -159,6 +157,16 @@ class SizedCell(nn.Module):
         """Return the carry at the start of a text: zeros."""
         return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
+    def declare_input_kernel(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
+        """Declare the input kernel and the bias of this number of gates; call it in `setup`."""
+        shape = self.input_size, gates * self.hidden_size
+        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
+        self.bias = self.param("bias", bias, shape[1:])
+
+    def project_inputs(self, inputs: Array) -> Array:
+        """Return x W + b of one or all steps, [..., gates * hidden_size]."""
+        return matmul(inputs, self.input_kernel, self.dtype, self.bias)
+
 
 class Cell(SizedCell):
     """A cell whose gates read x W + b and h U. The protocol does not require this base class."""
@@ -170,10 +178,6 @@ class Cell(SizedCell):
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, (self.hidden_size, size))
         self.bias = self.param("bias", bias, (size,))
-
-    def project_inputs(self, inputs: Inputs) -> Float[Array, "batch sums"]:
-        """Return x W + b: [batch, gates * hidden_size]."""
-        return matmul(inputs, self.input_kernel, self.dtype, self.bias)
 
     def project_hidden(self, hidden: Outputs) -> Float[Array, "batch sums"]:
         """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""

@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import (
-    AllInputs,
-    AllOutputs,
-    Gates,
-    Inputs,
-    Outputs,
-    Reset,
-    get_gates,
-    run_cell,
-)
+from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, get_gates, run_cell
 from lstm_jax.matmul import matmul
 
 _WIDTH = 4  # The kernel size of the convolution.
@@ -72,8 +63,8 @@ class Block(nn.Module):
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(
-        self, carry: BlockCarry, inputs: AllInputs, reset: Reset | None
-    ) -> tuple[BlockCarry, AllOutputs]:
+        self, carry: BlockCarry, inputs: Inputs, reset: Reset | None
+    ) -> tuple[BlockCarry, Outputs]:
         """Return the last carry and all outputs.
 
         Only a cell without a parallel form runs step by step.
@@ -83,8 +74,8 @@ class Block(nn.Module):
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
-        self, carry: BlockCarry, inputs: AllInputs, reset: Reset | None = None
-    ) -> tuple[AllOutputs, Float[Array, "batch 3 hidden"], AllOutputs]:
+        self, carry: BlockCarry, inputs: Inputs, reset: Reset | None = None
+    ) -> tuple[Outputs, Float[Array, "batch 3 hidden"], Outputs]:
         """Return x, the next inputs to keep for the convolution, and u; see the equations."""
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.test_util import check_grads
 
-from lstm_jax.cells.base import (
-    describe_cell,
-    get_activation,
-    get_gates,
-    make_cell,
-    name_cell_error,
-    run_cell,
-)
+from lstm_jax.cells import base
 from lstm_jax.errors import UserError, make_visible
 
 # Two parts of one length need one compiled program.
@@ -47,8 +40,8 @@ def check_cell(
     if not isinstance(cell, nn.Module):
         if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
             raise UserError(f"{cell!r} is no cell: it must be a class of flax.linen.Module")
-        made = make_cell(cell, input_size, hidden_size, options=options)
-    with name_cell_error(type(made)):
+        made = base.make_cell(cell, input_size, hidden_size, options=options)
+    with base.name_cell_error(type(made)):
         made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
         with jax.enable_x64(False):
             variables = _check_values(made)
@@ -66,8 +59,8 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> dict[str, jax.Array]:
         after, outputs = cell(carry, inputs)
-        activation = get_activation(cell, after, outputs)
-        return {**get_gates(cell, carry, inputs), "outputs": outputs, "activation": activation}
+        activation = base.get_activation(cell, after, outputs)
+        return {**base.get_gates(cell, carry, inputs), "outputs": outputs, "activation": activation}
 
     named = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs)
     real = -np.inf, np.inf
@@ -137,7 +130,7 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
     def loss(variables: Any, inputs: jax.Array, reset: Any, implementation: str) -> jax.Array:
         before, reset = jax.tree.map(jnp.asarray, (carry, reset))
-        run = nn.apply(run_cell, cell)
+        run = nn.apply(base.run_cell, cell)
         after, outputs = run(variables, before, inputs, reset, implementation)
         states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
         weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
@@ -157,7 +150,7 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
 def _make_run(cell: Any, variables: Any, implementation: str) -> Callable[..., Any]:
     """Return a function of a carry, inputs [batch, time, features] and reset, compiled anew."""
-    run = jax.jit(functools.partial(nn.apply(run_cell, cell), implementation=implementation))
+    run = jax.jit(functools.partial(nn.apply(base.run_cell, cell), implementation=implementation))
     return lambda carry, inputs, reset=None: jax.device_get(
         run(variables, carry, inputs, reset=reset)
     )
@@ -178,4 +171,4 @@ def _compare(
 
 
 def _failure(cell: Any, message: str) -> UserError:
-    return UserError(f"{describe_cell(type(cell))}: {message}")
+    return UserError(f"{base.describe_cell(type(cell))}: {message}")

@@ -1,19 +1,16 @@
 """A base for cells with a linear recurrence, whose steps can be computed at once."""
 
-from jaxtyping import Array, Float
-
 from lstm_jax import ops
-from lstm_jax.cells.base import AllInputs, AllOutputs, Inputs, Outputs, Reset, SizedCell
+from lstm_jax.cells.base import Inputs, Outputs, Reset, SizedCell
 from lstm_jax.ops.gates import HiddenCarry
 
-# a and b.
-Coefficients = tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]
+Coefficients = tuple[Outputs, Outputs]  # a and b.
 
 
 class LinearCell(SizedCell):
     """A cell with h' = a * h + b, where a and b depend on the inputs only."""
 
-    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> Coefficients:
         """Return a and b of one or all steps."""
         raise NotImplementedError
 
@@ -24,7 +21,7 @@ class LinearCell(SizedCell):
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self, carry: HiddenCarry, inputs: AllInputs, reset: Reset | None
-    ) -> tuple[HiddenCarry, AllOutputs]:
+        self, carry: HiddenCarry, inputs: Inputs, reset: Reset | None
+    ) -> tuple[HiddenCarry, Outputs]:
         """Return the last carry and all outputs."""
         return ops.linear_scan(*self.coefficients(inputs), carry, reset=reset)

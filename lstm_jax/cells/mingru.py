@@ -2,11 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from lstm_jax.cells.base import Gates
+from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.linear import Coefficients, LinearCell
-from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
 
@@ -23,19 +22,16 @@ class MinGRUCell(LinearCell):
 
     def setup(self) -> None:
         """Declare the parameters; z, n are side by side."""
-        shape = (self.input_size, 2 * self.hidden_size)
-        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
-        self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        self.declare_input_kernel(2)
 
-    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> Coefficients:
         """Return 1 - z and z * n of one or all steps."""
         gates = self.gates(None, inputs)
         return 1 - gates["update"], gates["update"] * gates["candidate"]
 
-    def gates(self, carry: HiddenCarry | None, inputs: Float[Array, "*batch inputs"]) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: Inputs) -> Gates:
         """Return the gates of one or all steps, which do not depend on the carry."""
-        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
-        z, n = jnp.split(sums, 2, axis=-1)
+        z, n = jnp.split(self.project_inputs(inputs), 2, axis=-1)
         return {"update": nn.sigmoid(z), "candidate": make_positive(n)}
 
 

@@ -2,12 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import Gates
+from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.linear import Coefficients, LinearCell
 from lstm_jax.cells.mingru import make_positive
-from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
 
@@ -24,19 +22,16 @@ class MinLSTMCell(LinearCell):
 
     def setup(self) -> None:
         """Declare the parameters; f, i, n are side by side."""
-        shape = (self.input_size, 3 * self.hidden_size)
-        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
-        self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        self.declare_input_kernel(3)
 
-    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> Coefficients:
         """Return f / (f + i) and i / (f + i) * n of one or all steps."""
         gates = self.gates(None, inputs)
         return gates["forget"], gates["input"] * gates["candidate"]
 
-    def gates(self, carry: HiddenCarry | None, inputs: Float[Array, "*batch inputs"]) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: Inputs) -> Gates:
         """Return the gates of one or all steps, with forget and input gate divided by their sum."""
-        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
-        f, i, n = jnp.split(sums, 3, axis=-1)
+        f, i, n = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         # f / (f + i) is a sigmoid itself, of log f - log i, and so never 0 / 0.
         ratio = nn.log_sigmoid(f) - nn.log_sigmoid(i)
         f, i, n = nn.sigmoid(ratio), nn.sigmoid(-ratio), make_positive(n)

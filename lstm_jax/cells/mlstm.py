@@ -5,16 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lstm_jax import ops
-from lstm_jax.cells.base import (
-    AllInputs,
-    AllOutputs,
-    Gates,
-    Inputs,
-    Outputs,
-    Reset,
-    SizedCell,
-    forget_bias,
-)
+from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, SizedCell, forget_bias
 from lstm_jax.cells.slstm import count_per_head
 from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm, stabilize, step_mlstm
 
@@ -43,11 +34,9 @@ class MLSTMCell(SizedCell):
     def setup(self) -> None:
         """Declare the parameters; q, k, v, o are side by side, and so are i, f of all heads."""
         count_per_head(self.hidden_size, self.heads)
-        glorot, zeros = nn.initializers.glorot_uniform(), nn.initializers.zeros
-        size = 4 * self.hidden_size
-        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
-        self.bias = self.param("bias", zeros, (size,))
-        self.gate_kernel = self.param("gate_kernel", zeros, (self.input_size, 2 * self.heads))
+        self.declare_input_kernel(4)
+        shape = self.input_size, 2 * self.heads
+        self.gate_kernel = self.param("gate_kernel", nn.initializers.zeros, shape)
         remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))
         self.gate_bias = self.param("gate_bias", remembering, (2 * self.heads,))
 
@@ -58,8 +47,8 @@ class MLSTMCell(SizedCell):
         return carry, (o * found).reshape(len(inputs), -1)
 
     def run_parallel(
-        self, carry: MLSTMCarry, inputs: AllInputs, reset: Reset | None
-    ) -> tuple[MLSTMCarry, AllOutputs]:
+        self, carry: MLSTMCarry, inputs: Inputs, reset: Reset | None
+    ) -> tuple[MLSTMCarry, Outputs]:
         """Return the last carry and all outputs."""
         return ops.mlstm(self._params(), inputs, carry, reset=reset, dtype=self.dtype)
 

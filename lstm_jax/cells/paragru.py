@@ -6,17 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax import ops
-from lstm_jax.cells.base import (
-    AllInputs,
-    AllOutputs,
-    Gates,
-    Inputs,
-    Outputs,
-    Reset,
-    SizedCell,
-    forget_bias,
-)
-from lstm_jax.matmul import matmul
+from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, SizedCell, forget_bias
 from lstm_jax.ops.gates import HiddenCarry, align
 
 # Newton's method ends when no state has changed by more than this. Its error after a round is about
@@ -39,33 +29,31 @@ class ParaGRUCell(SizedCell):
 
     def setup(self) -> None:
         """Declare the parameters; r, z, n are side by side."""
-        shape = (self.input_size, 3 * self.hidden_size)
-        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         # Update gates of sigmoid(0) to sigmoid(-4): units keep 2 to 55 steps at first.
         memory = forget_bias(3, jnp.linspace(0.0, -4.0, self.hidden_size))
-        self.bias = self.param("bias", memory, shape[1:])
+        self.declare_input_kernel(3, memory)
         uniform = nn.initializers.uniform(1.0)
         self.recurrent_scale = self.param("recurrent_scale", uniform, (3, self.hidden_size))
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
-        hidden = _step(carry.hidden, self._project(inputs), self.recurrent_scale)
+        hidden = _step(carry.hidden, self.project_inputs(inputs), self.recurrent_scale)
         return HiddenCarry(hidden), hidden
 
     def run_parallel(
-        self, carry: HiddenCarry, inputs: AllInputs, reset: Reset | None
-    ) -> tuple[HiddenCarry, AllOutputs]:
+        self, carry: HiddenCarry, inputs: Inputs, reset: Reset | None
+    ) -> tuple[HiddenCarry, Outputs]:
         """Return the last carry and all outputs.
 
         Newton's method starts from the steps that read a carry of zeros. One more round, at the
         solution, has the first derivative of the recurrence, but no higher one.
         """
-        arrays = carry, self._project(inputs), self.recurrent_scale
+        arrays = carry, self.project_inputs(inputs), self.recurrent_scale
         limit = jnp.maximum(1, jnp.abs(carry.hidden).max())  # Of all states.
 
         def run_round(
             hidden: jax.Array, carry: HiddenCarry, sums: jax.Array, scale: jax.Array
-        ) -> tuple[HiddenCarry, AllOutputs]:
+        ) -> tuple[HiddenCarry, Outputs]:
             """Run h' = a * h + b, which equals a step and its slope at `hidden`."""
             before = jnp.concatenate([carry.hidden[:, None], hidden[:, :-1]], axis=1)
             if reset is not None:
@@ -90,11 +78,7 @@ class ParaGRUCell(SizedCell):
 
     def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step."""
-        return _compute_gates(carry.hidden, self._project(inputs), self.recurrent_scale)
-
-    def _project(self, inputs: jax.Array) -> jax.Array:
-        """Return x W + b."""
-        return matmul(inputs, self.input_kernel, self.dtype, self.bias)
+        return _compute_gates(carry.hidden, self.project_inputs(inputs), self.recurrent_scale)
 
 
 def _compute_gates(hidden: jax.Array, sums: jax.Array, scale: jax.Array) -> Gates:

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from lstm_jax.cells.base import Gates, Inputs
 from lstm_jax.cells.linear import Coefficients, LinearCell
@@ -33,13 +33,12 @@ class RGLRUCell(LinearCell):
         """Declare the parameters; r, i are side by side in `gate_kernel` and `gate_bias`."""
         glorot, zeros = nn.initializers.glorot_uniform(), nn.initializers.zeros
         size = self.hidden_size
-        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
-        self.bias = self.param("bias", zeros, (size,))
+        self.declare_input_kernel(1)
         self.gate_kernel = self.param("gate_kernel", glorot, (size, 2 * size))
         self.gate_bias = self.param("gate_bias", zeros, (2 * size,))
         self.decay = self.param("decay", _draw_decay, (size,))
 
-    def coefficients(self, inputs: Float[Array, "*batch inputs"]) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> Coefficients:
         """Return a and sqrt(1 - a ** 2) * (i * u) of one or all steps."""
         u, r, i = self._project(inputs)
         log_a = self._log_decay(r)
@@ -53,7 +52,7 @@ class RGLRUCell(LinearCell):
 
     def _project(self, inputs: Array) -> list[Array]:
         """Return u, r and i."""
-        u = matmul(inputs, self.input_kernel, self.dtype, self.bias)
+        u = self.project_inputs(inputs)
         sums = matmul(u, self.gate_kernel, self.dtype, self.gate_bias)
         return [u, *jnp.split(nn.sigmoid(sums), 2, axis=-1)]
 

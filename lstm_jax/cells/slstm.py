@@ -69,8 +69,8 @@ class SLSTMCell(SizedCell):
         by_head = carry.hidden.reshape(batch, self.heads, -1).swapaxes(0, 1)
         recurrent = matmul(by_head, self.recurrent_kernel, self.dtype)  # [heads, batch, 4 * d].
         recurrent = recurrent.reshape(self.heads, batch, 4, -1).transpose(1, 2, 0, 3)
-        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
-        i, f, z, o = jnp.split(sums + recurrent.reshape(batch, -1), 4, axis=-1)
+        sums = self.project_inputs(inputs) + recurrent.reshape(batch, -1)
+        i, f, z, o = jnp.split(sums, 4, axis=-1)
         f, i, stabilizer = stabilize(carry.stabilizer, i, nn.log_sigmoid(f))
         gates = {"input": i, "forget": f, "candidate": jnp.tanh(z), "output": nn.sigmoid(o)}
         return gates, stabilizer
