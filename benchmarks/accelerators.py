@@ -25,11 +25,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from frame import parse_flags, print_head, print_row
-from lstm_jax import batches, generation, loss, model, optimizer, train_step
+from lstm_jax import batches, generation, loss, model, ops, optimizer, train_step
 from lstm_jax.config import Config, complete_config
 from lstm_jax.devices.mesh import DATA, DIVIDED, EVERYWHERE
 from lstm_jax.generation import DEFAULT_CONTROLS, make_control_arrays
-from lstm_jax.ops import layer
+from lstm_jax.ops.gates import GATINGS
 
 # What XLA needs to know of a GPU.
 H100 = """
@@ -121,7 +121,7 @@ def list_programs(
         for name, fields in STEPS.items()
     }
     programs["10 steps a call"] = functools.partial(trace_step, config, vocabulary_size, mesh, 10)
-    for kind, gating in layer.GATINGS.items():
+    for kind, gating in GATINGS.items():
         sizes = config.batches.batch_size, config.batches.window_length, config.model.hidden_size
         programs[f"layer {gating.name}"] = functools.partial(
             trace_layer, kind, config.model.dtype, place, *sizes
@@ -168,7 +168,7 @@ def trace_layer(
     """Trace a layer of `ops`, forward and backward."""
 
     def sum_outputs(params: Any, inputs: jax.Array) -> jax.Array:
-        return (layer.run(params, inputs, dtype=dtype)[1] ** 2).sum()
+        return (ops.run(params, inputs, dtype=dtype)[1] ** 2).sum()
 
     params = jax.eval_shape(lambda: kind.init(jax.random.key(0), hidden, hidden))
     inputs = jax.ShapeDtypeStruct((batch, time, hidden), jnp.float32)

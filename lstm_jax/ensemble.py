@@ -54,10 +54,10 @@ class Ensemble:
         return tuple(member.prepare_step(part) for member, part in pairs)
 
     def apply_step(
-        self, arrays: tuple[Prepared, ...], ids: jax.Array, carry: Carry
+        self, prepared: tuple[Prepared, ...], ids: jax.Array, carry: Carry
     ) -> tuple[jax.Array, Carry]:
         """Run the members over one token of each text, ids [batch]."""
-        parts = zip(self.members, arrays, carry, strict=True)
+        parts = zip(self.members, prepared, carry, strict=True)
         return _mix(member.apply_step(part, ids, before) for member, part, before in parts)
 
 

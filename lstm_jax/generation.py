@@ -3,9 +3,10 @@
 `Controls` say which tokens may be drawn, and how probable they are.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from lstm_jax import config as config_lib
 from lstm_jax.errors import NotFiniteError
 from lstm_jax.loss import round_length
-from lstm_jax.model import Carry, LanguageModel, Params, Prepared
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared, Tokens
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 Prompts = Integer[np.ndarray, "batch time"]
@@ -148,6 +149,15 @@ def draw_tokens(
     return jnp.argmax(passed, axis=-1).astype(jnp.int32)
 
 
+class Options(TypedDict, total=False):
+    """The options of `generate_texts`; `stream_texts` explains them."""
+
+    length: Required[int]
+    controls: Controls
+    num_samples: int
+    stop_token: bool
+
+
 class State(NamedTuple):
     """The state of a batch of texts, from which generation continues."""
 
@@ -164,49 +174,32 @@ def prepare_params(model: LanguageModel, params: Params) -> Prepared:
 
 
 @jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
-def initial_state(
-    model: LanguageModel,
-    arrays: Prepared,  # Only its placement is used.
-    batch_size: int = 1,
-) -> State:
+def initial_state(model: LanguageModel, prepared: Prepared, batch_size: int = 1) -> State:
     """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
-    return State(
-        jnp.zeros((batch_size, model.vocabulary_size), jnp.float32),
-        model.initial_carry(batch_size),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros(batch_size, bool),
-    )
+    logits = jnp.zeros((batch_size, model.vocabulary_size), jnp.float32)
+    ended = jnp.zeros(batch_size, bool)
+    return State(logits, model.initial_carry(batch_size), jnp.zeros((), jnp.int32), ended)
 
 
-def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: Prompts) -> State:
-    """Read ids of any length, with arrays from `prepare_params`.
+def read_tokens(model: LanguageModel, prepared: Prepared, state: State, ids: Prompts) -> State:
+    """Read ids of any length, with parameters from `prepare_params`.
 
     All lengths up to the same power of two share one compiled function.
     """
     time = ids.shape[1]
     padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
-    return _read(model, arrays, state, padded, np.int32(time))
+    return _read(model, prepared, state, padded, np.int32(time))
 
 
 @jax.jit(static_argnames="model")
-def _read(
-    model: LanguageModel,
-    arrays: Prepared,
-    state: State,
-    ids: Integer[Array, "batch time"],
-    count: Int[Array, ""],
-) -> State:
-    """Read the first `count` of the ids."""
-    return jax.lax.fori_loop(
-        0, count, lambda t, state: _read_one(model, arrays, state, ids[:, t]), state
-    )
+def _read(model: LanguageModel, prepared: Prepared, state: State, ids: Any, count: Any) -> State:
+    """Read the first `count` of ids [batch, time]."""
+    read = functools.partial(_read_one, model, prepared)
+    return jax.lax.fori_loop(0, count, lambda t, state: read(state, ids[:, t]), state)
 
 
-def _read_one(
-    model: LanguageModel, arrays: Prepared, state: State, ids: Integer[Array, " batch"]
-) -> State:
-    """Read one token of each text."""
-    logits, carry = model.apply_step(arrays, ids, state.carry)
+def _read_one(model: LanguageModel, prepared: Prepared, state: State, ids: Tokens) -> State:
+    logits, carry = model.apply_step(prepared, ids, state.carry)
     logits = logits.astype(jnp.float32)
     return state._replace(logits=logits, carry=carry, position=state.position + 1)
 
@@ -218,7 +211,7 @@ _Loop = tuple[Int[Array, "batch size"], Int[Array, ""], State]
 @jax.jit(static_argnames=("model", "size"))
 def _generate(
     model: LanguageModel,
-    arrays: Prepared,
+    prepared: Prepared,
     state: State,
     key: Array,
     controls: Controls,
@@ -232,20 +225,17 @@ def _generate(
     # step of a model with 1,024 hidden units.
     uniform = draw_uniform(key, batch_size, state.position + jnp.arange(size))
 
-    def is_unfinished(loop: _Loop) -> Array:
-        _, t, state = loop
-        return (t < count) & ~state.ended.all()
-
     def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
         drawn = draw_tokens(adjust_logits(state.logits, controls), uniform[:, t])
         drawn = jnp.where(state.ended, PADDING_ID, drawn)
-        state = _read_one(model, arrays, state, drawn)
+        state = _read_one(model, prepared, state, drawn)
         state = state._replace(ended=state.ended | (drawn == stop_id))
         return ids.at[:, t].set(drawn), t + 1, state
 
     ids = jnp.full((batch_size, size), PADDING_ID, jnp.int32)
     start = ids, jnp.zeros((), jnp.int32), state
+    is_unfinished = lambda loop: (loop[1] < count) & ~loop[2].ended.all()  # noqa: E731
     return jax.lax.while_loop(is_unfinished, generate_one, start)
 
 
@@ -281,8 +271,8 @@ def generate_chunks(
       UserError: if a control is outside its range.
       NotFiniteError: if the model's logits are not finite.
     """
-    arrays, control_arrays = prepare_params(model, params), make_control_arrays(controls)
-    state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
+    prepared, control_arrays = prepare_params(model, params), make_control_arrays(controls)
+    state = read_tokens(model, prepared, initial_state(model, prepared, len(prompts)), prompts)
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     stop, chunk = np.int32(-1 if stop_id is None else stop_id), min(_FIRST_CHUNK, longest)
@@ -294,7 +284,7 @@ def generate_chunks(
             )
         count = np.int32(min(chunk, length))
         ids, number, state = _generate(
-            model, arrays, state, key, control_arrays, stop, count, size=longest
+            model, prepared, state, key, control_arrays, stop, count, size=longest
         )
         yield np.array(ids)[:, : int(number)]
         if np.array(state.ended).all():
@@ -371,18 +361,8 @@ def generate_texts(
     key: Array,
     *,
     prompt: str = "",
-    length: int,
-    controls: Controls = DEFAULT_CONTROLS,
-    num_samples: int = 1,
-    stop_token: bool = True,
+    **options: Unpack[Options],
 ) -> list[str]:
-    """Generate whole texts, with the prompt; see `stream_texts`, which takes the same arguments."""
-    pieces = stream_texts(
-        *(model, params, vocabulary, key),
-        prompt=prompt,
-        length=length,
-        controls=controls,
-        num_samples=num_samples,
-        stop_token=stop_token,
-    )
+    """Generate whole texts, with the prompt; options are those of `stream_texts`."""
+    pieces = stream_texts(model, params, vocabulary, key, prompt=prompt, **options)
     return [prompt + "".join(text) for text in zip(*pieces, strict=True)]

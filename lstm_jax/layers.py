@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from lstm_jax import ops
-from lstm_jax.ops.layer import GATINGS, Name
+from lstm_jax.ops.api import Name
+from lstm_jax.ops.gates import GATINGS
 
 
 class Options(TypedDict, total=False):

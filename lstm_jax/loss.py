@@ -114,12 +114,7 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     return _cut_chunks(ids, np.maximum(bounds[:-1] - _PRECEDING, 0), bounds, length)
 
 
-def _cut_chunks(
-    ids: Ids,
-    begins: Integer[np.ndarray, " streams"],
-    bounds: Integer[np.ndarray, " streams+1"],
-    length: int,
-) -> Iterator[Chunk]:
+def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:
     """Yield chunks of parallel streams.
 
     Stream s reads from begins[s] on, and its targets from bounds[s] to bounds[s + 1] count.

@@ -22,23 +22,12 @@ from jaxtyping import Array, Bool, Float, Integer
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax import ops
-from lstm_jax.cells import CELLS, LOADED, import_cell
-from lstm_jax.cells.base import (
-    Gates,
-    get_activation,
-    get_gates,
-    get_layer_params,
-    make_cell,
-    name_cell_error,
-    reset_carry,
-    run_cell,
-)
+from lstm_jax.cells import CELLS, LOADED, base, import_cell
 from lstm_jax.config import ModelConfig, Option
 from lstm_jax.cross_entropy import compute_cross_entropy
-from lstm_jax.matmul import matmul, multiply_columns, round_factor
-from lstm_jax.ops import choice, in_c
-from lstm_jax.ops.gates import Gating
-from lstm_jax.ops.layer import GATINGS
+from lstm_jax.matmul import matmul, round_factor
+from lstm_jax.ops import choice
+from lstm_jax.ops.gates import GATINGS, Gating
 
 Ids = Integer[Array, "batch time"]
 Tokens = Integer[Array, " batch"]
@@ -53,7 +42,8 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 Masks = Sequence[Float[Array, "batch _"] | None]
 
 # The gates, activations and outputs of a layer after a step.
-Record = tuple[Gates, Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
+Record = tuple[base.Gates, Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
+
 
 _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
 # Larger parameters count as infinite: sums of their squares overflow float32.
@@ -62,19 +52,12 @@ _LARGEST = 1e18
 _LARGE_VOCABULARY = 512
 
 
-class StepArrays(NamedTuple):
-    """The parameters of a model of gated layers, prepared for single steps; kernels are rounded."""
+class Prepared(NamedTuple):
+    """The parameters of a model, prepared for single steps."""
 
-    tokens: Float[Array, "vocabulary sums"]  # Each token's term in the first layer's sums.
-    # [sums * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
-    kernels: list[Array]
-    biases: list[Float[Array, "1 sums"]]  # Of each layer but the first.
-    peepholes: list[Float[Array, "3 hidden"] | None]  # Of each layer.
-    head: Float[Array, "vocabulary features"]  # The dense layer's kernel.
-    head_bias: Float[Array, " vocabulary"]
-
-
-Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
+    params: Params
+    layers: list[ops.PreparedLayer]  # Empty if the cells run themselves.
+    head: Float[Array, "vocabulary features"]  # The dense layer's kernel, rounded.
 
 
 class Dense(nn.Module):
@@ -88,7 +71,7 @@ class Dense(nn.Module):
     def setup(self) -> None:
         """Declare the parameters."""
         if not self.tied:
-            shape = (self.input_size, self.output_size)
+            shape = self.input_size, self.output_size
             self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
 
@@ -156,8 +139,13 @@ class LanguageModel(nn.Module):
 
     @property
     def runs_gated_layers(self) -> bool:
-        """Return whether `lstm_jax.ops` runs the layers."""
+        """Return whether `lstm_jax.ops` can run the layers."""
         return self.block == "none" and "layer_params" in vars(self.cell_class)
+
+    @property
+    def uses_ops(self) -> bool:
+        """Return whether `lstm_jax.ops` runs the layers."""
+        return self.runs_gated_layers and self.recurrence != "scan"
 
     @property
     def gating(self) -> Gating:
@@ -168,7 +156,7 @@ class LanguageModel(nn.Module):
     def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
         options: Any = {"dtype": self.dtype, "options": self.options}
-        make: Any = functools.partial(make_cell, self.cell_class, **options)
+        make: Any = functools.partial(base.make_cell, self.cell_class, **options)
         sizes = itertools.pairwise(self.sizes)
         if self.block == "none":
             return [make(inputs, hidden) for inputs, hidden in sizes]
@@ -203,54 +191,50 @@ class LanguageModel(nn.Module):
         """
         reset = self.find_resets(ids)
         below, carries = self.embedding.embedding[ids], []
+        # The one-hot input needs two matmuls of this size, the embedded row three.
+        is_small = self.vocabulary_size <= 1.5 * self.embedding_size
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
-            run = functools.partial(run_cell, cell, implementation=self.recurrence)
-            inputs = apply_mask(below, mask)
-            if i == 0 and mask is None and self.folds_embedding:
-                run, inputs = self.fold_embedding(cell, ids)
-            after, outputs = run(before, inputs, reset)
+            if i == 0 and mask is None and self.uses_ops and is_small:
+                inputs = jax.nn.one_hot(ids, self.vocabulary_size, dtype=below.dtype)
+                options: Any = {"dtype": self.dtype, "implementation": self.recurrence}
+                params = self.fold_embedding()
+                after, outputs = ops.run(params, inputs, before, reset=reset, **options)
+            else:
+                inputs = apply_mask(below, mask)
+                after, outputs = base.run_cell(cell, before, inputs, reset, self.recurrence)
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
 
-    @property
-    def folds_embedding(self) -> bool:
-        """Return whether the embedding is folded into the first layer: see `fold_embedding`."""
-        # The one-hot input needs two matmuls of this size, the embedded row three.
-        is_small = self.vocabulary_size <= 1.5 * self.embedding_size
-        return is_small and self.runs_gated_layers and self.recurrence != "scan"
+    def fold_embedding(self) -> Any:
+        """Return the parameters of the first layer, if it is gated, for one-hot inputs.
 
-    def fold_embedding(self, cell: nn.Module, ids: Ids) -> tuple[Any, Logits]:
-        """Return a function that runs a gated layer over embedded ids, and its one-hot inputs.
-
-        The embedding table is multiplied by the input kernel once, and the matmul of a step selects
-        a row of the result by a one-hot input. So the backward pass needs no matmul for the
-        gradient of the inputs.
+        Their input kernel is multiplied by the embedding table once, and the matmul of a step
+        selects a row of the result. So the backward pass needs no matmul for the gradient of the
+        inputs.
         """
-        params = get_layer_params(cell)
+        params = base.get_layer_params(self.layers[0])
         table = matmul(self.embedding.embedding, params.input_kernel, self.dtype)
-        layer = params._replace(input_kernel=table)
-        options: Any = {"dtype": self.dtype, "implementation": self.recurrence}
-
-        def run(carry: Any, inputs: Logits, reset: Any) -> Any:
-            return ops.run(layer, inputs, carry, reset=reset, **options)
-
-        return run, jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
+        return params._replace(input_kernel=table)
 
     def run_step(
-        self, ids: Tokens, carry: Carry
+        self, ids: Tokens, carry: Carry, layers: Sequence[ops.PreparedLayer] = ()
     ) -> tuple[Float[Array, "batch features"], Carry, list[Record]]:
         """Run the recurrent layers over one token of each text.
 
-        Return the outputs of the last layer, the next carry, and the record of each layer.
+        Return the outputs of the last layer, the next carry, and the record of each layer; with
+        prepared layers, which are faster than the cells, no records.
         """
         below, carries, records = self.embedding.embedding[ids], [], []
         reset = self.find_resets(ids)
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
-            before = reset_carry(cell, before, reset)
-            gates, (after, outputs) = get_gates(cell, before, below), cell(before, below)
-            records.append((gates, get_activation(cell, after, outputs), outputs))
+            if layers:
+                after, outputs = layers[i].step(below if i else ids, before, reset)
+            else:
+                before = base.reset_carry(cell, before, reset)
+                gates, (after, outputs) = base.get_gates(cell, before, below), cell(before, below)
+                records.append((gates, base.get_activation(cell, after, outputs), outputs))
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries), records
@@ -289,38 +273,25 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def prepare_step(self, params: Params) -> Prepared:
         """Compute what is the same at every step of `apply_step`; call it before the first."""
-        if not self.runs_gated_layers or self.recurrence == "scan":
-            return params
-        bound = self.bind({"params": params})
-        gating, layers = self.gating, [get_layer_params(cell) for cell in bound.layers]
-        parts = [gating.spread_kernels(layer) for layer in layers]
-        first_bias, *biases = [gating.join_biases(layer) for layer in layers]
-        (first, recurrent), *others = parts
-        kernels = [recurrent, *map(jnp.concatenate, others)]
-        return StepArrays(
-            tokens=matmul(bound.embedding.embedding, first, self.dtype, first_bias),
-            kernels=[_prepare_kernel(gating, kernel, self.dtype) for kernel in kernels],
-            biases=[bias[None] for bias in biases],
-            peepholes=[getattr(layer, "peepholes", None) for layer in layers],
-            head=round_factor(bound.head_kernel().T, self.dtype),
-            head_bias=bound.dense.bias,
-        )
+        bound, layers = self.bind({"params": params}), []
+        if self.uses_ops:
+            layers = [ops.prepare(bound.fold_embedding(), is_one_hot=True, dtype=self.dtype)]
+            others = map(base.get_layer_params, bound.layers[1:])
+            layers += [ops.prepare(layer, dtype=self.dtype) for layer in others]
+        return Prepared(params, layers, round_factor(bound.head_kernel().T, self.dtype))
 
     @nn.nowrap
     def apply_step(
-        self, arrays: Prepared, ids: Tokens, carry: Carry
+        self, prepared: Prepared, ids: Tokens, carry: Carry
     ) -> tuple[Float[Array, "batch vocabulary"], Carry]:
         """Run the model over one token of each text, faster than `apply`.
 
         Return logits and the next carry.
         """
-        if isinstance(arrays, StepArrays):
-            return _run_gated_step(
-                self, arrays, ids, reset_carry(self, carry, self.find_resets(ids))
-            )
-        bound = self.bind({"params": arrays})
-        outputs, carry, _ = bound.run_step(ids, carry)
-        return bound.predict(outputs[:, None])[:, 0], carry
+        bound = self.bind({"params": prepared.params})
+        outputs, carry, _ = bound.run_step(ids, carry, prepared.layers)
+        logits = matmul(prepared.head, outputs.T, self.dtype).T + bound.dense.bias[None]
+        return logits, carry
 
     @nn.nowrap
     def find_resets(self, ids: Integer[Array, "*shape"]) -> Bool[Array, "*shape"] | None:
@@ -330,41 +301,7 @@ class LanguageModel(nn.Module):
 
 def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden:
     """Multiply x by a mask, the same at every step."""
-    if mask is None:
-        return x
-    return x * mask[:, None]
-
-
-def _prepare_kernel(gating: Gating, kernel: Array, dtype: str) -> Array:
-    size = kernel.shape[1] // gating.num_sums
-    if kernel.dtype == jnp.float32 and choice.runs_in_c("steps", dtype, size, gating.name):
-        return in_c.pack_gates(gating, kernel.astype(dtype))
-    return round_factor(kernel.T, dtype)
-
-
-def _run_gated_step(
-    model: LanguageModel, arrays: StepArrays, ids: Tokens, carry: Carry
-) -> tuple[Float[Array, "batch vocabulary"], Carry]:
-    """Return logits and the next carry, computed feature-major or by the library in C."""
-    gating, added = model.gating, [arrays.tokens[ids], *arrays.biases]
-    states: list[Any] = []
-    below: list[Array] = []  # The outputs of the layer below, if there is one.
-    layers = zip(arrays.kernels, arrays.peepholes, carry, added, strict=True)
-    for kernel, peepholes, before, term in layers:
-        inputs = [*below, before.hidden]
-        if kernel.ndim == 5:
-            states.append(in_c.run_step(gating, kernel, inputs, before, term, peepholes))
-        else:
-            columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
-            sums = jnp.split(multiply_columns(kernel, columns) + term.T, gating.num_sums)
-            state = jax.tree.map(jnp.transpose, before)
-            weights = None if peepholes is None else peepholes[:, :, None]
-            _, after = gating.activate(tuple(sums), state, weights)
-            states.append(jax.tree.map(jnp.transpose, after))
-        hidden = states[-1].hidden
-        below = [sum(below, hidden) if model.skip_connections else hidden]
-    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias[None]
-    return logits, tuple(states)
+    return x if mask is None else x * mask[:, None]
 
 
 def make_model(
@@ -388,8 +325,7 @@ def make_model(
     made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
     check_recurrence(made)
     if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
-        is_gated = made.runs_gated_layers and made.recurrence != "scan"
-        made = made.clone(dtype=choice.choose_dtype(is_gated))
+        made = made.clone(dtype=choice.choose_dtype(made.uses_ops))
     return made
 
 
@@ -415,7 +351,7 @@ def check_model(model: LanguageModel) -> None:
         return bound.run_step(ids[:, 0], carry), bound(ids, carry)
 
     if not isinstance(model.cell, str):
-        with name_cell_error(model.cell_class):
+        with base.name_cell_error(model.cell_class):
             jax.eval_shape(run, jax.random.key(0))
 
 
@@ -449,11 +385,7 @@ def _draw_params(model: LanguageModel, key: Array) -> Params:
 
 
 @jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
-def first_carry(
-    model: LanguageModel,
-    params: Params,  # Only its placement is used.
-    batch_size: int,
-) -> Carry:
+def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
     """Return `model.initial_carry` as a result of jit, so that it is placed like the parameters.
 
     Otherwise, a function that reads a text chunk by chunk would be compiled twice: for this first
@@ -472,5 +404,5 @@ def apply(
     model: LanguageModel, params: Params, ids: Integer[ArrayLike, "batch time"], carry: Carry
 ) -> tuple[Logits, Carry]:
     """Run the model over ids; see `LanguageModel.__call__`."""
-    outputs: Any = model.apply({"params": params}, jnp.asarray(ids), carry)
-    return outputs
+    results: Any = model.apply({"params": params}, jnp.asarray(ids), carry)
+    return results

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from lstm_jax import ops
 from lstm_jax.layers import Stack
-from lstm_jax.ops.layer import Name
+from lstm_jax.ops.api import Name
 
 
 class LSTM(Stack, nnx.Module):

@@ -131,11 +131,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
     microbatches = config.optimizer.microbatches
 
     def loss_fn(
-        params: model_lib.Params,
-        key: Array,
-        batch: tuple[model_lib.Ids, model_lib.Ids, model_lib.Logits | None],
-        carry: model_lib.Carry,
-        masks: model_lib.Masks,
+        params: model_lib.Params, key: Array, batch: Any, carry: Any, masks: model_lib.Masks
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
         """Return the objective to minimize; and (the loss of the text, to log, and the carry)."""
         read = drop_parameters(rates, params, key)

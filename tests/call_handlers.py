@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-LSTM, PEEPHOLE_LSTM, GRU, RNN = range(4)
+from lstm_jax.ops import in_c, native
+from lstm_jax.ops.gates import GATINGS, PEEPHOLE_LSTM, GatedParams, Gating, Layer, LSTMCarry, Marks
+
 # The numbers of XLA's types.
 _TYPES = {"float32": 11, "bfloat16": 16, "uint8": 6, "int32": 4, "uint32": 8, "float64": 12}
-
-
-_DTYPES: dict[int, Any] = {1: np.dtype("float32"), 2: np.dtype(ml_dtypes.bfloat16)}
 
 
 class Call(NamedTuple):
@@ -83,87 +83,66 @@ def _run(
     return facts, found
 
 
-def list_calls(
-    lanes: int,
-    kind: int,
-    numbers: int,
-    time: int,
-    batch: int,
-    features: int,
-    hidden: int,
-    parts: int = 2,
-) -> Iterator[Call]:
-    """Yield calls with right arrays; `numbers` of a word are 1 or 2."""
-    dtype, tile = _DTYPES[numbers], 4 * lanes
-    num_sums = 1 if kind == RNN else 4
-    width, words = num_sums * hidden, -(-(hidden + features + 1) // numbers)
-    tiles = -(-hidden * num_sums // tile)
-    cell, gates = hidden if kind in (LSTM, PEEPHOLE_LSTM) else 0, 0 if kind == RNN else width
-    attributes = {"kind": kind, "parts": parts}
+def record(function: Any, parts: int, *arguments: Any) -> list[Call]:
+    """Return the calls of the library that a function of `in_c` makes."""
+    calls: list[Call] = []
 
-    def make(*shape: int, dtype: Any = "float32") -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def make(x: Any) -> np.ndarray:
+        values = {"uint8": [0, 1, 2], "int32": [0, -1, 33, 130, 2**31 - 1]}  # Marks and targets.
+        return np.resize(np.array(values.get(x.dtype.name, 0), x.dtype), x.shape)
 
-    def make_state() -> list[np.ndarray]:
-        return [make(batch, cell), make(batch, hidden)]
+    def call(name: str, arguments: Any, *results: Any, aliases: Any = None, **numbers: int) -> Any:
+        arrays = [*map(make, arguments)], [*map(make, results)]
+        calls.append(Call(name, {**numbers, "parts": parts}, *arrays))
+        return [jnp.zeros(x.shape, x.dtype) for x in results]
 
-    packed = make(tiles, words, 4, lanes, numbers, dtype=dtype)
-    peepholes = make(3 if kind == PEEPHOLE_LSTM else 0, hidden)
-    steps = make(time, batch, cell), make(time, batch, hidden)
-    for added in {1, batch}:
-        rows = make(batch, words * numbers, dtype=dtype)
-        arguments = rows, packed, make(added, width), *make_state(), peepholes
-        yield Call("step", attributes, arguments, make_state())
-    for num_marks in (0, time):
-        marks = np.arange(num_marks * batch, dtype="uint8").reshape(num_marks, batch) % 3
-        yield Call(
-            "forward",
-            {**attributes, "features": features},
-            (make(time, batch, features), packed, *make_state(), peepholes, marks),
-            (make(time, batch, gates), *steps, make(time, batch, words * numbers, dtype=dtype)),
-        )
-        transposed = make(-(-hidden // tile), width // numbers, tile, numbers, dtype=dtype)
-        last, of_outputs = make_state(), make(time, batch, hidden)
-        of_gates = make(time, batch, gates), transposed, *make_state()
-        yield Call(
-            "backward",
-            attributes,
-            (*of_gates, *steps, of_outputs, *last, peepholes, marks),
-            (make(time, batch, width, dtype=dtype), *last),
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_c, "_call", call)
+        patch.setattr(native, "count_threads", lambda: parts)
+        jax.eval_shape(function, *arguments)
+    return calls
 
 
-def list_matmuls(
-    lanes: int, numbers: int, rows: int, depth: int, width: int, parts: int = 2
-) -> Iterator[Call]:
-    """Yield calls of matmuls, and of the loss of `rows` tokens of a vocabulary of `width`."""
-    dtype, words, columns = _DTYPES[numbers], -(-depth // numbers), -(-width // (4 * lanes))
-    columns *= 4 * lanes
-    blocks = np.zeros((parts, 96 * 256), "uint32")
-    for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
-        a = np.zeros((depth, rows) if transpose_a else (rows, depth), dtype)
-        b = np.zeros((width, depth) if transpose_b else (depth, width), dtype)
-        results: list[Any] = [np.zeros((rows, width), "float32")]
-        if rows > width:
-            results += np.zeros(columns * words, "uint32"), blocks
-        else:
-            results += np.zeros(rows * words, "uint32"), blocks[:, : words * 4 * lanes]
-        attributes = {"parts": parts, "transpose_a": transpose_a, "transpose_b": transpose_b}
-        yield Call("matmul", attributes, (a, b), results)
-        targets = np.resize(np.array([0, -1, width, 2**31 - 1], "int32"), rows)
-        for shape in [(rows, width), (0, 0)] if not transpose_a else ():
-            yield Call(
-                "cross_entropy",
-                {"parts": parts, "is_transposed": transpose_b},
-                (a, b, np.zeros(width, "float32"), targets),
-                (
-                    *(np.zeros(rows, "float32") for _ in "ab"),
-                    np.zeros(shape, dtype),
-                    np.zeros(columns * words, "uint32"),
-                    blocks,
-                    np.zeros((parts, 96, columns), "uint32"),
-                ),
-            )
+def list_calls(gating: Gating, dtype: str, *sizes: int) -> list[Call]:
+    """Return the calls of a layer, with marks and without."""
+    time, batch, features, hidden = sizes
+    columns = [len(x) * hidden for x in (gating.of_inputs, gating.of_hidden)]
+    shapes = (features, columns[0]), (hidden, columns[1]), (gating.num_sums * hidden,)
+    peepholes = jnp.zeros((3 * (gating is PEEPHOLE_LSTM), hidden))
+    input_kernel, recurrent_kernel, bias = map(jnp.zeros, shapes)
+    params = GatedParams(input_kernel, recurrent_kernel, bias, peepholes)
+    cell = hidden if gating.carry is LSTMCarry else 0
+    carry = LSTMCarry(jnp.zeros((batch, cell)), jnp.zeros((batch, hidden)))
+    inputs, mask = jnp.zeros((time, batch, features)), jnp.zeros((time, batch), bool)
+
+    def run(params: Any, inputs: Any, carry: Any) -> None:
+        for marks in (Marks(None, None), Marks(mask, mask)):
+            layer = Layer(gating, dtype, params, inputs, carry, marks)
+            (last, outputs), saved = in_c.forward(layer)
+            in_c.backward(layer, saved, last, outputs)
+        kernel = in_c.pack_gates(gating, jnp.zeros((features, len(bias)), dtype))
+        for rows in (1, batch):
+            state = gating.carry.zeros(batch, hidden)
+            weights = peepholes if len(peepholes) else None
+            added = jnp.zeros((rows, len(bias)))
+            in_c.run_step(gating, kernel, inputs[0], added, state, weights)
+
+    return record(run, 2, params, inputs, carry)
+
+
+def list_matmuls(dtype: str, parts: int, rows: int, depth: int, width: int) -> list[Call]:
+    """Return calls of matmuls, and of the loss of `rows` tokens of a vocabulary of `width`."""
+
+    def run(a: jax.Array, b: jax.Array) -> None:
+        for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
+            factors = a.T if transpose_a else a, b.T if transpose_b else b
+            in_c.matmul(*factors, transpose_a, transpose_b)
+            if not transpose_a:
+                arrays = *factors, jnp.zeros(width), jnp.zeros(rows, int), transpose_b
+                for differentiable in (False, True):
+                    in_c.compute_cross_entropy(*arrays, differentiable)
+
+    return record(run, parts, jnp.zeros((rows, depth), dtype), jnp.zeros((depth, width), dtype))
 
 
 def list_wrong_calls(call: Call) -> Iterator[tuple[Any, Call]]:
@@ -192,22 +171,27 @@ def list_wrong_calls(call: Call) -> Iterator[tuple[Any, Call]]:
 def check_calls(program: Program) -> None:
     """Call all functions with right arrays, and then with wrong ones; assert which are errors."""
     lanes, right, wrong = program.lanes, list[Call](), list[tuple[Any, Call]]()
-    sizes = (1, 5), (1, 3, 7), (1, 5, 70), (lanes, 3 * lanes, 5 * lanes), (1, 3)
-    for kind, numbers in itertools.product(range(4), program.numbers):
-        for layer in itertools.product(*sizes):
-            right += list_calls(lanes, kind, numbers, *layer)
-        for call in list_calls(lanes, kind, numbers, 5, 3, 5, 3 * lanes):
-            wrong += list_wrong_calls(call)
-        odd = list_calls(lanes, kind, numbers, 5, 3, 5, 3 * lanes // 2)
-        wrong += [("a hidden size with half a vector", call) for call in odd]
-    for numbers in program.numbers:
-        for matrices in itertools.product((1, 7, 200), (1, 5, 70), (1, 33, 130), (1, 3)):
-            right += list_matmuls(lanes, numbers, *matrices)
-        for shape in ((70, 5, 33), (7, 6, 33)):
-            for call in list_matmuls(lanes, numbers, *shape):
+    sizes = (1, 5), (1, 3, 7), (1, 70), (lanes, 5 * lanes)
+    dtypes = ("float32", "bfloat16")[: len(program.numbers)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "load_library", lambda: native.Library("", lanes, False))
+        for gating, dtype in itertools.product(GATINGS.values(), dtypes):
+            for layer in itertools.product(*sizes):
+                for call in list_calls(gating, dtype, *layer):
+                    for parts in (1, 3):
+                        right += [call._replace(attributes={**call.attributes, "parts": parts})]
+            for call in list_calls(gating, dtype, 5, 3, 5, 3 * lanes):
                 wrong += list_wrong_calls(call)
+            odd = list_calls(gating, dtype, 5, 3, 5, 3 * lanes // 2)
+            wrong += [("a hidden size with half a vector", x) for x in odd if x.name != "step"]
+        for dtype in dtypes:
+            for matrices in itertools.product((1, 3), (1, 7, 200), (1, 5, 70), (1, 33, 130)):
+                right += list_matmuls(dtype, *matrices)
+            for shape in ((71, 5, 33), (7, 6, 33)):
+                for call in list_matmuls(dtype, 2, *shape):
+                    wrong += list_wrong_calls(call)
     for message, _ in program.run(right):
         assert not message, message
     errors = program.run([call for _, call in wrong])
     for (what, call), (message, _) in zip(wrong, errors, strict=True):
-        assert message.startswith(f"lstm_{call.name}: "), what
+        assert message == f"lstm_{call.name}: wrong arrays", what

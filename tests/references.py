@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax import ops
-from lstm_jax.ops import LSTMParams, in_c
-from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks
-from lstm_jax.ops.layer import find_implementation
+from lstm_jax.ops import LSTMParams, api, in_c
+from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating, Layer, Marks, expand
 
 KINDS = (LSTM, PEEPHOLE_LSTM, GRU, RNN)
 # (time, batch, features, hidden): one step, one text, parts of tiles and of registers, odd depths.
@@ -137,8 +136,8 @@ def run_layer(
     """Run an implementation of the package as `run_equations` does, as on a kind of device."""
     pair = (None, None) if marks is None else (marks == in_c.RESET, marks == in_c.FROZEN)
     params, inputs, carry = arguments
-    layer = Layer(gating, params, inputs, carry, Marks(*pair), dtype)
-    last, outputs = find_implementation(name, backend)(layer)
+    layer = Layer(gating, dtype, expand(params), inputs, carry, Marks(*pair))
+    last, outputs = api.run_layer(name, backend, layer)
     return outputs, last
 
 
@@ -154,7 +153,7 @@ def draw_layer(
     def normal(*shape: int) -> Array:
         return jnp.asarray(draw.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
 
-    columns = gating.num_gates * hidden
+    columns = len(gating.of_inputs) * hidden
     arrays = [normal(features, columns), normal(hidden, columns), normal(columns)]
     arrays += {"gru": [normal(hidden)], "peephole_lstm": [normal(3, hidden)]}.get(gating.name, [])
     carry, d_last = (

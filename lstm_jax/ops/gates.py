@@ -1,12 +1,12 @@
 """Define the gated recurrences: their parameters, their carry, and a step without its matmuls.
 
 A step first computes sums, [batch, hidden] each, of which most read the inputs x and the hidden
-state h: x W + h U + b. A `Gating` is the rest, elementwise functions from the sums and the carry to
-the next carry (`activate`), and their derivatives (`derive`, `pull_back`), which XLA's loop uses;
+state h: x W + h U + b. A `Gating` is the rest: an elementwise function from the sums and the carry
+to the next carry and to factors (`activate`), with which the step back multiplies (`pull_back`);
 `lstm.c` has the same in C. All implementations share the `Layer` and the functions at the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 Arrays = tuple[Array, ...]
+Outputs = Float[Array, "time batch hidden"]
+Sums = Float[Array, "time batch sums"]
 _NOTHING: Any = None
 
 
@@ -118,90 +120,68 @@ class HiddenCarry(NamedTuple):
         return cls(jnp.zeros((batch, hidden), dtype))
 
 
+class GatedParams(NamedTuple):
+    """The parameters of any gated layer, as implementations read them."""
+
+    input_kernel: Float[Array, "features columns"]  # For the sums that read the inputs.
+    recurrent_kernel: Float[Array, "hidden columns"]  # For the sums that read the hidden state.
+    bias: Float[Array, " sums"]  # Of all sums.
+    peepholes: Float[Array, "3 hidden"] | None = None
+
+
+def expand(params: Any) -> GatedParams:
+    """Return parameters, such as `LSTMParams`, as those of any layer."""
+    if not isinstance(params, GRUParams):
+        return GatedParams(*params)
+    gates, candidate = jnp.split(params.bias, [2 * len(params.recurrent_bias)])
+    return GatedParams(*params[:2], jnp.concatenate([gates, params.recurrent_bias, candidate]))
+
+
 class Gating(NamedTuple):
-    """A gated recurrence. Sums and gates are tuples of arrays of any one shape."""
+    """A gated recurrence. Sums and factors are tuples of arrays of any one shape."""
 
     name: str
-    params: type[Any]  # A NamedTuple; what it has after `bias` belongs to sums or to `activate`.
+    params: type[Any]  # A NamedTuple, for `expand`.
     carry: type[Any]
-    num_gates: int  # The columns of W and of U for each hidden unit.
-    # (sums, carry, peepholes or None) -> (gates, next carry). All sums have a bias.
-    activate: Callable[[Arrays, Any, Any], tuple[Arrays, Any]]
-    # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
-    derive: Callable[[Arrays, Any, Any, Any], Arrays]
+    # Which sums read the inputs, and which the hidden state: a part of the kernels' columns each.
+    of_inputs: tuple[int, ...]
+    of_hidden: tuple[int, ...]
+    # (sums, carry, peepholes or None) -> (next carry, factors).
+    activate: Callable[[Arrays, Any, Any], tuple[Any, Arrays]]
     # (factors, cotangent of the next carry) -> (cotangents of the sums, cotangent of the carry).
     # In the latter, the hidden state is without the part through h U: None unless `keeps_hidden`.
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
-    num_factors: int
     keeps_hidden: bool = False  # Whether a step keeps a part of the hidden state.
 
     @property
     def num_sums(self) -> int:
-        """Return the number of sums of a hidden unit; a GRU's candidate has two.
+        """Return the number of sums of a hidden unit."""
+        return len({*self.of_inputs, *self.of_hidden})
 
-        The first of them, h U + un, is multiplied by the reset gate, and the second is x W + b.
-        """
-        return self.num_gates + (self.params is GRUParams)
+    def take(self, x: Float[Array, "... sums"], sums: tuple[int, ...]) -> Float[Array, "... _"]:
+        """Return the columns of some sums from those of all, [..., num_sums * hidden]."""
+        if len(sums) == self.num_sums:
+            return x
+        parts = jnp.split(x, self.num_sums, axis=-1)
+        return jnp.concatenate([parts[i] for i in sums], axis=-1)
 
-    @property
-    def has_cell(self) -> bool:
-        """Return whether the carry has a cell state."""
-        return self.carry is LSTMCarry
+    def spread(self, x: Float[Array, "... _"], sums: tuple[int, ...]) -> Float[Array, "... sums"]:
+        """Return columns for all sums, zero in those that are not among `sums`."""
+        if len(sums) == self.num_sums:
+            return x
+        parts = dict(zip(sums, jnp.split(x, len(sums), axis=-1), strict=True))
+        zeros = jnp.zeros_like(parts[0])
+        return jnp.concatenate([parts.get(i, zeros) for i in range(self.num_sums)], axis=-1)
 
-    @property
-    def has_peepholes(self) -> bool:
-        """Return whether gates see the cell state."""
-        return self.params is PeepholeLSTMParams
-
-    def join_biases(self, params: Any) -> Array:
-        """Return the biases of all sums, [num_sums * hidden]."""
-        if not isinstance(params, GRUParams):
-            return params.bias
-        own, un = jnp.split(params.bias, [2 * len(params.recurrent_bias)]), params.recurrent_bias
-        return jnp.concatenate([own[0], un, own[1]])
-
-    def split_biases(self, bias: Array) -> Arrays:
-        """Return the parameters of `join_biases`, from an array like its result."""
-        by_inputs, _ = self.split_columns(bias[None])
-        if self.params is GRUParams:
-            return by_inputs[0], bias[len(bias) // 2 : 3 * len(bias) // 4]
-        return (bias,)
-
-    def split_columns(
-        self, x: Float[Array, "n sums"]
-    ) -> tuple[Float[Array, "n columns"], Float[Array, "n columns"]]:
-        """Return the columns of the sums that read the inputs, and of those that read h."""
-        if self.params is not GRUParams:
-            return x, x
-        r, z, q, n = jnp.split(x, 4, axis=1)
-        return jnp.concatenate([r, z, n], axis=1), jnp.concatenate([r, z, q], axis=1)
-
-    def add_sums(
-        self,
-        params: Any,
-        from_inputs: Float[Array, "..."],
-        from_hidden: Float[Array, "..."],
-        axis: int = 1,
-    ) -> Arrays:
+    def add_sums(self, bias: Array, by_inputs: Array, by_hidden: Array, axis: int) -> Arrays:
         """Return the sums of a step, from x W + b and h U, with features along an axis."""
-        of_inputs, of_hidden = (
-            jnp.split(x, self.num_gates, axis) for x in (from_inputs, from_hidden)
+        x, h = (
+            dict(zip(sums, jnp.split(part, len(sums), axis), strict=True))
+            for sums, part in ((self.of_inputs, by_inputs), (self.of_hidden, by_hidden))
         )
-        if self.params is not GRUParams:
-            return tuple(h + x for x, h in zip(of_inputs, of_hidden, strict=True))
-        (xr, xz, xn), (hr, hz, hn) = of_inputs, of_hidden
-        return hr + xr, hz + xz, hn + jnp.expand_dims(params.recurrent_bias, 1 - axis), xn
-
-    def spread_kernels(
-        self, params: Any
-    ) -> tuple[Float[Array, "features sums"], Float[Array, "hidden sums"]]:
-        """Return both kernels with columns for all sums, zero in those of a GRU's candidate."""
-        w, u = params.input_kernel, params.recurrent_kernel
-        if self.params is not GRUParams:
-            return w, u
-        gates, candidate = jnp.split(w, [2 * len(u)], axis=1)
-        w = jnp.concatenate([gates, jnp.zeros_like(candidate), candidate], axis=1)
-        return w, jnp.pad(u, ((0, 0), (0, len(u))))
+        biases = jnp.split(jnp.expand_dims(bias, 1 - axis), self.num_sums, axis)
+        x = {i: x.get(i, bias) for i, bias in enumerate(biases)}
+        return tuple(h[i] + x[i] if i in h else x[i] for i in x)
 
 
 def sigmoid(x: Array) -> Array:
@@ -209,19 +189,26 @@ def sigmoid(x: Array) -> Array:
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
-def _activate_lstm(sums: Arrays, carry: LSTMCarry, _: None) -> tuple[Arrays, LSTMCarry]:
+def _activate_lstm(
+    sums: Arrays, carry: LSTMCarry, peepholes: Array | None
+) -> tuple[LSTMCarry, Arrays]:
+    """Return the next carry and factors.
+
+    These are the derivatives of c' by the sums of i, f and g, of h' by that of o, dh'/dc', dc'/dc.
+    """
     i, f, g, o = sums
-    i, f, g, o = sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
+    if peepholes is not None:
+        pi, pf, po = peepholes
+        i, f = i + pi * carry.cell, f + pf * carry.cell
+    i, f, g = sigmoid(i), sigmoid(f), jnp.tanh(g)
     cell = f * carry.cell + i * g
-    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
-
-
-def _derive_lstm(gates: Arrays, before: LSTMCarry, after: LSTMCarry, _: None) -> Arrays:
-    """Return the derivatives of c' by i, f and g's sums, of h' by o's, dh'/dc' and dc'/dc."""
-    i, f, g, o = gates
-    activated = jnp.tanh(after.cell)
-    by_sums = g * i * (1 - i), before.cell * f * (1 - f), i * (1 - g**2), activated * o * (1 - o)
-    return *by_sums, o * (1 - activated**2), f
+    o = sigmoid(o if peepholes is None else o + po * cell)
+    activated = jnp.tanh(cell)
+    by_i, by_f, by_g = g * i * (1 - i), carry.cell * f * (1 - f), i * (1 - g**2)
+    by_o, by_cell = activated * o * (1 - o), o * (1 - activated**2)
+    if peepholes is not None:
+        by_cell, f = by_cell + by_o * po, f + by_i * pi + by_f * pf
+    return LSTMCarry(cell, o * activated), (by_i, by_f, by_g, by_o, by_cell, f)
 
 
 def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCarry]:
@@ -231,94 +218,39 @@ def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCa
     return d_sums, LSTMCarry(d_cell * kept, _NOTHING)
 
 
-def _activate_peephole(
-    sums: Arrays, carry: LSTMCarry, peepholes: Array
-) -> tuple[Arrays, LSTMCarry]:
-    i, f, g, o = sums
-    pi, pf, po = peepholes
-    i, f, g = sigmoid(i + pi * carry.cell), sigmoid(f + pf * carry.cell), jnp.tanh(g)
-    cell = f * carry.cell + i * g
-    o = sigmoid(o + po * cell)
-    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
-
-
-def _derive_peephole(
-    gates: Arrays, before: LSTMCarry, after: LSTMCarry, peepholes: Array
-) -> Arrays:
-    by_i, by_f, by_g, by_o, by_cell, kept = _derive_lstm(gates, before, after, None)
-    pi, pf, po = peepholes
-    return by_i, by_f, by_g, by_o, by_cell + by_o * po, kept + by_i * pi + by_f * pf
-
-
-def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
+def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[HiddenCarry, Arrays]:
+    """Return the next carry and factors: the derivatives of h' by the sums and by h."""
     r, z, q, n = sums  # Of the candidate, q is h U + un, and n is x W + b.
     r, z = sigmoid(r), sigmoid(z)
     n = jnp.tanh(n + r * q)
-    return (r, z, q, n), HiddenCarry((1 - z) * n + z * carry.hidden)
-
-
-def _derive_gru(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None) -> Arrays:
-    """Return the derivatives of h' by the sums of r, z, q and n, and by h."""
-    r, z, q, n = gates
     by_n = (1 - z) * (1 - n**2)
-    return by_n * q * r * (1 - r), (before.hidden - n) * z * (1 - z), by_n * r, by_n, z
+    factors = by_n * q * r * (1 - r), (carry.hidden - n) * z * (1 - z), by_n * r, by_n, z
+    return HiddenCarry((1 - z) * n + z * carry.hidden), factors
 
 
 def _pull_back_gru(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
-    *by_sums, kept = (d_after.hidden * factor for factor in factors)
-    return tuple(by_sums), HiddenCarry(kept)
+    *d_sums, kept = (d_after.hidden * factor for factor in factors)
+    return tuple(d_sums), HiddenCarry(kept)
 
 
-def _activate_rnn(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
+def _activate_rnn(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[HiddenCarry, Arrays]:
     hidden = jnp.tanh(sums[0])
-    return (hidden,), HiddenCarry(hidden)
-
-
-def _derive_rnn(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None) -> Arrays:
-    return (1 - gates[0] ** 2,)
+    return HiddenCarry(hidden), (1 - hidden**2,)
 
 
 def _pull_back_rnn(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
     return (d_after.hidden * factors[0],), HiddenCarry(_NOTHING)
 
 
-LSTM = Gating(
-    name="lstm",
-    params=LSTMParams,
-    carry=LSTMCarry,
-    num_gates=4,
-    activate=_activate_lstm,
-    derive=_derive_lstm,
-    pull_back=_pull_back_lstm,
-    num_factors=6,
-)
-PEEPHOLE_LSTM = LSTM._replace(
-    name="peephole_lstm",
-    params=PeepholeLSTMParams,
-    activate=_activate_peephole,
-    derive=_derive_peephole,
-)
-GRU = Gating(
-    name="gru",
-    params=GRUParams,
-    carry=HiddenCarry,
-    num_gates=3,
-    activate=_activate_gru,
-    derive=_derive_gru,
-    pull_back=_pull_back_gru,
-    num_factors=5,
-    keeps_hidden=True,
-)
-RNN = Gating(
-    name="rnn",
-    params=RNNParams,
-    carry=HiddenCarry,
-    num_gates=1,
-    activate=_activate_rnn,
-    derive=_derive_rnn,
-    pull_back=_pull_back_rnn,
-    num_factors=1,
-)
+_FOUR = 0, 1, 2, 3
+LSTM = Gating("lstm", LSTMParams, LSTMCarry, _FOUR, _FOUR, _activate_lstm, _pull_back_lstm)
+PEEPHOLE_LSTM = LSTM._replace(name="peephole_lstm", params=PeepholeLSTMParams)
+_GRU_SUMS = (0, 1, 3), (0, 1, 2)
+GRU = Gating("gru", GRUParams, HiddenCarry, *_GRU_SUMS, _activate_gru, _pull_back_gru, True)
+RNN = Gating("rnn", RNNParams, HiddenCarry, (0,), (0,), _activate_rnn, _pull_back_rnn)
+GATINGS: dict[type[Any], Gating] = {
+    gating.params: gating for gating in (LSTM, PEEPHOLE_LSTM, GRU, RNN)
+}
 
 
 class Marks(NamedTuple):
@@ -332,61 +264,27 @@ class Layer(NamedTuple):
     """A gated layer, and all that it reads. Its arrays have one floating-point dtype."""
 
     gating: Gating
-    params: Any
+    dtype: str  # What operands of matmuls are rounded to, "float32" or "bfloat16".
+    params: GatedParams
     inputs: Float[Array, "time batch features"]
     carry: Any  # Before the first step.
     marks: Marks
-    dtype: str  # What operands of matmuls are rounded to, "float32" or "bfloat16".
 
-
-# `axis` is that of the features in an array of a step: the last, or 0 if the batch is last.
+    def differentiate_peepholes(self, d_sums: Sums, cells: Outputs) -> Array | None:
+        """Return the cotangent of the peephole weights, if there are any, from all cell states."""
+        if self.params.peepholes is None or not len(self.params.peepholes):
+            return self.params.peepholes
+        before = clear(jnp.concatenate([self.carry.cell[None], cells[:-1]]), self.marks.reset)
+        d_i, d_f, _, d_o = jnp.split(d_sums.astype(cells.dtype), 4, axis=2)
+        terms = d_i * before, d_f * before, d_o * cells
+        return jnp.stack([term.sum(axis=(0, 1)) for term in terms])
 
 
 def clear(tree: Any, reset: Bool[Array, "..."] | None, axis: int = -1) -> Any:
-    """Return arrays that are zero where `reset`, bool without the axis of features, is true."""
+    """Return arrays that are zero where `reset`, bool without this axis of features, is true."""
     if reset is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(reset, axis), 0, x), tree)
-
-
-def keep(before: Any, after: Any, frozen: Bool[Array, "..."] | None, axis: int = -1) -> Any:
-    """Return `before` where `frozen` is true, otherwise `after`."""
-    if frozen is None:
-        return after
-    mask = jnp.expand_dims(frozen, axis)
-    return jax.tree.map(lambda x, y: jnp.where(mask, x, y), before, after)
-
-
-def add_hidden(carry: Any, term: Float[Array, "..."]) -> Any:
-    """Add a term to the hidden state of a carry, which is None if it is zero."""
-    return carry._replace(hidden=term if carry.hidden is None else carry.hidden + term)
-
-
-def get_peepholes(params: Any, axis: int = 1) -> Float[Array, "3 ..."] | None:
-    """Return the peephole weights [3, hidden], if there are any, with an axis for the batch."""
-    peepholes = getattr(params, "peepholes", None)
-    return None if peepholes is None else jnp.expand_dims(peepholes, 2 - axis)
-
-
-def make_gradients(
-    layer: Layer,
-    d_kernels: Sequence[Array],
-    d_bias: Float[Array, " sums"],
-    d_sums: Float[Array, "time batch sums"],
-    cells: Float[Array, "time batch hidden"],
-) -> Any:
-    """Return the cotangents of the parameters, whose kernels are the input and recurrent kernel.
-
-    Only gates that see the cell states need `cells`.
-    """
-    gating, carry = layer.gating, layer.carry
-    d_params = [*d_kernels, *gating.split_biases(d_bias)]
-    if gating.has_peepholes:
-        before = clear(jnp.concatenate([carry.cell[None], cells[:-1]]), layer.marks.reset)
-        d_i, d_f, _, d_o = jnp.split(d_sums.astype(cells.dtype), 4, axis=2)
-        terms = d_i * before, d_f * before, d_o * cells
-        d_params.append(jnp.stack([term.sum(axis=(0, 1)) for term in terms]))
-    return gating.params(*d_params)
 
 
 def align(arrays: Any) -> Any:

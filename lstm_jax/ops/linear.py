@@ -5,23 +5,30 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.ops.gates import HiddenCarry, Marks, align, clear
-from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
+from lstm_jax.ops.sequences import (
+    Inputs,
+    Lengths,
+    Outputs,
+    Reset,
+    check,
+    choose_dtypes,
+    run_in_order,
+)
 
 
 def linear_scan(
-    decays: Float[ArrayLike, "batch time features"],
-    terms: Float[ArrayLike, "batch time features"],
+    decays: Inputs,
+    terms: Inputs,
     carry: HiddenCarry | None = None,
     *,
-    reset: Shaped[ArrayLike, "batch time"] | None = None,
-    lengths: Integer[ArrayLike, " batch"] | None = None,
+    reset: Reset = None,
+    lengths: Lengths = None,
     reverse: bool = False,
     implementation: Literal["auto", "scan", "parallel"] = "auto",
-) -> tuple[HiddenCarry, Float[Array, "batch time features"]]:
+) -> tuple[HiddenCarry, Outputs]:
     """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and state space models.
 
     Args:
@@ -48,30 +55,26 @@ def linear_scan(
         reset=(reset, Shaped[Array, "batch time"]),
         lengths=(lengths, Integer[Array, " batch"]),
     )
-    (batch, time, features), dtype = a.shape, jnp.result_type(a, b)
-    _, wide = choose_dtypes(None, a, b, first)
+    (batch, time, features), (_, wide) = a.shape, choose_dtypes(None, a, b, first)
     if first is None:
         first = HiddenCarry.zeros(batch, features, wide)
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     if not time:
-        return first, b.astype(dtype)
-    is_scan = implementation == "scan"
-    if implementation == "auto":
-        is_scan = jax.default_backend() == "cpu"
+        return first, b.astype(jnp.result_type(a, b))
+    choice = "scan" if jax.default_backend() == "cpu" else "parallel"
+    is_scan = (choice if implementation == "auto" else implementation) == "scan"
 
     def run(_: tuple[()], inputs: Any, first: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
-        arrays = jax.tree.map(lambda x: x.astype(wide), (inputs, first.hidden))
-        (a, b), before, marks = align((*arrays, marks))
+        (a, b), (before,), marks = align((inputs, first, marks))
         if marks.reset is not None:
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
             a = jnp.where(marks.frozen[..., None], 1, a)
         outputs = (_scan if is_scan else _compose)(a, b, before, marks.reset)
-        return HiddenCarry(outputs[:, -1].astype(first.hidden.dtype)), outputs
+        return HiddenCarry(outputs[:, -1]), outputs
 
-    last, outputs = run_in_order(run, (), (a, b), first, reset, lengths, reverse)
-    return last, outputs.astype(dtype)
+    return run_in_order(run, wide, reverse, (), (a, b), first, reset, lengths)
 
 
 def _scan(a: Array, b: Array, first: Array, reset: Array | None) -> Array:

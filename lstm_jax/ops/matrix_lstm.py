@@ -6,12 +6,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import Marks, align
-from lstm_jax.ops.layer import check, choose_dtypes, run_in_order
+from lstm_jax.ops.sequences import (
+    Inputs,
+    Lengths,
+    Outputs,
+    Reset,
+    check,
+    choose_dtypes,
+    run_in_order,
+)
 
 _CHUNK = 64  # Steps of a chunk of the parallel form.
 # The stabilizer before the first step, at which nothing is kept: its exponential is 0.
@@ -46,15 +54,15 @@ class MLSTMCarry(NamedTuple):
 
 def mlstm(
     params: MLSTMParams,
-    inputs: Float[ArrayLike, "batch time features"],
+    inputs: Inputs,
     carry: MLSTMCarry | None = None,
     *,
-    reset: Shaped[ArrayLike, "batch time"] | None = None,
-    lengths: Integer[ArrayLike, " batch"] | None = None,
+    reset: Reset = None,
+    lengths: Lengths = None,
     reverse: bool = False,
     dtype: DTypeLike | None = None,
     implementation: Literal["auto", "scan", "parallel"] = "auto",
-) -> tuple[MLSTMCarry, Float[Array, "batch time hidden"]]:
+) -> tuple[MLSTMCarry, Outputs]:
     """Run an mLSTM over time; `cells/mlstm.py` states its equations.
 
     The number of heads is that of `params.gate_kernel`. The implementation "scan" runs step by
@@ -83,20 +91,17 @@ def mlstm(
         return first, jnp.zeros((batch, 0, heads * size), steps.dtype)
 
     def run(params: Any, inputs: Array, first: Any, marks: Marks) -> tuple[MLSTMCarry, Array]:
-        arrays: Any = jax.tree.map(lambda x: x.astype(wide), (params, inputs, first))
-        *arrays, marks = align((*arrays, marks))
-        q, k, v, o, i, log_f = project_mlstm(arrays[0], arrays[1], heads, low)
+        params, inputs, first, marks = align((params, inputs, first, marks))
+        q, k, v, o, i, log_f = project_mlstm(params, inputs, heads, low)
         # A frozen step writes nothing, even before the first step that does, and keeps everything.
         if marks.frozen is not None:
             frozen = marks.frozen[:, None]
             i, log_f = jnp.where(frozen, 2 * NEVER, i), jnp.where(frozen, 0, log_f)
         chunk = 1 if implementation == "scan" else min(time, _CHUNK)
-        last, found = _run_chunks(arrays[2], (q, k, v, i, log_f), marks.reset, chunk)
+        last, found = _run_chunks(first, (q, k, v, i, log_f), marks.reset, chunk)
         return last, (o * found).swapaxes(1, 2).reshape(*inputs.shape[:2], -1)
 
-    last, outputs = run_in_order(run, params, steps, first, reset, lengths, reverse)
-    last = jax.tree.map(lambda x, y: x.astype(y.dtype), last, first)
-    return last, outputs.astype(steps.dtype)
+    return run_in_order(run, wide, reverse, params, steps, first, reset, lengths)
 
 
 def project_mlstm(
@@ -115,14 +120,12 @@ def project_mlstm(
 
 
 def step_mlstm(
-    carry: MLSTMCarry,
-    q: Float[Array, "batch heads d"],
-    k: Float[Array, "batch heads d"],
-    v: Float[Array, "batch heads d"],
-    i: Float[Array, "batch heads"],
-    log_f: Float[Array, "batch heads"],
+    carry: MLSTMCarry, q: Array, k: Array, v: Array, i: Array, log_f: Array
 ) -> tuple[MLSTMCarry, Float[Array, "batch heads d"]]:
-    """Return the next carry, and what is read from the memory; `i` is log i."""
+    """Return the next carry, and what is read from the memory.
+
+    q, k and v are [batch, heads, d], and log i (`i`) and log f are [batch, heads].
+    """
     f, i, stabilizer = stabilize(carry.stabilizer, i, log_f)
     written = i[..., None, None] * k[..., :, None] * v[..., None, :]
     memory = f[..., None, None] * carry.memory + written
@@ -131,9 +134,7 @@ def step_mlstm(
     return MLSTMCarry(memory, normalizer, stabilizer), found
 
 
-def stabilize(
-    before: Float[Array, "*shape"], i: Float[Array, "*shape"], log_f: Float[Array, "*shape"]
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
+def stabilize(before: Array, i: Array, log_f: Array) -> tuple[Array, Array, Array]:
     """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
     kept = log_f + before
     stabilizer = jnp.maximum(kept, i)
@@ -141,10 +142,7 @@ def stabilize(
 
 
 def _run_chunks(
-    carry: MLSTMCarry,
-    arrays: tuple[Array, ...],
-    reset: Bool[Array, "batch time"] | None,
-    chunk: int,
+    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Array | None, chunk: int
 ) -> tuple[MLSTMCarry, Array]:
     """Run all steps, a chunk at a time; return the last carry, and what they read from the memory.
 

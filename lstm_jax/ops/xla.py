@@ -13,69 +13,66 @@
 `axis` is that of the features in an array of a step: 0 on CPUs, otherwise 1.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lstm_jax.matmul import matmul, matmul_rounded, multiply_columns, round_factor
-from lstm_jax.ops.gates import (
-    Arrays,
-    Layer,
-    Marks,
-    add_hidden,
-    align,
-    clear,
-    get_peepholes,
-    keep,
-    make_gradients,
-)
+from lstm_jax.ops import vjp
+from lstm_jax.ops.gates import Arrays, GatedParams, Layer, Marks, Outputs, Sums, align, clear
 from lstm_jax.ops.processor import is_faster_in_bfloat16
 
 Saved = Array | list[Array]  # By `forward`, of all steps or of one.
 _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
 
 
-def scan(layer: Layer) -> tuple[Any, Float[Array, "time batch hidden"]]:
+def scan(layer: Layer) -> tuple[Any, Outputs]:
     """Run the reference, which JAX can transform in any way; return the last carry and outputs."""
-    gating, *arrays, dtype = layer
+    gating, dtype, *arrays = layer
     params, inputs, carry, marks = align(arrays)
-    from_inputs = matmul(inputs, params.input_kernel, dtype, params.bias)
-    peepholes = get_peepholes(params)
+    bias = gating.take(params.bias, gating.of_inputs)
+    by_inputs = matmul(inputs, params.input_kernel, dtype, bias)
+    peepholes = _get_peepholes(params, 1)
 
     def step(carry: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
-        from_inputs, mark = read
+        by_inputs, mark = read
         before = clear(carry, mark.reset)
-        from_hidden = matmul(before.hidden, params.recurrent_kernel, dtype)
-        sums = gating.add_sums(params, from_inputs, from_hidden)
-        _, after = gating.activate(sums, before, peepholes)
-        after = keep(carry, after, mark.frozen)
+        by_hidden = matmul(before.hidden, params.recurrent_kernel, dtype)
+        sums = gating.add_sums(params.bias, by_inputs, by_hidden, 1)
+        after, _ = gating.activate(sums, before, peepholes)
+        after = _keep(carry, after, mark.frozen)
         return after, after.hidden
 
-    return lax.scan(step, carry, (from_inputs, marks))
+    return lax.scan(step, carry, (by_inputs, marks))
+
+
+def _get_peepholes(params: GatedParams, axis: int) -> Float[Array, "3 ..."] | None:
+    """Return the peephole weights, if there are any, with an axis for the batch."""
+    return None if params.peepholes is None else jnp.expand_dims(params.peepholes, 2 - axis)
 
 
 def forward(
     layer: Layer, axis: int, differentiable: bool = True
-) -> tuple[tuple[Any, Float[Array, "time batch hidden"]], Saved]:
+) -> tuple[tuple[Any, Outputs], Saved]:
     """Return the last carry and the outputs, and what each step saves for the backward pass.
 
     That is the derivatives if `differentiable`, the cell state if gates see it, and the hidden
     state: on CPUs a list of arrays [time, hidden, batch], otherwise one, [time, batch, n * hidden].
     """
-    gating, params, inputs, carry, marks, _ = layer
-    kernel = _swap_layout(_round(layer, params.recurrent_kernel, axis), axis)
-    input_kernel, added = (_round(layer, x, axis) for x in (params.input_kernel, inputs))
+    gating, _, params, inputs, carry, marks = layer
+    rounded = [_round(layer, x, axis) for x in (*params[:2], inputs)]
+    input_kernel, kernel, added = _swap_layout(rounded, axis)
+    bias = gating.take(params.bias, gating.of_inputs)
     if axis:
-        added = matmul_rounded(added, input_kernel) + params.bias[None, None]
-    else:  # The loop multiplies, which is faster on CPUs.
-        input_kernel, added = _swap_layout(input_kernel, axis), _swap_layout(added, axis)
-        # Or XLA would transpose the kernels in each step.
+        added = matmul_rounded(added, input_kernel) + bias[None, None]
+    else:  # The loop multiplies, which is faster on CPUs. XLA would transpose in each step.
         kernel, input_kernel = lax.optimization_barrier((kernel, input_kernel))
-    peepholes = get_peepholes(params, axis)
+    peepholes = _get_peepholes(params, axis)
 
     def round_hidden(state: Any) -> Array | None:
         """Return the factor of the next matmul, if it is not the hidden state itself."""
@@ -84,29 +81,26 @@ def forward(
     def step(before: tuple[Any, Array | None], read: tuple[Array, Marks]) -> tuple[Any, Saved]:
         (state, rounded), (added, mark) = before, read
         if not axis:
-            added = multiply_columns(input_kernel, added) + params.bias[:, None]
+            added = multiply_columns(input_kernel, added) + bias[:, None]
         factor = state.hidden if rounded is None else rounded
         product = matmul_rounded(factor, kernel) if axis else multiply_columns(kernel, factor)
-        sums = gating.add_sums(params, added, clear(product, mark.reset, axis), axis)
-        read_state = clear(state, mark.reset, axis)
-        gates, after = gating.activate(sums, read_state, peepholes)
-        factors = gating.derive(gates, read_state, after, peepholes) if differentiable else ()
-        after = keep(state, after, mark.frozen, axis)
-        cell = [after.cell] if gating.has_peepholes else []
-        saved = [*factors, *cell, after.hidden]
+        sums = gating.add_sums(params.bias, added, clear(product, mark.reset, axis), axis)
+        after, factors = gating.activate(sums, clear(state, mark.reset, axis), peepholes)
+        after = _keep(state, after, mark.frozen, axis)
+        cell = [] if peepholes is None else [after.cell]
+        saved = [*(factors if differentiable else ()), *cell, after.hidden]
         # XLA's CPU backend would compute all of them twice to concatenate them.
         return (after, round_hidden(after)), jnp.concatenate(saved, axis) if axis else saved
 
-    first = jax.tree.map(lambda x: _swap_layout(x, axis), carry)
+    first = _swap_layout(carry, axis)
     (last, _), saved = lax.scan(step, (first, round_hidden(first)), (added, marks))
-    outputs = _swap_layout(_split(saved, layer, axis)[-1], axis)
-    last = jax.tree.map(lambda x: _swap_layout(x, axis), last)
+    last, outputs = _swap_layout((last, _split(saved, layer, axis)[-1]), axis)
     return (last._replace(hidden=outputs[-1]), outputs), saved
 
 
 def backward(
-    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"], axis: int
-) -> tuple[Float[Array, "time batch sums"], Any]:
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs, axis: int
+) -> tuple[Sums, Any]:
     """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
 
     `d_last` and `d_outputs` are those of the last carry and of the outputs.
@@ -114,39 +108,39 @@ def backward(
     if axis:
         return _run_back_in_rows(layer, saved, d_last, d_outputs)
     kernel = _round(layer, layer.params.recurrent_kernel, axis)
-    d_last, d_outputs = jax.tree.map(lambda x: _swap_layout(x, axis), (d_last, d_outputs))
+    d_last, d_outputs = _swap_layout((d_last, d_outputs), axis)
 
     def step(d_after: Any, read: tuple[Any, Marks, Array]) -> tuple[Any, Array]:
         saved, mark, d_output = read
-        d_after = add_hidden(d_after, d_output)
+        d_after = _add_hidden(d_after, d_output)
         d_sums, d_before = _pull_back(layer, saved, mark, d_after, axis)
         row = jnp.concatenate(d_sums)  # Not in bfloat16, which XLA's CPU backend stores slowly.
         product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]], axis))
         product = clear(product.astype(row.dtype), mark.reset, axis)
-        return add_hidden(d_before, product), row
+        return _add_hidden(d_before, product), row
 
     d_first, rows = lax.scan(step, d_last, (saved, layer.marks, d_outputs), reverse=True)
-    return _swap_layout(rows, axis), jax.tree.map(lambda x: _swap_layout(x, axis), d_first)
+    rows, d_first = _swap_layout((rows, d_first), axis)
+    return rows, d_first
 
 
 def _pull_back(
     layer: Layer, saved: Saved, mark: Marks, d_after: Any, axis: int
 ) -> tuple[Arrays, Any]:
     """Return the cotangents of a step's sums, and of its carry without the part through h U."""
-    factors = _split(saved, layer, axis)[: layer.gating.num_factors]
+    factors = _split(saved, layer, axis)[: -_count_states(layer)]
     d_sums, d_before = layer.gating.pull_back(tuple(factors), d_after)
     if mark.frozen is not None:
-        zeros = jnp.zeros_like(d_after.hidden)
-        d_sums = keep((zeros,) * len(d_sums), d_sums, mark.frozen, axis)
-        d_before = keep(d_after, add_hidden(d_before, zeros), mark.frozen, axis)
-    return d_sums, clear(d_before, mark.reset, axis)
+        d_before = _add_hidden(d_before, jnp.zeros_like(d_after.hidden))
+    d_before = _keep(d_after, d_before, mark.frozen, axis)
+    return clear(d_sums, mark.frozen, axis), clear(d_before, mark.reset, axis)
 
 
 def _run_back_in_rows(
-    layer: Layer, saved: Saved, d_last: Any, d_outputs: Float[Array, "time batch hidden"]
-) -> tuple[Float[Array, "time batch sums"], Any]:
+    layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs
+) -> tuple[Sums, Any]:
     """Run backwards on GPUs and TPUs, whose steps make one array each."""
-    gating, params, _, _, marks, _ = layer
+    gating, _, params, _, _, marks = layer
     kernel = _round(layer, params.recurrent_kernel, 1)
     steps, batch, hidden = d_outputs.shape
     width, zeros = gating.num_sums * hidden, jnp.zeros_like(d_last.hidden)
@@ -177,7 +171,7 @@ def _run_back_in_rows(
         t, saved, mark, d_output = read
         # Not from the carry: that would launch one more GPU kernel.
         kept = read_kept(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
-        d_after = add_hidden(kept, product + d_output)
+        d_after = _add_hidden(kept, product + d_output)
         row = make_row(*_pull_back(layer, saved, mark, d_after, 1))
         row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
@@ -188,19 +182,19 @@ def _run_back_in_rows(
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
     read = jnp.arange(steps), saved, marks, d_outputs
     (rows, product), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
-    return rows[:-1, :, :width], add_hidden(read_kept(rows[0]), product)
+    return rows[:-1, :, :width], _add_hidden(read_kept(rows[0]), product)
 
 
 def differentiate_params(
-    layer: Layer, saved: Saved, d_sums: Float[Array, "time batch sums"], axis: int
-) -> tuple[Any, Float[Array, "time batch features"]]:
+    layer: Layer, saved: Saved, d_sums: Sums, axis: int
+) -> tuple[GatedParams, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
-    gating, params, inputs, carry, marks, _ = layer
-    states = _split(saved, layer, axis)[gating.num_factors :]
+    gating, _, params, inputs, carry, marks = layer
+    states = _split(saved, layer, axis)[-_count_states(layer) :]
     first = _swap_layout(carry.hidden, axis)[None]
     before = clear(jnp.concatenate([first, states[-1][:-1]]), marks.reset, axis + 1)
     rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]), axis)
-    by_inputs, by_hidden = gating.split_columns(rows)
+    by_inputs, by_hidden = (gating.take(rows, x) for x in (gating.of_inputs, gating.of_hidden))
     # Features first, before they are rounded: otherwise XLA's CPU backend multiplies in float32.
     columns = [
         _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], len(rows)), axis)
@@ -208,15 +202,34 @@ def differentiate_params(
     ]
     d_kernels = [*map(matmul_rounded, columns, (by_inputs, by_hidden))]
     d_bias = d_sums.sum(axis=(0, 1), dtype=before.dtype)
-    d_params = make_gradients(layer, d_kernels, d_bias, d_sums, _swap_layout(states[0], axis))
+    d_peepholes = layer.differentiate_peepholes(d_sums, _swap_layout(states[0], axis))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
     d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T, axis))
+    d_params = GatedParams(d_kernels[0], d_kernels[1], d_bias, d_peepholes)
     return d_params, d_inputs.reshape(inputs.shape)
 
 
-def _swap_layout(x: Array, axis: int) -> Array:
-    """Return an array [..., batch, n] as loops have it, or the reverse."""
-    return x if axis else x.swapaxes(-1, -2)
+def _keep(before: Any, after: Any, frozen: Bool[Array, "..."] | None, axis: int = -1) -> Any:
+    """Return `before` where `frozen` is true, otherwise `after`."""
+    if frozen is None:
+        return after
+    mask = jnp.expand_dims(frozen, axis)
+    return jax.tree.map(lambda x, y: jnp.where(mask, x, y), before, after)
+
+
+def _add_hidden(carry: Any, term: Float[Array, "..."]) -> Any:
+    """Add a term to the hidden state of a carry, which is None if it is zero."""
+    return carry._replace(hidden=term if carry.hidden is None else carry.hidden + term)
+
+
+def _swap_layout(tree: Any, axis: int) -> Any:
+    """Return arrays [..., batch, n] as loops have them, or the reverse."""
+    return tree if axis else jax.tree.map(lambda x: x.swapaxes(-1, -2), tree)
+
+
+def _count_states(layer: Layer) -> int:
+    """Return how many of the last arrays that a step saves are states: h, and c if gates see it."""
+    return 1 if layer.params.peepholes is None else 2
 
 
 def _split(x: Saved, layer: Layer, axis: int) -> list[Array]:
@@ -248,3 +261,14 @@ def split_number(x: Array, dtype: DTypeLike) -> list[Array]:
         return [x]
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return [high.astype(dtype), (x - high).astype(dtype)]
+
+
+IMPLEMENTATIONS = [
+    vjp.Implementation(
+        functools.partial(forward, axis=axis),
+        functools.partial(backward, axis=axis),
+        functools.partial(differentiate_params, axis=axis),
+        batch_axis=2 - axis,
+    )
+    for axis in (0, 1)
+]

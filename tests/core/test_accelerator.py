@@ -13,9 +13,8 @@ import pytest
 import accelerators
 import commands
 from lstm_jax import config, matmul, ops
-from lstm_jax.ops import choice, in_c, xla
-from lstm_jax.ops.gates import GRU, LSTM, Gating, Layer, Marks
-from lstm_jax.ops.layer import find_implementation
+from lstm_jax.ops import api, choice, in_c, xla
+from lstm_jax.ops.gates import GRU, LSTM, Gating, Layer, Marks, expand
 from references import assert_close, draw_layer
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +35,9 @@ def test_bfloat16_rounds_what_the_scan_rounds(gating: Gating, batch: int, backen
     marks = Marks(codes == in_c.RESET, codes == in_c.FROZEN)
     # Gates remember, so that a step changes less than bfloat16 can tell apart.
     bias = params.bias.at[6:12].add(5).at[:6].add(-5 if gating is LSTM else 0)
-    layer = Layer(gating, params._replace(bias=bias), inputs, carry, marks, "bfloat16")
-    actual = find_implementation("xla", backend)(layer)
+    params = expand(params._replace(bias=bias))
+    layer = Layer(gating, "bfloat16", params, inputs, carry, marks)
+    actual = api.run_layer("xla", backend, layer)
     assert_close(actual, jax.tree.map(jnp.asarray, xla.scan(layer)), 1e-4)
 
 

@@ -1,7 +1,6 @@
 """Test the recurrence in C: against NumPy, in every transformation of JAX, and without it."""
 
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -16,11 +15,11 @@ import numpy as np
 import pytest
 
 import call_handlers
-import commands
 import models
+import test_cross_entropy
 from lstm_jax import model, ops
-from lstm_jax.ops import LSTMCarry, LSTMParams, in_c, native, processor
-from lstm_jax.ops.gates import GRU, LSTM, Gating, Layer, Marks
+from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
+from lstm_jax.ops.gates import GRU, LSTM, Gating, Layer, Marks, expand
 from references import (
     KINDS,
     SIZES,
@@ -96,20 +95,14 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str) -> Non
 @every_kind
 def test_a_step_of_every_kind_agrees_with_its_equations(gating: Gating, dtype: str) -> None:
     (params, inputs, carry), *_ = draw_layer(gating, (1, 7, 31, 80))
-    inputs, carry = jnp.clip(inputs, -2, 2), carry._replace(hidden=jnp.tanh(carry.hidden))
-
-    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
-        biases = gating.join_biases(params)
-        input_kernel, recurrent_kernel = gating.spread_kernels(params)
-        # The last inputs are ones, whose part of the kernel is half of the bias.
-        kernel = jnp.concatenate([input_kernel, 0.5 * biases[None], recurrent_kernel])
-        rows = [inputs[0], jnp.ones((7, 1)), carry.hidden]
-        packed, added = in_c.pack_gates(gating, kernel.astype(dtype)), 0.5 * biases[None]
-        return in_c.run_step(gating, packed, rows, carry, added, getattr(params, "peepholes", None))
-
-    expected = run_equations(gating, None, dtype, params, inputs, carry)[1]
-    bound = 1e-5 if dtype == "float32" else 1e-3  # Half of the bias is rounded.
-    assert measure_errors(jax.jit(run)(params, inputs, carry), expected) < bound
+    ids = jnp.arange(7) % 31
+    for one_hot, x in (False, inputs), (True, jax.nn.one_hot(ids, 31)[None]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choice, "runs_in_c", lambda *_: True)
+            layer = ops.prepare(params, is_one_hot=one_hot, dtype=dtype)
+        expected = run_equations(gating, None, "float32" if one_hot else dtype, params, x, carry)[1]
+        found, _ = jax.jit(type(layer).step)(layer, ids if one_hot else x[0], carry)
+        assert measure_errors(found, expected) < (1e-5 if dtype == "float32" else 3e-3)
 
 
 @every_kind
@@ -135,34 +128,7 @@ def test_wrong_arrays_are_errors_of_xla() -> None:
     (params, inputs, carry), *_ = draw_layer(GRU, (3, 2, 5, 16))
     marks = Marks(jnp.zeros((2, 3), bool), None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="ARGUMENT: lstm_forward: wrong arrays"):
-        in_c.forward(Layer(GRU, params, inputs, carry, marks, "float32"))
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (35, 33, 1001), (200, 600, 77)], ids=str)
-def test_a_loss_agrees_with_numpy(
-    sizes: tuple[int, int, int], is_transposed: bool, dtype: str, bound: float
-) -> None:
-    rows, depth, width = sizes
-    draw = np.random.default_rng(0)
-    x, w, bias = (draw.normal(size=n) for n in ((rows, depth), (depth, width), width))
-    targets = draw.integers(0, width, rows)
-    low = [jnp.asarray(array, dtype) for array in (x, 20 * w / depth**0.5)]
-    x, w = (np.asarray(array, np.float64) for array in low)
-    kernel = low[1].T if is_transposed else low[1]
-    arguments = low[0], kernel, jnp.asarray(bias, jnp.float32), jnp.asarray(targets)
-    losses, d_logits = in_c.compute_cross_entropy(*arguments, is_transposed, True)
-    logits = x @ w + bias.astype(np.float32)
-    sums = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
-    expected = np.exp(logits - sums[:, None])
-    expected[np.arange(rows), targets] -= 1
-    np.testing.assert_allclose(losses, sums - logits[np.arange(rows), targets], atol=1e-4)
-    np.testing.assert_allclose(np.asarray(d_logits, np.float32), expected, atol=bound)
-    for first, second in itertools.product((False, True), repeat=2):
-        factors = low[0].T if first else low[0], low[1].T if second else low[1]
-        found = in_c.matmul(*factors, first, second)
-        np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-4 * np.abs(x @ w).max())
+        in_c.run(Layer(GRU, "float32", expand(params), inputs, carry, marks))
 
 
 @pytest.mark.process  # Compiles the library.
@@ -182,8 +148,8 @@ def test_bfloat16_with_amx_agrees_with_numpy() -> None:
         for sizes in (*SIZES, (2, 35, 7, 32)) if gating is LSTM else SIZES[3:4]:
             check_layer(gating, sizes, "bfloat16", ("c", "cpu"))
         test_a_step_of_every_kind_agrees_with_its_equations(gating, "bfloat16")
-    test_a_loss_agrees_with_numpy((35, 33, 1001), True, "bfloat16", 1e-2)
-    test_a_loss_agrees_with_numpy((200, 600, 77), False, "bfloat16", 1e-2)
+    for losses in test_cross_entropy.SIZES:
+        test_cross_entropy.check_losses(losses, True, "bfloat16", 4e-3)
     test_steps_agree_with_windows(20, 32, 48, False, "bfloat16")
 
 
@@ -228,14 +194,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
 # With tied embeddings the last layer is of their size.
 @pytest.mark.parametrize(
     ("batch", "features", "hidden", "tied", "dtype"),
-    [
-        (1, 24, 48, False, "float32"),
-        (7, 24, 48, False, "bfloat16"),
-        (7, 24, 48, True, "float32"),
-        (7, 48, 40, True, "bfloat16"),
-        (7, 48, 25, True, "float32"),
-        (7, 48, 25, True, "bfloat16"),
-    ],
+    [(1, 24, 48, False, "float32"), (7, 24, 48, False, "bfloat16"), (7, 48, 25, True, "float32")],
 )
 def test_steps_agree_with_windows(
     batch: int, features: int, hidden: int, tied: bool, dtype: str
@@ -271,53 +230,6 @@ def test_layers_use_the_library_where_it_is_faster(dtype: str) -> None:
     assert uses_library(jax.vmap(run, (None, 0, 0)), *texts)
     found = jax.vmap(run, (None, 0, 0))(*texts)[1][:, 0]
     assert_close(found, run(params, inputs, carry)[1], 1e-6)
-
-
-_TRAIN = """
-import os, sys
-import jax, numpy as np
-from lstm_jax import batches, config, model, optimizer, train_step
-from lstm_jax.devices.mesh import make_mesh
-from lstm_jax.ops import choice, native
-settings = config.default()
-os.sched_getaffinity = lambda process: range(2)
-jax.config.update("jax_num_cpu_devices", 2)
-settings.batches.batch_size = 12
-settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 24, 32, 2
-settings.optimizer.learning_rate, settings.optimizer.epsilon = 0.01, 1e-3
-adam = optimizer.make_optimizer(settings.optimizer, 40)
-ids = np.random.default_rng(0).integers(0, 30, (12, 10)).astype(np.int32)
-library = native.load_library()
-for settings.mesh.data, used, settings.model.dtype in (
-    (devices, used, dtype)
-    for devices, used in ((1, None), (1, library), (2, library))
-    for dtype in native.list_dtypes()
-):
-    native.load_library = lambda: used
-    mesh = make_mesh(settings)
-    assert choice.runs_in_c("windows", settings.model.dtype, 32) == bool(used)
-    lstm = model.make_model(settings.model, 30)
-    state = train_step.init_state(lstm, adam, jax.random.key(0), 12).place(mesh)
-    step = train_step.make_train_step(lstm, adam, settings, mesh)
-    for k in range(40):
-        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.full(12, k == 0)))
-        if k % 16 == 0 or k == 39:
-            loss = float(state.loss_sum)  # Wait, as the training loop does.
-        if k in (0, 39):
-            print(loss)
-        state = state._replace(loss_sum=0 * state.loss_sum)
-"""
-
-
-@pytest.mark.process
-def test_devices_train_alike_with_the_library_and_without() -> None:
-    result = commands.run_python("-c", _TRAIN)
-    losses = np.reshape([float(line) for line in result.stdout.split()], (3, -1))
-    first, last = losses[0, :2]
-    assert last < first - 0.2  # It learns.
-    for other in losses[1:]:
-        np.testing.assert_allclose(other[:2], losses[0, :2], rtol=1e-5)  # In float32.
-        np.testing.assert_allclose(other[2:], losses[0, 2:], rtol=5e-3)
 
 
 @pytest.fixture

@@ -91,14 +91,27 @@ def test_carry_resets_lengths_and_direction(name: str) -> None:
 
 
 @every_gated
+@pytest.mark.usefixtures("unchecked")
 def test_single_steps_are_those_of_the_layer(name: str) -> None:
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
     reset = make_reset()
-    last, outputs = call(name, params, inputs, carry, reset=reset)
-    for t in range(TIME):
-        carry, one = ops.step(params, inputs[:, t], carry, reset=reset[:, t])
-        assert_close(one, outputs[:, t])
-    assert_close(carry, last)
+    ids = np.arange(BATCH * TIME).reshape(BATCH, TIME) % FEATURES
+    one_hot = ops.prepare(params, is_one_hot=True)
+    for x, read, step in (
+        (inputs, inputs, functools.partial(ops.step, params)),
+        (inputs, inputs, ops.prepare(params).step),
+        (jax.nn.one_hot(ids, FEATURES), ids, one_hot.step),
+    ):
+        (last, outputs), after = call(name, params, x, carry, reset=reset), carry
+        for t in range(TIME):
+            after, one = step(read[:, t], after, reset=reset[:, t])
+            assert_close(one, outputs[:, t])
+        assert_close(after, last)
+    for mistake in (ids[:, :1], inputs[:, 0], ids[:1, 0]):
+        with pytest.raises(ValueError, match="it must be"):
+            one_hot.step(mistake, carry)
+    with pytest.raises(ValueError, match="it must be"):
+        ops.prepare(params).step(inputs[:, 0, 1:], carry)
 
 
 @every_function

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from lstm_jax.ops.gates import Gating, Layer, align
+from lstm_jax.ops.gates import Layer, Outputs, align
 
 
 class Implementation(NamedTuple):
@@ -25,32 +25,27 @@ class Implementation(NamedTuple):
     batch_axis: int  # Of all arrays that `forward` saves.
 
 
-def run(
-    implementation: Implementation, layer: Layer
-) -> tuple[Any, Float[Array, "time batch hidden"]]:
+def run(implementation: Implementation, layer: Layer) -> tuple[Any, Outputs]:
     """Return the last carry and the outputs."""
-    gating, *arrays, dtype = layer
-    return _run(implementation, gating, dtype, *align(arrays))
+    gating, dtype, *arrays = layer
+    return _run((implementation, gating, dtype), *align(arrays))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(implementation: Implementation, gating: Gating, dtype: str, *arrays: Any) -> Any:
-    return _run_forward(implementation, gating, dtype, *arrays, differentiable=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(static: tuple[Any, ...], *arrays: Any) -> Any:
+    return _run_forward(static, *arrays, differentiable=False)[0]
 
 
 def _run_forward(
-    implementation: Implementation,
-    gating: Gating,
-    dtype: str,
-    *arrays: Any,
-    differentiable: bool = True,
+    static: tuple[Any, ...], *arrays: Any, differentiable: bool = True
 ) -> tuple[Any, Any]:
     """Return the last carry and the outputs, and what the backward pass needs."""
+    implementation, gating, dtype = static
     if differentiable:
         arrays = _forbid(gating.name, arrays)
 
-    def forward(params: Any, inputs: Array, carry: Any, marks: Any) -> Any:
-        layer = Layer(gating, params, inputs, carry, marks, dtype)
+    def forward(*arrays: Any) -> Any:
+        layer = Layer(gating, dtype, *arrays)
         return implementation.forward(layer, differentiable=differentiable)
 
     merged = _merge(forward, (None, 1, 0, 1), ((0, 1), implementation.batch_axis))
@@ -58,22 +53,17 @@ def _run_forward(
     return results, (arrays, saved)
 
 
-def _run_backward(
-    implementation: Implementation, gating: Gating, dtype: str, residuals: Any, cotangents: Any
-) -> tuple[Any, ...]:
+def _run_backward(static: tuple[Any, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    implementation, gating, dtype = static
     (arrays, saved), cotangents = _forbid(gating.name, (residuals, cotangents))
 
-    def backward(params: Any, inputs: Array, carry: Any, marks: Any, *others: Any) -> Any:
-        layer = Layer(gating, params, inputs, carry, marks, dtype)
-        return implementation.backward(layer, *others)
+    def backward(*arrays: Any) -> Any:
+        return implementation.backward(Layer(gating, dtype, *arrays[:4]), *arrays[4:])
 
-    in_axes = None, 1, 0, 1, implementation.batch_axis, 0, 1
-    merged = _merge(backward, in_axes, (1, 0))
+    merged = _merge(backward, (None, 1, 0, 1, implementation.batch_axis, 0, 1), (1, 0))
     d_sums, d_carry = merged(*arrays, saved, *cotangents)
-    params, inputs, carry, marks = arrays
-    layer = Layer(gating, params, inputs, carry, marks, dtype)
-    d_params, d_inputs = implementation.differentiate_params(layer, saved, d_sums)
-    grads = d_params, d_inputs, d_carry
+    layer = Layer(gating, dtype, *arrays)
+    grads = *implementation.differentiate_params(layer, saved, d_sums), d_carry
     return *jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, arrays[:3]), None
 
 
@@ -95,7 +85,7 @@ def _raise(name: str, *_: Any) -> Any:
 
 
 def _merge(
-    function: Callable[..., Any], in_axes: Sequence[int | None], out_axes: Sequence[Any]
+    function: Callable[..., Any], in_axes: Sequence[Any], out_axes: tuple[Any, ...]
 ) -> Callable[..., Any]:
     """Let `vmap` run a function once, on one batch of all examples.
 
@@ -104,34 +94,27 @@ def _merge(
     """
     merged = custom_vmap(function)
 
-    def join(axis: Any, x: Array, is_batched: bool, number: int) -> Array:
-        x = x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
-        at = axis % (x.ndim - 1)
-        x = jnp.moveaxis(x, 0, at)
-        return x.reshape(*x.shape[:at], number * x.shape[at + 1], *x.shape[at + 2 :])
-
-    def divide(axis: Any, x: Array, number: int) -> Array:
-        at = axis % x.ndim
-        shape = *x.shape[:at], number, x.shape[at] // number, *x.shape[at + 1 :]
-        return jnp.moveaxis(x.reshape(shape), at, 0)
-
     def rule(number: int, in_batched: Sequence[Any], *arguments: Any) -> Any:
+        def join(axis: int, x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
+            at = axis % (x.ndim - 1)
+            x = jnp.moveaxis(x, 0, at)
+            return x.reshape(*x.shape[:at], number * x.shape[at + 1], *x.shape[at + 2 :])
+
+        def divide(axis: int, x: Array) -> Array:
+            at = axis % x.ndim
+            shape = *x.shape[:at], number, x.shape[at] // number, *x.shape[at + 1 :]
+            return jnp.moveaxis(x.reshape(shape), at, 0)
+
         if not number or any(jax.tree.leaves(in_batched[0])):
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
             results = jax.vmap(function, axes)(*arguments)
         else:
-            params, *others = zip(in_axes, arguments, in_batched, strict=True)
-            joined = [
-                jax.tree.map(functools.partial(join, axis, number=number), x, is_batched)
-                for axis, x, is_batched in others
-            ]
-            results = merged(params[1], *joined)
+            others = zip(in_axes[1:], arguments[1:], in_batched[1:], strict=True)
+            joined = [jax.tree.map(functools.partial(join, axis), *x) for axis, *x in others]
+            results = merged(arguments[0], *joined)
             results = jax.tree.map(
-                lambda axis, tree: jax.tree.map(
-                    functools.partial(divide, axis, number=number), tree
-                ),
-                tuple(out_axes),
-                results,
+                lambda axis, x: jax.tree.map(functools.partial(divide, axis), x), out_axes, results
             )
         return results, jax.tree.map(lambda _: True, results)
 

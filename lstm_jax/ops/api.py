@@ -1,0 +1,260 @@
+"""The public functions: gated recurrent layers over arrays.
+
+Each checks its arguments and chooses an implementation (`choice.py`); `sequences.py` handles
+lengths and direction. `gates.py` has the equations of a step and their derivatives, `xla.py` the
+reference implementation and the loops forwards and backwards in time, `in_c.py` and `lstm.c` the
+same in C; `vjp.py` makes these differentiable.
+"""
+
+import functools
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Integer, Shaped
+
+from lstm_jax.ops import choice, in_c, vjp, xla
+from lstm_jax.ops.gates import (
+    GATINGS,
+    GRU,
+    LSTM,
+    PEEPHOLE_LSTM,
+    RNN,
+    Gating,
+    GRUParams,
+    HiddenCarry,
+    Layer,
+    LSTMCarry,
+    LSTMParams,
+    Marks,
+    PeepholeLSTMParams,
+    RNNParams,
+    expand,
+)
+from lstm_jax.ops.sequences import (
+    Inputs,
+    Lengths,
+    Outputs,
+    Reset,
+    check,
+    choose_dtypes,
+    run_in_order,
+)
+
+Name = Literal["auto", "scan", "xla", "c"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of all gated layers, all optional; `lstm` explains them."""
+
+    reset: Reset  # Steps that read a carry of zeros.
+    lengths: Lengths  # Without it, all steps are computed.
+    reverse: bool  # By default False.
+    dtype: DTypeLike | None  # By default that of the inputs.
+    implementation: Name  # By default "auto".
+
+
+def lstm(
+    params: LSTMParams,
+    inputs: Inputs,
+    carry: LSTMCarry | None = None,
+    *,
+    reset: Reset = None,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    dtype: DTypeLike | None = None,
+    implementation: Name = "auto",
+) -> tuple[LSTMCarry, Outputs]:
+    """Run a long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000) over time.
+
+        i, f, o = sigmoid(x W + h U + b) of the gate, and g = tanh(x W + h U + b)
+        c' = f * c + i * g
+        h' = o * tanh(c')
+
+    Args:
+      params: the kernels and the bias, with the gates in the order i, f, g, o.
+      inputs: floats [batch, time, features].
+      carry: the carry before the first step that is computed; zeros without one.
+      reset: [batch, time], true or not 0 at the steps that first set the carry to zeros: for
+        example where a document or an episode begins.
+      lengths: integers [batch], from 0 to `time`, which is not checked. Later steps leave the carry
+        as it is, and their outputs are zero.
+      reverse: whether to run from the last step (of each length) to the first. Outputs stay at the
+        place of their inputs.
+      dtype: "bfloat16" rounds the operands of matmuls, and in C also biases; sums are float32.
+        "float32" rounds nothing. By default, that of the inputs. States are float32, or float64 if
+        any array is; without one, "float64" is an error.
+      implementation: "scan" can be transformed in every way (but not by `jvp` in bfloat16 on GPUs
+        and TPUs); "xla" and "c" (on CPUs) are faster; "auto" chooses.
+
+    Returns:
+      The last carry, in the dtypes of the carry or else that of states; and the outputs [batch,
+      time, hidden], which are the hidden states, in the dtype of the inputs.
+
+    Raises:
+      ValueError: if a type, shape or dtype does not fit, or the implementation can't run this here.
+      TypeError: if `dtype` is no dtype.
+    """
+    return _run(LSTM, params, inputs, carry, reset, lengths, reverse, dtype, implementation)
+
+
+def peephole_lstm(
+    params: PeepholeLSTMParams,
+    inputs: Inputs,
+    carry: LSTMCarry | None = None,
+    **options: Unpack[Options],
+) -> tuple[LSTMCarry, Outputs]:
+    """Run an LSTM whose gates see the cell state (Gers & Schmidhuber 2000) over time.
+
+        i, f = sigmoid(x W + h U + p * c + b) of the gate, and g = tanh(x W + h U + b)
+        c' = f * c + i * g
+        o = sigmoid(x W + h U + p * c' + b)
+        h' = o * tanh(c')
+
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
+    """
+    return _run(PEEPHOLE_LSTM, params, inputs, carry, **options)
+
+
+def gru(
+    params: GRUParams, inputs: Inputs, carry: HiddenCarry | None = None, **options: Unpack[Options]
+) -> tuple[HiddenCarry, Outputs]:
+    """Run a gated recurrent unit (Cho et al. 2014), cuDNN's and PyTorch's variant, over time.
+
+        r, z = sigmoid(x W + h U + b) of the gate
+        n = tanh(x W + b + r * (h U + un))
+        h' = (1 - z) * n + z * h
+
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`. The gates are in
+    the order r, z, n.
+    """
+    return _run(GRU, params, inputs, carry, **options)
+
+
+def rnn(
+    params: RNNParams, inputs: Inputs, carry: HiddenCarry | None = None, **options: Unpack[Options]
+) -> tuple[HiddenCarry, Outputs]:
+    """Run a simple recurrent network (Elman 1990) over time.
+
+        h' = tanh(x W + h U + b)
+
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
+    """
+    return _run(RNN, params, inputs, carry, **options)
+
+
+# A carry with a cell state, and one without, by the type of the parameters.
+_CellParams = LSTMParams | PeepholeLSTMParams
+_HiddenParams = GRUParams | RNNParams
+
+
+@overload
+def run(
+    params: _CellParams, inputs: Any, carry: LSTMCarry | None = None, **options: Unpack[Options]
+) -> tuple[LSTMCarry, Array]: ...
+@overload
+def run(
+    params: _HiddenParams, inputs: Any, carry: HiddenCarry | None = None, **options: Unpack[Options]
+) -> tuple[HiddenCarry, Array]: ...
+def run(
+    params: Any, inputs: Inputs, carry: Any = None, **options: Unpack[Options]
+) -> tuple[Any, Outputs]:
+    """Run the gated layer with these parameters, an instance of `LSTMParams` or another, over time.
+
+    Options are `ops.Options`; arguments, results and errors are those of `lstm`.
+    """
+    return _run(get_gating(params), params, inputs, carry, **options)
+
+
+def get_gating(params: Any) -> Gating:
+    """Return the recurrence with such parameters; raise ValueError if there is none."""
+    if type(params) not in GATINGS:
+        listed = ", ".join(kind.__name__ for kind in GATINGS)
+        raise ValueError(f"params is a {type(params).__name__}: it must be one of {listed}")
+    return GATINGS[type(params)]
+
+
+@overload
+def step(
+    params: _CellParams, inputs: Any, carry: LSTMCarry, *, reset: Any = ..., dtype: Any = ...
+) -> tuple[LSTMCarry, Array]: ...
+@overload
+def step(
+    params: _HiddenParams, inputs: Any, carry: HiddenCarry, *, reset: Any = ..., dtype: Any = ...
+) -> tuple[HiddenCarry, Array]: ...
+def step(
+    params: Any,
+    inputs: Float[ArrayLike, "batch features"],
+    carry: Any,
+    *,
+    reset: Shaped[ArrayLike, " batch"] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Any, Float[Array, "batch hidden"]]:
+    """Run one step of the layer with these parameters, for example to generate a token.
+
+    Inputs are [batch, features], and `carry` is the one before; `reset` [batch] is true where the
+    step reads a carry of zeros instead. Return the next carry, and the outputs [batch, hidden]. A
+    loop over it is slower than one call over time.
+
+    Raises:
+      ValueError: if a shape or dtype does not fit.
+    """
+    steps, marks = (
+        None if x is None else jnp.expand_dims(jnp.asarray(x), axis=1) for x in (inputs, reset)
+    )
+    carry, outputs = run(params, steps, carry, reset=marks, dtype=dtype, implementation="scan")
+    return carry, outputs[:, 0]
+
+
+def _run(
+    gating: Gating,
+    params: Any,
+    inputs: Any,
+    carry: Any,
+    reset: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    reverse: bool = False,
+    dtype: DTypeLike | None = None,
+    implementation: str = "auto",
+) -> tuple[Any, Outputs]:
+    """Check the arguments, and run a layer."""
+    inputs, params, carry, reset, lengths = check(
+        inputs=(inputs, Float[Array, "batch time features"]),
+        params=(params, gating.params),
+        carry=(carry, gating.carry),
+        reset=(reset, Shaped[Array, "batch time"]),
+        lengths=(lengths, Integer[Array, " batch"]),
+    )
+    (batch, time, _), hidden = inputs.shape, len(params.recurrent_kernel)
+    if not hidden:
+        raise ValueError("params.recurrent_kernel has no row: a layer needs at least one")
+    low, wide = choose_dtypes(dtype, inputs, params, carry)
+    first = gating.carry.zeros(batch, hidden, wide) if carry is None else carry
+    multiplied = low if wide == jnp.float32 else wide.name
+    name = implementation if time else "scan"
+    name = choice.choose(name, gating, size=hidden, dtype=multiplied)
+    static = gating, name, jax.default_backend(), reverse, wide, low
+    return _compute(static, params, inputs, first, reset, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute(static: tuple[Any, ...], *arrays: Any) -> tuple[Any, Outputs]:
+    gating, name, backend, reverse, wide, low = static
+
+    def run(params: Any, inputs: Array, carry: Any, marks: Marks) -> tuple[Any, Array]:
+        inputs, marks = inputs.swapaxes(0, 1), jax.tree.map(jnp.transpose, marks)
+        layer = Layer(gating, low, expand(params), inputs, carry, marks)
+        last, outputs = run_layer(name, backend, layer)
+        return last, outputs.swapaxes(0, 1)
+
+    return run_in_order(run, wide, reverse, *arrays)
+
+
+def run_layer(name: str, backend: str, layer: Layer) -> tuple[Any, Array]:
+    """Run a layer with the named implementation, as on a kind of device."""
+    if name == "scan":
+        return xla.scan(layer)
+    if name == "c":
+        return in_c.run(layer)
+    return vjp.run(xla.IMPLEMENTATIONS[backend != "cpu"], layer)
