@@ -114,17 +114,6 @@ def test_initialized_as_keras_does() -> None:
     assert not np.asarray(params["dense"]["bias"]).any()
 
 
-def test_the_carry_continues_the_text() -> None:
-    model = LanguageModel(11, 6, 9, 2)
-    params = models.draw_params(model)
-    ids = np.random.default_rng(1).integers(0, 11, (2, 12))
-    whole, last = models.apply(model, params, ids, model.initial_carry(2))
-    first, carry = models.apply(model, params, ids[:, :5], model.initial_carry(2))
-    second, carry = models.apply(model, params, ids[:, 5:], carry)
-    np.testing.assert_allclose(whole, np.concatenate([first, second], axis=1), atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), last, carry)
-
-
 @pytest.mark.parametrize("cell", ["lstm", "gru", "minlstm", "mlstm"])
 def test_a_carry_of_another_batch_size_is_an_error(cell: str) -> None:
     model = LanguageModel(11, 8, 16, cell=cell)

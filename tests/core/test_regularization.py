@@ -80,27 +80,19 @@ def test_embedding_dropout_drops_whole_tokens() -> None:
         assert dropped[name] is params[name]
 
 
-def test_recurrent_dropout_drops_single_weights() -> None:
-    params = models.draw_params(MODEL)
-    rates = make_rates(recurrent_dropout=0.3)
-    dropped = train_step.drop_parameters(rates, params, jax.random.key(1))
-    kept = []
-    for name in ("lstm_0", "lstm_1", "lstm_2"):
-        kernel, before = dropped[name]["recurrent_kernel"], params[name]["recurrent_kernel"]
-        kept.append(np.asarray(kernel) != 0)
-        np.testing.assert_allclose(kernel[kept[-1]], before[kept[-1]] / 0.7, rtol=1e-4)
-        assert kept[-1].mean() == pytest.approx(0.7, abs=0.02)
-        assert dropped[name]["input_kernel"] is params[name]["input_kernel"]
-    assert (kept[0] != kept[1]).any()
-
-
 @pytest.mark.parametrize("rate", [0.02, 0.5, 0.9])
 def test_weights_are_dropped_independently(rate: float) -> None:
-    params = {"lstm_0": {"recurrent_kernel": jnp.ones((301, 400))}}
+    kernels = {name: jnp.full((301, 400), 3.0) for name in ("recurrent_kernel", "input_kernel")}
     rates = make_rates(recurrent_dropout=rate)
+    params = {"lstm_0": kernels, "lstm_1": kernels}
     dropped = train_step.drop_parameters(rates, params, jax.random.key(2))
-    mask = np.asarray(dropped["lstm_0"]["recurrent_kernel"], np.float64) * (1 - rate)
+    mask, other = (
+        np.asarray(layer["recurrent_kernel"], np.float64) * (1 - rate) / 3
+        for layer in dropped.values()
+    )
     np.testing.assert_allclose(np.unique(mask), [0, 1], atol=1e-4)
+    assert (mask != other).any()
+    assert all(layer["input_kernel"] is kernels["input_kernel"] for layer in dropped.values())
 
     def check_mean(numbers: np.ndarray, chance: float) -> None:
         deviation = np.sqrt(chance * (1 - chance) / numbers.size)
