@@ -11,6 +11,8 @@ def get_config(minutes: str = "10") -> ConfigDict:
     """Return a config whose open fields are chosen for the text and the machine (`budget.py`)."""
     config = config_lib.default()
     config.minutes = float(minutes)
+    if config.minutes <= 0:
+        raise ValueError(f"{minutes} minutes: there must be more than 0")
 
     config.batches.kind = "streams"
     config.batches.window_length = 48

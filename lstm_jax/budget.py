@@ -1,8 +1,9 @@
 """Choose the fields that a config with `minutes` leaves open, for its text and this machine.
 
-The model is the largest that reads enough tokens for its parameters in the time. The batch depends
-on the length of the text, the learning rate on both, and dropout on the number of epochs. The
-numbers were fitted to 19 runs of about a minute on texts of 20 KB to 25 MB.
+The model is the largest that reads enough tokens for its weights in the time, or a short text often
+enough. The batch depends on the length of the text, the learning rate on both, and dropout on the
+epochs and the weights for each token of the text. `benchmarks/budget.py` repeats the runs that the
+numbers were fitted to.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from lstm_jax.config import Config, complete_config
 # The fields that can be left open.
 FIELDS = (
     "data.units",
+    "data.fractions",
     "batches.batch_size",
     "model.embedding_size",
     "model.hidden_size",
@@ -36,23 +38,24 @@ FIELDS = (
 _SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _FIRST_SIZE, _FIRST_TOKENS = 256, 1e6  # Measured first, with dropout for this number of tokens.
 _LARGEST_EMBEDDING = 256
-_TOKENS_PER_PARAMETER = 3  # A larger model reads too few in the time.
+_TOKENS_PER_WEIGHT = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
-# Each kind of dropout at these numbers of epochs; in between, by their logarithm.
-_EPOCHS = (4, 24, 64)
+# Each kind of dropout at these numbers of epochs times weights for each token of the text; in
+# between, by their logarithm.
+_REPETITION = (10, 100, 300, 3000)
 _DROPOUT = {
-    "embedding": (0.0, 0.05, 0.1),
-    "input": (0.0, 0.15, 0.3),
-    "hidden": (0.0, 0.3, 0.4),
-    "output": (0.0, 0.45, 0.6),
-    "recurrent": (0.0, 0.25, 0.5),
+    "embedding": (0.0, 0.05, 0.05, 0.1),
+    "input": (0.0, 0.05, 0.2, 0.3),
+    "hidden": (0.0, 0.25, 0.3, 0.4),
+    "output": (0.0, 0.3, 0.5, 0.6),
+    "recurrent": (0.0, 0.1, 0.3, 0.5),
 }
-_MOST_EPOCHS = _EPOCHS[-1]  # After more, a model has learned a short text by heart.
+_MOST_EPOCHS = 64  # After more, a model has learned a short text by heart.
 _SHARE = 0.95  # Of the time that is left; the speed may fall.
 _SECONDS_OF_EVALUATION = 6.0  # To compile it, generation, and to write the last files.
 _EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
-_VALIDATIONS = 8
+_VALIDATIONS, _SHARE_OF_VALIDATIONS = 8, 0.1  # At most, in this share of the time.
 
 
 class Speed(NamedTuple):
@@ -60,7 +63,6 @@ class Speed(NamedTuple):
 
     step_seconds: float
     compile_seconds: float
-    parameters: int
     seconds_left: int  # Of the minutes, after measuring.
 
 
@@ -75,71 +77,79 @@ def choose_fields(
       measure: returns the speed of a config.
     """
     length, window = lengths["train"], config.batches.window_length
+    most_tokens = _MOST_EPOCHS * length
     batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
     batch_size = min(max(batch_size, _SMALLEST_BATCH), _LARGEST_BATCH)
-    config = _fill(config, {"batches.batch_size": batch_size})
+    config = fill(config, {"batches.batch_size": batch_size})
     batch_size, tokens_per_step = config.batches.batch_size, config.batches.batch_size * window
 
     sizes = _SIZES if "model.hidden_size" in config.open else (config.model.hidden_size,)
     speeds: dict[tuple[int, bool], Speed] = {}
 
-    def set_size(size: int, epochs: float) -> Config:
+    def count_weights(size: int) -> int:
+        """Return the weights of the kernels of LSTM layers, whatever the cell."""
+        return 8 * config.model.num_layers * size**2
+
+    def measure_repetition(size: int, tokens: float) -> float:
+        return tokens / length * count_weights(size) / length
+
+    def set_size(size: int, tokens: float) -> Config:
         chosen: dict[str, Any] = {"model.hidden_size": size}
         chosen["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
-        position = np.log(np.clip(epochs, _EPOCHS[0], _EPOCHS[-1]))
+        position = np.log(measure_repetition(size, tokens))
         for kind, rates in _DROPOUT.items():
             applies = kind != "hidden" or config.model.num_layers > 1  # It is between layers.
-            rate = float(np.interp(position, np.log(_EPOCHS), rates)) if applies else 0.0
+            rate = float(np.interp(position, np.log(_REPETITION), rates)) if applies else 0.0
             chosen[f"regularization.{kind}_dropout"] = round(rate, 2)
-        return _fill(config, chosen)
+        return fill(config, chosen)
 
-    def predict(size: int) -> tuple[float, float]:
-        """Return the tokens that a model of this size reads in the time, and its parameters."""
+    def predict(size: int) -> float:
+        """Return the tokens that a model of this size reads in the time."""
         last = next(reversed(speeds.values()))
         near = min(reversed(speeds), key=lambda x: abs(math.log(x[0] / size)))
         speed, ratio = speeds[near], size / near[0]
         rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
         left = _SHARE * last.seconds_left - speed.compile_seconds - _SECONDS_OF_EVALUATION
-        evaluated = (_VALIDATIONS + 1) * lengths["validation"] + lengths["test"]
-        return max(left * rate - evaluated / _EVALUATION, 0.0), speed.parameters * ratio**2
+        once = (lengths["validation"] + lengths["test"]) / _EVALUATION
+        return max(left * rate * (1 - _SHARE_OF_VALIDATIONS) - once, 0.0)
 
     def has_enough(size: int) -> bool:
-        tokens, parameters = predict(size)
-        return tokens >= min(_TOKENS_PER_PARAMETER * parameters, _MOST_EPOCHS * length)
+        return predict(size) >= min(_TOKENS_PER_WEIGHT * count_weights(size), most_tokens)
 
-    size, epochs = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS / length
-    while (key := (size, epochs > _EPOCHS[0])) not in speeds:  # Dropout takes time.
-        speeds[key] = measure(set_size(size, epochs))
+    size, tokens = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS
+    while (key := (size, measure_repetition(size, tokens) > _REPETITION[0])) not in speeds:
+        speeds[key] = measure(set_size(size, tokens))  # Dropout takes time.
         size = max(filter(has_enough, sizes), default=sizes[0])
-        epochs = predict(size)[0] / length
-    tokens = min(predict(size)[0], _MOST_EPOCHS * length)
+        tokens = min(predict(size), most_tokens)
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
-    epochs = steps * tokens_per_step / length
-    config = set_size(size, epochs)
+    tokens = steps * tokens_per_step
+    config = set_size(size, tokens)
+    validations = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / lengths["validation"]
+    validations = min(max(int(validations), 1), _VALIDATIONS)
     rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _LARGEST_BATCH)
-    config = _fill(
+    config = fill(
         config,
         {
             "optimizer.learning_rate": float(f"{rate:.2g}"),
             "optimizer.warmup_steps": min(50, steps // 10),
             "optimizer.weight_decay": 0.15,
-            "num_epochs": math.ceil(epochs),
+            "num_epochs": math.ceil(tokens / length),
             "max_steps": steps,
-            "validate_every_steps": math.ceil(steps / _VALIDATIONS),
+            "validate_every_steps": math.ceil(steps / validations),
             "log_every_steps": max(min(steps // 20, 50), 1),
         },
     )
     rates = dataclasses.asdict(config.regularization)
     dropout = ", ".join(f"{kind.removesuffix('_dropout')} {x:g}" for kind, x in rates.items() if x)
     line = (
-        f"For {config.minutes:g} minutes: {config.model.num_layers} layers of {size}, with "
+        f"For {config.minutes:g} minutes: {config.model.num_layers} x {size} hidden units, with "
         f"{1000 * speeds[key].step_seconds:.0f} ms for a step of {batch_size} x {window} tokens; "
-        f"{steps:,} steps are {epochs:.3g} epochs; learning rate "
+        f"{steps:,} steps are {tokens / length:.3g} epochs; learning rate "
         f"{config.optimizer.learning_rate:g}; dropout: {dropout or 'none'}"
     )
     return config, line
 
 
-def _fill(config: Config, values: Mapping[str, Any]) -> Config:
+def fill(config: Config, values: Mapping[str, Any]) -> Config:
     """Set those fields that are open."""
     return complete_config(config, {x: y for x, y in values.items() if x in config.open})

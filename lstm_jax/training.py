@@ -292,8 +292,7 @@ def fill_open_fields(config: Config, directory: Path) -> Config:
             "config.minutes chooses the sizes of a new model, without teachers: leave out "
             "--init_from and --config.distill.teachers, or set the sizes in another config"
         )
-    chosen = {"data.units": texts.choose_units(config.data)} if "data.units" in config.open else {}
-    return config_lib.complete_config(config, chosen)
+    return budget.fill(config, texts.choose_fields(config.data))
 
 
 def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> budget.Speed:
@@ -305,7 +304,6 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
     state = init_state(model, optimizer, key, batch_size).place(mesh)
-    parameters = sum(array.size for array in jax.tree.leaves(state.params))
     train_step, feed = make_train_step(model, optimizer, config, mesh), Feed(ids, config, mesh)
     times = list[float]()
     while len(times) < 4 or sum(times[2:]) < 1:
@@ -314,7 +312,7 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
         jax.block_until_ready(state.loss_sum)
         times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
     left = -processes.max_over_processes(-int(end - time.monotonic()))
-    return budget.Speed(statistics.median(times[2:]), times[0], parameters, left)
+    return budget.Speed(statistics.median(times[2:]), times[0], left)
 
 
 def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:

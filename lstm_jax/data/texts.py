@@ -46,6 +46,7 @@ from lstm_jax.vocabulary import (
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
 _MOST_CHARACTERS = 1000  # Different ones, of which each has an embedding.
 _BLOCK_BYTES = 2**20  # That are read at a time.
+_MOST_EVALUATED = 500_000  # Bytes of the validation split and of the test split of a long text.
 _BLOCK = 2**24  # Ids that are counted at a time.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
 _FILE_END = FILE_END.encode()
@@ -281,21 +282,26 @@ def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
     return found
 
 
-def choose_units(data: DataConfig) -> str:
-    """Return "characters", or "bytes" if a text is not UTF-8 or has too many different characters.
+def choose_fields(data: DataConfig) -> dict[str, Any]:
+    """Return the kind of tokens and the fractions of the splits that suit a text.
 
-    Only its start is read.
+    Tokens are characters, or bytes if a text is not UTF-8 or has too many different characters,
+    which only its start is read for. A long text has short validation and test splits.
     """
     if not data.path:
-        return "characters"
-    (path, *_), *_ = find_files(data.path)
-    with name_failure(f"can't read {path}"), files.check_file(path).open("rb") as file:
+        return {"data.units": "characters", "data.fractions": data.fractions}
+    paths = [files.check_file(path) for path in itertools.chain(*find_files(data.path))]
+    with name_failure(f"can't read {paths[0]}"), paths[0].open("rb") as file:
         start = file.read(_BLOCK_BYTES)
+    size = sum(path.stat().st_size for path in paths)
+    share = float(f"{min(0.05, _MOST_EVALUATED / max(size, 1)):.2g}")
+    fractions = (1 - 2 * share, share, share)
     try:
         characters = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
-        return "bytes"
-    return "characters" if len(set(characters)) <= _MOST_CHARACTERS else "bytes"
+        characters = ""
+    is_text = 0 < len(set(characters)) <= _MOST_CHARACTERS
+    return {"data.units": "characters" if is_text else "bytes", "data.fractions": fractions}
 
 
 def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Compare what a config with `minutes` chooses for texts, minutes and machines."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lstm_jax.run import metrics, workdir
 
 def open_config(minutes: float, **fields: object) -> Config:
     config = config_lib.load(f"experiments/minutes.py:{minutes}")
-    config.update_from_flattened_dict({"data.units": "characters"} | fields)
+    of_text = {"data.units": "characters", "data.fractions": (0.9, 0.05, 0.05)}
+    config.update_from_flattened_dict(of_text | fields)
     return config_lib.complete_config(config)
 
 
@@ -30,7 +32,7 @@ def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> 
         size, batch_size = config.model.hidden_size, config.batches.batch_size
         step_seconds = ms / 1000 * (size / 256) ** power * batch_size / 64
         step_seconds *= 1.2 if config.regularization.output_dropout else 1
-        return budget.Speed(step_seconds, 8.0, 16 * size**2, seconds)
+        return budget.Speed(step_seconds, 8.0, seconds)
 
     lengths = {"train": length, "validation": length // 18, "test": length // 18}
     chosen, line = budget.choose_fields(config, lengths, measure)
@@ -39,7 +41,8 @@ def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> 
         return chosen
     # Training, validations and the test take the time.
     step = measure(chosen).step_seconds
-    evaluated = (9 * lengths["validation"] + lengths["test"]) / 2.5 / (64 * 48) * ms / 1000
+    validations = math.ceil(chosen.max_steps / chosen.validate_every_steps)
+    evaluated = (validations + 1) * lengths["validation"] / 2.5 / (64 * 48) * ms / 1000
     assert 0.7 * seconds < chosen.max_steps * step + evaluated + 14 < 1.05 * seconds
     return chosen
 
@@ -65,22 +68,25 @@ def test_a_set_field_stays_and_the_others_follow() -> None:
     set_, free = choose(open_config(4, **fields), 10**6), choose(open_config(4), 10**6)
     assert (set_.model.hidden_size, set_.regularization.hidden_dropout) == (96, 0.0)
     assert set_.optimizer.learning_rate > free.optimizer.learning_rate
-    assert set_.max_steps > free.max_steps and set_.regularization.output_dropout > 0
+    assert set_.max_steps > free.max_steps
     assert choose(open_config(4, **{"model.num_layers": 1}), 10**6).model.num_layers == 1
     config = config_lib.complete_config(open_config(4), {"optimizer.learning_rate": 1e-3})
     assert "optimizer.learning_rate" not in config.open
     assert choose(config, 10**6).optimizer.learning_rate == 1e-3
 
 
-def test_bytes_are_chosen_where_characters_do_not_suit(tmp_path: Path) -> None:
-    kinds = {}
-    latin1 = "é".encode("latin-1") * 99
+def test_the_start_and_the_size_of_a_text_choose_its_tokens_and_splits(tmp_path: Path) -> None:
+    chosen = {}
     many = "".join(map(chr, range(0x4E00, 0x5200))).encode()
-    for name, content in ("latin1", latin1), ("many", many), ("few", "ab é".encode() * 99):
+    contents = {"latin1": "é".encode("latin-1") * 99, "many": many, "few": "ab é".encode() * 99}
+    for name, content in (contents | {"long": b"ab" * 10_000_000}).items():
         (tmp_path / name).write_bytes(content)
         data = open_config(1, **{"data.path": str(tmp_path / name)}).data
-        kinds[name] = texts.choose_units(data)
-    assert kinds == {"latin1": "bytes", "many": "bytes", "few": "characters"}
+        chosen[name] = texts.choose_fields(data)
+    kinds = {name: fields["data.units"] for name, fields in chosen.items()}
+    assert kinds == {"latin1": "bytes", "many": "bytes", "few": "characters", "long": "characters"}
+    assert chosen["few"]["data.fractions"] == (0.9, 0.05, 0.05)
+    assert chosen["long"]["data.fractions"] == (0.95, 0.025, 0.025)
 
 
 def test_a_run_resumes_with_the_fields_that_it_chose(
