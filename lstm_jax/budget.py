@@ -140,12 +140,14 @@ def choose_fields(
         },
     )
     rates = dataclasses.asdict(config.regularization)
-    dropout = ", ".join(f"{kind.removesuffix('_dropout')} {x:g}" for kind, x in rates.items() if x)
+    dropout = ", ".join(
+        f"{kind.removesuffix('_dropout')} {x:.2g}" for kind, x in rates.items() if x
+    )
     line = (
         f"For {config.minutes:g} minutes: {config.model.num_layers} x {size} hidden units, with "
         f"{1000 * speeds[key].step_seconds:.0f} ms for a step of {batch_size} x {window} tokens; "
-        f"{steps:,} steps are {tokens / length:.3g} epochs; learning rate "
-        f"{config.optimizer.learning_rate:g}; dropout: {dropout or 'none'}"
+        f"steps: {steps:,}, or {tokens / length:.3g} epochs; learning rate: "
+        f"{config.optimizer.learning_rate:.2g}; dropout: {dropout or 'none'}"
     )
     return config, line
 
