@@ -96,7 +96,7 @@ def choose_fields(
     def set_size(size: int, tokens: float) -> Config:
         chosen: dict[str, Any] = {"model.hidden_size": size}
         chosen["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
-        position = np.log(measure_repetition(size, tokens))
+        position = np.log(max(measure_repetition(size, tokens), 1))
         for kind, rates in _DROPOUT.items():
             applies = kind != "hidden" or config.model.num_layers > 1  # It is between layers.
             rate = float(np.interp(position, np.log(_REPETITION), rates)) if applies else 0.0
