@@ -43,15 +43,15 @@ _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
 # Each kind of dropout at these numbers of epochs times weights for each token of the text; in
 # between, by their logarithm.
-_REPETITION = (10, 100, 300, 3000)
+_REPETITION = (10, 100, 300, 3000, 20000)
 _DROPOUT = {
-    "embedding": (0.0, 0.05, 0.05, 0.1),
-    "input": (0.0, 0.05, 0.2, 0.3),
-    "hidden": (0.0, 0.25, 0.3, 0.4),
-    "output": (0.0, 0.3, 0.5, 0.6),
-    "recurrent": (0.0, 0.1, 0.3, 0.5),
+    "embedding": (0.0, 0.05, 0.05, 0.1, 0.2),
+    "input": (0.0, 0.05, 0.15, 0.3, 0.4),
+    "hidden": (0.0, 0.25, 0.3, 0.4, 0.5),
+    "output": (0.0, 0.3, 0.45, 0.6, 0.7),
+    "recurrent": (0.0, 0.1, 0.25, 0.5, 0.6),
 }
-_MOST_EPOCHS = 64  # After more, a model has learned a short text by heart.
+_EPOCHS = 64  # A model that reads a short text so often may be larger than others.
 _SHARE = 0.95  # Of the time that is left; the speed may fall.
 _SECONDS_OF_EVALUATION = 6.0  # To compile it, generation, and to write the last files.
 _EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
@@ -77,7 +77,6 @@ def choose_fields(
       measure: returns the speed of a config.
     """
     length, window = lengths["train"], config.batches.window_length
-    most_tokens = _MOST_EPOCHS * length
     batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
     batch_size = min(max(batch_size, _SMALLEST_BATCH), _LARGEST_BATCH)
     config = fill(config, {"batches.batch_size": batch_size})
@@ -114,13 +113,13 @@ def choose_fields(
         return max(left * rate * (1 - _SHARE_OF_VALIDATIONS) - once, 0.0)
 
     def has_enough(size: int) -> bool:
-        return predict(size) >= min(_TOKENS_PER_WEIGHT * count_weights(size), most_tokens)
+        return predict(size) >= min(_TOKENS_PER_WEIGHT * count_weights(size), _EPOCHS * length)
 
     size, tokens = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS
     while (key := (size, measure_repetition(size, tokens) > _REPETITION[0])) not in speeds:
         speeds[key] = measure(set_size(size, tokens))  # Dropout takes time.
         size = max(filter(has_enough, sizes), default=sizes[0])
-        tokens = min(predict(size), most_tokens)
+        tokens = predict(size)
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
@@ -139,14 +138,15 @@ def choose_fields(
             "log_every_steps": max(min(steps // 20, 50), 1),
         },
     )
+    epochs = float(f"{tokens / length:.3g}")
     rates = dataclasses.asdict(config.regularization)
     dropout = ", ".join(
         f"{kind.removesuffix('_dropout')} {x:.2g}" for kind, x in rates.items() if x
     )
     line = (
-        f"For {config.minutes:g} minutes: {config.model.num_layers} x {size} hidden units, with "
+        f"For {config.minutes:g} min: {config.model.num_layers} x {size} hidden units, with "
         f"{1000 * speeds[key].step_seconds:.0f} ms for a step of {batch_size} x {window} tokens; "
-        f"steps: {steps:,}, or {tokens / length:.3g} epochs; learning rate: "
+        f"steps: {steps:,}, or {epochs:,g} epochs; learning rate: "
         f"{config.optimizer.learning_rate:.2g}; dropout: {dropout or 'none'}"
     )
     return config, line
