@@ -19,7 +19,6 @@ VARIANTS = {
     "minlstm": ("minlstm", 3, 160, "residual"),
     "mingru": ("mingru", 3, 169, "residual"),
     "rglru": ("rglru", 3, 160, "residual"),
-    "paragru": ("paragru", 3, 160, "residual"),
     "slstm": ("slstm", 3, 144, "residual"),
     "mlstm": ("mlstm", 3, 152, "residual"),
 }

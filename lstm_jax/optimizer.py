@@ -9,7 +9,7 @@ from optax import contrib
 from lstm_jax.config import OptimizerConfig, OptimizerName, Schedule
 
 # Parameters whose rows are vectors of their own: weights of gates, taps of a convolution.
-_VECTORS = "/peepholes", "/convolution", "/recurrent_scale"
+_VECTORS = "/peepholes", "/convolution"
 
 
 def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

@@ -21,7 +21,6 @@ CELLS = {
     "minlstm": "MinLSTMCell",
     "mingru": "MinGRUCell",
     "rglru": "RGLRUCell",
-    "paragru": "ParaGRUCell",
     "slstm": "SLSTMCell",
     "mlstm": "MLSTMCell",
 }

@@ -40,13 +40,6 @@ def rglru(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
     return (a * h + jnp.sqrt(1 - a**2) * i * u,)
 
 
-def paragru(p: Arrays, x: Array, h: Array) -> tuple[Array, ...]:
-    r, z, n = jnp.split(x @ p["input_kernel"] + p["bias"], 3, axis=-1)
-    scale_r, scale_z, scale_n = p["recurrent_scale"]
-    r, z = sigmoid(r + scale_r * h), sigmoid(z + scale_z * h)
-    return ((1 - z) * h + z * jnp.tanh(n + scale_n * r * h),)
-
-
 def slstm(p: Arrays, x: Array, h: Array, c: Array, n: Array) -> tuple[Array, ...]:
     heads = h.reshape(len(h), HEADS, -1)
     read = jnp.split(jnp.einsum("bhi,hio->bho", heads, p["recurrent_kernel"]), 4, axis=2)
@@ -124,7 +117,6 @@ REFERENCES: dict[str, Callable[[Arrays, Array], Array]] = {
     "multiplicative": over_time(multiplicative, 2),
     **{name: over_time(STEPS[name], 1) for name in ("gru", "rnn")},
     "rglru": over_time(rglru, 1),
-    "paragru": over_time(paragru, 1),
     "slstm": over_time(slstm, 3),
     "minlstm": minlstm,
     "mingru": mingru,
@@ -143,7 +135,6 @@ PARAMETERS = {
     "minlstm": 3 * H * (N + 1),
     "mingru": 2 * H * (N + 1),
     "rglru": H * (N + 1) + 2 * H * (H + 1) + H,
-    "paragru": 3 * H * (N + 1) + 3 * H,
     "slstm": 4 * H * (N + H // HEADS + 1),
     "mlstm": 4 * H * (N + 1) + 2 * HEADS * (N + 1),
     "block": 6 * H**2 + 7 * H + N * H + 2 * H * (H + 1),
@@ -186,19 +177,6 @@ def test_outputs_and_gradients_agree_with_the_paper(
             return jnp.asarray(outputs)
 
         assert_close(compute_exactly(run, weights, params, inputs), expected)
-
-
-def test_newtons_method_solves_a_paragru_with_large_kernels() -> None:
-    cell = make("paragru")
-    params, inputs, _ = make_problem(cell)
-    params["recurrent_scale"] = np.random.default_rng(1).uniform(-6, 6, (3, HIDDEN))
-    inputs = np.tile(inputs, (1, 10, 1))
-    carry = cell.initial_carry(BATCH)
-    arguments = carry, jnp.asarray(inputs, jnp.float32), None
-    _, outputs = cell.apply({"params": params}, *arguments, method="run_parallel")
-    with jax.enable_x64(), jax.numpy_rank_promotion("allow"):
-        expected = REFERENCES["paragru"](params, jnp.asarray(inputs))
-    np.testing.assert_allclose(outputs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["slstm", "mlstm"])
@@ -304,7 +282,7 @@ def test_no_cell_ignores_recurrent_dropout(name: str, block: str) -> None:
     plain = models.draw_params(model)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
-    if name in ("minlstm", "mingru", "rglru", "paragru", "mlstm"):
+    if name in ("minlstm", "mingru", "rglru", "mlstm"):
         with pytest.raises(UserError, match="needs a cell with a parameter recurrent_kernel"):
             train_step.drop_parameters(rates, plain, jax.random.key(0))
         return

@@ -81,7 +81,7 @@ def test_adamw(decay: float) -> None:
 @pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
 def test_kernels_decay_and_vectors_do_not(name: str) -> None:
     fields = make_fields(name=name, learning_rate=0.1, weight_decay=0.5)
-    names = "peepholes", "convolution", "recurrent_scale"
+    names = "peepholes", "convolution"
     vectors = {"bias": jnp.ones(2)} | {name: jnp.ones((3, 2)) for name in names}
     params = {"lstm_0": {"kernel": jnp.ones((2, 2)), **vectors}}
     optimizer = optimizer_lib.make_optimizer(fields, 10)
@@ -104,7 +104,7 @@ def test_muon_updates_recurrent_layers_and_adam_the_rest() -> None:
     rng = np.random.default_rng(0)
     shapes = {
         "lstm_0": {"input_kernel": (5, 8), "recurrent_kernel": (2, 8), "bias": (8,)},
-        "block_0": {"peepholes": (3, 4), "convolution": (4, 4), "recurrent_scale": (3, 4)},
+        "block_0": {"peepholes": (3, 4), "convolution": (4, 4)},
         "dense": {"kernel": (2, 3), "bias": (3,)},
         "embedding": {"embedding": (3, 5)},
     }
