@@ -2,12 +2,11 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from lstm_jax import ops
 from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, SizedCell, forget_bias
-from lstm_jax.cells.slstm import count_per_head
-from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm, stabilize, step_mlstm
+from lstm_jax.cells.slstm import count_per_head, stabilize
+from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm
 
 
 class MLSTMCell(SizedCell):
@@ -42,9 +41,8 @@ class MLSTMCell(SizedCell):
 
     def __call__(self, carry: MLSTMCarry, inputs: Inputs) -> tuple[MLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
-        q, k, v, o, i, log_f = self._project(inputs)
-        carry, found = step_mlstm(carry, q, k, v, i, log_f)
-        return carry, (o * found).reshape(len(inputs), -1)
+        carry, outputs = self.run_parallel(carry, inputs[:, None], None)
+        return carry, outputs[:, 0]
 
     def run_parallel(
         self, carry: MLSTMCarry, inputs: Inputs, reset: Reset | None
@@ -55,14 +53,10 @@ class MLSTMCell(SizedCell):
     def _params(self) -> MLSTMParams:
         return MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
 
-    def _project(self, inputs: Array) -> list[Array]:
-        """Return q, k, v, o [batch, heads, d], and log i, log f [batch, heads] of a step."""
-        parts = project_mlstm(self._params(), inputs[:, None], self.heads, self.dtype)
-        return [x[:, :, 0] for x in parts]
-
     def gates(self, carry: MLSTMCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
-        *_, o, i, log_f = self._project(inputs)
+        parts = project_mlstm(self._params(), inputs[:, None], self.heads, self.dtype)
+        *_, o, i, log_f = (x[:, :, 0] for x in parts)
         f, i, _ = stabilize(carry.stabilizer, i, log_f)
         i, f = (jnp.repeat(gate, o.shape[-1], axis=1) for gate in (i, f))
         return {"input": i, "forget": f, "output": o.reshape(len(inputs), -1)}

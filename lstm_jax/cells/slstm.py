@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lstm_jax.cells.base import Gates, Inputs, Outputs, SizedCell, forget_bias
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.matrix_lstm import NEVER, stabilize
+from lstm_jax.ops.matrix_lstm import NEVER
 
 
 class SLSTMCarry(NamedTuple):
@@ -85,6 +85,13 @@ class SLSTMCell(SizedCell):
         return SLSTMCarry(
             jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), jnp.full(shape, NEVER)
         )
+
+
+def stabilize(before: Array, i: Array, log_f: Array) -> tuple[Array, Array, Array]:
+    """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
+    kept = log_f + before
+    stabilizer = jnp.maximum(kept, i)
+    return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
 def count_per_head(hidden_size: int, heads: int) -> int:

@@ -34,6 +34,12 @@ from references import (
 )
 
 NAMES = [*GATED, "linear_scan", "mlstm"]
+# Options for each implementation of a function.
+IMPLEMENTATIONS: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"implementation": x} for x in ("scan", "xla", "auto")] for name in GATED},
+    "linear_scan": [{"implementation": x} for x in ("scan", "parallel")],
+    "mlstm": [{}],
+}
 every_function = pytest.mark.parametrize("name", NAMES)
 every_gated = pytest.mark.parametrize("name", GATED)
 
@@ -85,9 +91,9 @@ def test_carry_resets_lengths_and_direction(name: str) -> None:
             carries.append(after)
         expected = jax.tree.map(lambda *x: np.concatenate(x), *carries), np.stack(rows)
         options: Any = {"reset": reset.astype(np.float32), "lengths": LENGTHS, "reverse": reverse}
-        for implementation in ("scan", "xla" if name in GATED else "parallel", "auto"):
-            options["implementation"] = implementation
-            assert_close(call(name, params, inputs, carry, **options), expected)
+        for implementation in IMPLEMENTATIONS[name]:
+            found = call(name, params, inputs, carry, **options, **implementation)
+            assert_close(found, expected)
 
 
 @every_gated
@@ -130,20 +136,16 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
     assert_close(short, unread, 0)
 
 
-@every_function
-@pytest.mark.parametrize("implementation", ["scan", "parallel"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, x) for name in (*GATED, "linear_scan") for x in IMPLEMENTATIONS[name][:2]],
+)
 @pytest.mark.parametrize("reset_at", [0, 2])
 @jax.debug_nans(False)
-def test_a_reset_forgets_what_is_not_finite(
-    name: str, implementation: Any, value: float, reset_at: int
-) -> None:
+def test_a_reset_forgets_what_is_not_finite(name: str, implementation: Any, reset_at: int) -> None:
     """Compare results after a reset, and their gradients, with those after finite numbers."""
-    if name in GATED:
-        implementation = {"parallel": "xla"}.get(implementation, implementation)
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    options: Any = {"implementation": implementation}
-    options |= {"reset": np.arange(TIME) == np.full((BATCH, 1), reset_at)}
+    options = {**implementation, "reset": np.arange(TIME) == np.full((BATCH, 1), reset_at)}
 
     def differentiate(inputs: Any, carry: Any) -> Any:
         def loss_fn(inputs: Any) -> Any:
@@ -155,28 +157,13 @@ def test_a_reset_forgets_what_is_not_finite(
         return grads[:, reset_at:], results
 
     expected = differentiate(inputs, carry)
-    bad = jax.tree.map(lambda x: jnp.full_like(x, value), carry)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), carry)
     assert_close(differentiate(inputs, bad), expected, 0)
-    assert_close(differentiate(inputs.at[:, :reset_at].set(value), carry), expected)
+    assert_close(differentiate(inputs.at[:, :reset_at].set(jnp.inf), carry), expected)
 
 
-@pytest.mark.parametrize("implementation", ["scan", "parallel"])
-@jax.debug_nans(False)
-def test_a_reset_hides_no_nan_of_its_own_document(implementation: Any) -> None:
-    params, inputs, carry = make_params("mlstm"), make_inputs("mlstm"), make_carry("mlstm")
-    reset = np.arange(TIME) == np.full((BATCH, 1), 2)
-    inputs = inputs.at[0, 1].set(jnp.nan).at[1, 4].set(jnp.nan)
-    carry = jax.tree.map(lambda x: x.at[2].set(jnp.inf), carry)
-    last, outputs = ops.mlstm(params, inputs, carry, reset=reset, implementation=implementation)
-    expected = np.zeros((BATCH, TIME), bool)
-    expected[0, 1], expected[1, 4:], expected[2, :2] = True, True, True
-    assert np.isnan(outputs).any(2).tolist() == expected.tolist()
-    assert np.isnan(last.normalizer).any((1, 2)).tolist() == [False, True, False, False]
-
-
-@pytest.mark.parametrize("implementation", ["scan", "parallel"])
 @pytest.mark.parametrize("gate", [45.0, 85.0, 300.0])
-def test_padding_after_a_large_input_gate_has_no_gradient(gate: float, implementation: Any) -> None:
+def test_padding_after_a_large_input_gate_has_no_gradient(gate: float) -> None:
     """The queries of padding are their bias, here zero, and exp(m) may overflow."""
     params = ops.MLSTMParams(
         jnp.ones((1, 4 * HIDDEN)), jnp.zeros(4 * HIDDEN), jnp.array([[gate, 0]]), jnp.zeros(2)
@@ -184,7 +171,6 @@ def test_padding_after_a_large_input_gate_has_no_gradient(gate: float, implement
     inputs = jnp.ones((1, 3, 1)).at[:, 1:].set(0)
 
     def differentiate(inputs: Any, **options: Any) -> Any:
-        options["implementation"] = implementation
         return jax.grad(lambda p, x: ops.mlstm(p, x, **options)[1].sum(), (0, 1))(params, inputs)
 
     (found, by_inputs), (expected, by_first) = (
@@ -282,8 +268,9 @@ def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
         ("reset is float", {"reset": np.zeros((TIME, BATCH))}),
         ("lengths", {"lengths": np.zeros(TIME, int)}),
         ("lengths", {"lengths": np.zeros(BATCH)}),
-        ("implementation", {"implementation": "fastest"}),
     ]
+    if name != "mlstm":
+        found.append(("implementation", {"implementation": "fastest"}))
     if name == "linear_scan":
         return [mistake for mistake in found if "inputs" not in mistake[1]]
     for field, array in params._asdict().items():
@@ -412,9 +399,9 @@ ON_TWO_DEVICES = {
 }
 
 
-def check_gradients(name: str, transform: Callable[..., Any], implementation: str) -> None:
+def check_gradients(name: str, transform: Callable[..., Any], **options: Any) -> None:
     params, inputs = make_params(name), make_inputs(name)
-    loss = functools.partial(compute_loss, name, implementation=implementation)
+    loss = functools.partial(compute_loss, name, **options)
     expected = jax.grad(loss)(params, inputs)
     with jax.numpy_rank_promotion("allow"):
         found = transform(loss, params, inputs)
@@ -425,7 +412,7 @@ def check_gradients(name: str, transform: Callable[..., Any], implementation: st
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("name", [*GATED, "mlstm"])
 def test_gradients_under_transformations(name: str, transformation: str) -> None:
-    check_gradients(name, TRANSFORMATIONS[transformation], "auto")
+    check_gradients(name, TRANSFORMATIONS[transformation])
 
 
 @pytest.mark.process
@@ -440,8 +427,8 @@ def check_gradients_on_two_devices() -> None:
     for transformation, transform in ON_TWO_DEVICES.items():
         is_short = transformation in ("sharded batch", "explicit mesh")
         for name in GATED if is_short else NAMES:
-            for implementation in ("auto",) if is_short else ("auto", "scan"):
-                check_gradients(name, transform, implementation)
+            for implementation in [{}] if is_short else IMPLEMENTATIONS[name]:
+                check_gradients(name, transform, **implementation)
     # On explicit axes, the library computes a batch where it lies.
     mesh = jax.make_mesh((2,), ("data",))
     inputs = jax.device_put(make_inputs("lstm"), NamedSharding(mesh, P("data")))
