@@ -146,8 +146,11 @@ def get_activation(cell: Any, carry: Any, outputs: Outputs) -> Outputs:
     return cell.activation(carry) if has_activation else jnp.tanh(outputs)
 
 
-class SizedCell(nn.Module):
-    """The fields of most cells, and the first carry of one without a cell state."""
+class Cell(nn.Module):
+    """The fields of most cells, their parameters, and the first carry of one without a cell state.
+
+    The protocol does not require this base class.
+    """
 
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.
@@ -155,37 +158,46 @@ class SizedCell(nn.Module):
 
     def initial_carry(self, batch_size: int) -> Any:
         """Return the carry at the start of a text: zeros."""
-        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
+        return HiddenCarry.zeros(batch_size, self.hidden_size)
 
-    def declare_input_kernel(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
-        """Declare the input kernel and the bias of this number of gates; call it in `setup`."""
-        shape = self.input_size, gates * self.hidden_size
-        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
-        self.bias = self.param("bias", bias, shape[1:])
+    def declare_kernels(
+        self, gates: int, bias: Initializer = nn.initializers.zeros, is_recurrent: bool = True
+    ) -> None:
+        """Declare the kernels and the bias of this number of gates; call it in `setup`."""
+        size, glorot = gates * self.hidden_size, nn.initializers.glorot_uniform()
+        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
+        if is_recurrent:
+            orthogonal, shape = nn.initializers.orthogonal(), (self.hidden_size, size)
+            self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, shape)
+        self.bias = self.param("bias", bias, (size,))
 
     def project_inputs(self, inputs: Array) -> Array:
         """Return x W + b of one or all steps, [..., gates * hidden_size]."""
         return matmul(inputs, self.input_kernel, self.dtype, self.bias)
 
-
-class Cell(SizedCell):
-    """A cell whose gates read x W + b and h U. The protocol does not require this base class."""
-
-    def declare_kernels(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
-        """Declare the kernels and the bias for this number of gates; call it in `setup`."""
-        size = gates * self.hidden_size
-        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
-        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
-        self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, (self.hidden_size, size))
-        self.bias = self.param("bias", bias, (size,))
-
     def project_hidden(self, hidden: Outputs) -> Float[Array, "batch sums"]:
         """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""
         return matmul(hidden, self.recurrent_kernel, self.dtype)
 
-    def activation(self, carry: Any) -> Outputs:
-        """Return the activations of the hidden units, in [-1, 1]."""
-        return carry.hidden
+
+class LinearCell(Cell):
+    """A cell with h' = a * h + b, where a and b depend on the inputs only."""
+
+    def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
+        """Return a and b of one or all steps."""
+        raise NotImplementedError
+
+    def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
+        """Return the next carry and the outputs."""
+        a, b = self.coefficients(inputs)
+        hidden = a * carry.hidden + b
+        return HiddenCarry(hidden), hidden
+
+    def run_parallel(
+        self, carry: HiddenCarry, inputs: Inputs, reset: Reset | None
+    ) -> tuple[HiddenCarry, Outputs]:
+        """Return the last carry and all outputs."""
+        return ops.linear_scan(*self.coefficients(inputs), carry, reset=reset)
 
 
 def forget_bias(gates: int, opened: float | Array) -> Initializer:

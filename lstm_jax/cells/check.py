@@ -1,7 +1,7 @@
 """Check that a cell follows the protocol: `check_cell`."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,8 +26,8 @@ def check_cell(
 ) -> None:
     """Check that a cell follows `lstm_jax.cells.base`, with random parameters and inputs.
 
-    Check shapes and dtypes; single steps, and the parallel form, against a scan; a sequence against
-    its two parts with the carry kept; that texts of a batch are independent; bfloat16 against
+    Check shapes and dtypes; the parallel form against a scan of single steps, whole, with documents
+    and in two parts with the carry kept; that texts of a batch are independent; bfloat16 against
     float32, if it has the field `dtype`; and gradients against finite differences, in float64. Of
     `gates` and `activation`, only the range is checked, because a step may compute anything from
     its gates.
@@ -87,38 +87,38 @@ def _check_values(cell: Any) -> Any:
     params = jax.tree.map(lambda x: np.asarray(x) + 0.1 * draw(*x.shape), params)
     variables = {"params": params}
     _check_shapes(cell, variables, carry, inputs[:, 0])
-    scan = _make_run(cell, variables, "scan")
+    run = functools.partial(_compile(cell), variables)
     # From the state after another text, in which no part of the carry has its first value.
-    carry, _ = scan(carry, draw(_BATCH, _TIME, cell.input_size))
-
-    whole = scan(carry, inputs)
-    after, outputs, step = carry, [], jax.jit(cell.apply)
-    for t in range(_TIME):
-        after, output = step(variables, after, inputs[:, t])
-        outputs.append(output)
-    steps = after, np.stack(outputs, axis=1)
-    _compare(cell, "single steps differ from a scan", steps, whole)
-
-    between, first = scan(carry, inputs[:, :_CUT])
-    last, second = scan(between, inputs[:, _CUT:])
-    parts = last, np.concatenate([first, second], axis=1)
-    _compare(cell, "two parts, with the carry kept, differ from the whole sequence", parts, whole)
-    one = scan(*jax.tree.map(lambda x: x[:1], (carry, inputs)))
-    message = "the results of a text depend on the other texts of its batch"
-    _compare(cell, message, one, jax.tree.map(lambda x: x[:1], whole))
+    carry, _ = run(carry, draw(_BATCH, _TIME, cell.input_size), implementation="scan")
+    reset = rng.random((_BATCH, _TIME)) < 0.3
+    whole, documents = (run(carry, inputs, mask, implementation="scan") for mask in (None, reset))
     if hasattr(cell, "run_parallel"):
-        run = _make_run(cell, variables, "auto")
         _compare(cell, "the parallel form differs from a scan", run(carry, inputs), whole)
-        documents = carry, inputs, rng.random((_BATCH, _TIME)) < 0.3
-        message = "with documents, the parallel form differs from a scan"
-        _compare(cell, message, run(*documents), scan(*documents))
-    forms = ("scan", "auto") if hasattr(cell, "run_parallel") else ("scan",)
-    for name in forms if hasattr(cell, "dtype") else ():
-        low = _make_run(cell.clone(dtype="bfloat16"), variables, name)(carry, inputs)
+        between, first = run(carry, inputs[:, :_CUT], reset[:, :_CUT])
+        last, second = run(between, inputs[:, _CUT:], reset[:, _CUT:])
+        parts = last, np.concatenate([first, second], axis=1)
+        message = "with documents, two parts of the parallel form differ from a scan"
+        _compare(cell, message, parts, documents)
+    for name in _list_forms(cell) if hasattr(cell, "dtype") else ():
+        run_low = _compile(cell.clone(dtype="bfloat16"))
+        low = run_low(variables, carry, inputs, implementation=name)
         low = jax.tree.map(lambda x, y: x.astype(y.dtype), low, whole)
-        message = f"its results in bfloat16 differ from those in float32 ({name})"
+        message = f"its results in bfloat16 ({name}) differ from those in float32"
         _compare(cell, message, low, whole, tolerance=0.1)
+    one, expected = jax.tree.map(lambda x: x[:1], ((carry, inputs), whole))
+    message = "the results of a text depend on the other texts of its batch"
+    _compare(cell, message, run(*one, implementation="scan"), expected)
     return variables
+
+
+def _compile(cell: Any) -> Any:
+    """Return `run_cell` as a function of the variables and its other arguments."""
+    return jax.jit(nn.apply(base.run_cell, cell), static_argnames="implementation")
+
+
+def _list_forms(cell: Any) -> list[str]:
+    """Return the values of `implementation` for which `run_cell` has a form of the cell."""
+    return ["scan", "auto"] if hasattr(cell, "run_parallel") else ["scan"]
 
 
 def _check_gradients(cell: Any, variables: Any) -> None:
@@ -127,33 +127,21 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
     inputs = np.random.default_rng(1).normal(size=(_BATCH, _TIME, cell.input_size))
     carry, variables = jax.tree.map(to_float64, (cell.initial_carry(_BATCH), variables))
-
-    def loss(variables: Any, inputs: jax.Array, reset: Any, implementation: str) -> jax.Array:
-        before, reset = jax.tree.map(jnp.asarray, (carry, reset))
-        run = nn.apply(base.run_cell, cell)
-        after, outputs = run(variables, before, inputs, reset, implementation)
-        states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
-        weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
-        return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
-
     reset = np.arange(_TIME) == np.full((_BATCH, 1), _CUT)
-    forms = ("scan", None), ("auto", None), ("auto with documents", reset)
-    for name, mask in forms if hasattr(cell, "run_parallel") else forms[:1]:
-        run = jax.jit(functools.partial(loss, reset=mask, implementation=name[:4]))
+
+    def loss(name: str, variables: Any, inputs: jax.Array) -> Any:
+        texts = variables, carry, inputs
+        results = [_compile(cell)(*texts, mask, implementation=name) for mask in (None, reset)]
+        arrays = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum((jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x).sum() for x in arrays)
+
+    for name in _list_forms(cell):
+        run = jax.jit(functools.partial(loss, name))
         try:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
-            shown = make_visible(str(error))[:300]
-            message = f"its gradient differs from finite differences ({name}): {shown}"
-            raise _failure(cell, message) from None
-
-
-def _make_run(cell: Any, variables: Any, implementation: str) -> Callable[..., Any]:
-    """Return a function of a carry, inputs [batch, time, features] and reset, compiled anew."""
-    run = jax.jit(functools.partial(nn.apply(base.run_cell, cell), implementation=implementation))
-    return lambda carry, inputs, reset=None: jax.device_get(
-        run(variables, carry, inputs, reset=reset)
-    )
+            message = f"its gradient ({name}) differs from finite differences"
+            raise _failure(cell, f"{message}: {make_visible(str(error))[:300]}") from None
 
 
 def _compare(

@@ -42,3 +42,7 @@ class GRUCell(Cell):
         reset = nn.sigmoid(xr + hr)
         candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias[None]))
         return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}
+
+    def activation(self, carry: HiddenCarry) -> Outputs:
+        """Return the activations of the hidden units, in [-1, 1]."""
+        return carry.hidden

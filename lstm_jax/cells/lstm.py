@@ -50,5 +50,4 @@ class LSTMCell(Cell):
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
         """Return the carry at the start of a text: zeros."""
-        shape = batch_size, self.hidden_size
-        return LSTMCarry(jnp.zeros(shape), jnp.zeros(shape))  # Not one array twice: it is donated.
+        return LSTMCarry.zeros(batch_size, self.hidden_size)

@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lstm_jax.cells.base import Gates, Inputs
-from lstm_jax.cells.linear import Coefficients, LinearCell
+from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
 from lstm_jax.ops.gates import HiddenCarry
 
 
@@ -17,14 +16,14 @@ class MinGRUCell(LinearCell):
         h' = (1 - z) * h + z * n
 
     The paper computes the logarithm of h, for which g keeps candidates positive. Composing steps
-    (`cells.linear`) multiplies by numbers in [0, 1] only, and needs no logarithms for that.
+    (`ops.linear_scan`) multiplies by numbers in [0, 1] only, and needs no logarithms for that.
     """
 
     def setup(self) -> None:
         """Declare the parameters; z, n are side by side."""
-        self.declare_input_kernel(2)
+        self.declare_kernels(2, is_recurrent=False)
 
-    def coefficients(self, inputs: Inputs) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return 1 - z and z * n of one or all steps."""
         gates = self.gates(None, inputs)
         return 1 - gates["update"], gates["update"] * gates["candidate"]

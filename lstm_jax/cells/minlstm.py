@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Gates, Inputs
-from lstm_jax.cells.linear import Coefficients, LinearCell
+from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
 from lstm_jax.cells.mingru import make_positive
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -22,9 +21,9 @@ class MinLSTMCell(LinearCell):
 
     def setup(self) -> None:
         """Declare the parameters; f, i, n are side by side."""
-        self.declare_input_kernel(3)
+        self.declare_kernels(3, is_recurrent=False)
 
-    def coefficients(self, inputs: Inputs) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return f / (f + i) and i / (f + i) * n of one or all steps."""
         gates = self.gates(None, inputs)
         return gates["forget"], gates["input"] * gates["candidate"]

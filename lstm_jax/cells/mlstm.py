@@ -4,12 +4,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lstm_jax import ops
-from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, SizedCell, forget_bias
+from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, Reset, forget_bias
 from lstm_jax.cells.slstm import count_per_head, stabilize
 from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm
 
 
-class MLSTMCell(SizedCell):
+class MLSTMCell(Cell):
     """One step of an mLSTM: an LSTM whose cell state is a matrix (Beck et al. 2024).
 
     Each of the heads has d = hidden_size / heads hidden units:
@@ -33,7 +33,7 @@ class MLSTMCell(SizedCell):
     def setup(self) -> None:
         """Declare the parameters; q, k, v, o are side by side, and so are i, f of all heads."""
         count_per_head(self.hidden_size, self.heads)
-        self.declare_input_kernel(4)
+        self.declare_kernels(4, is_recurrent=False)
         shape = self.input_size, 2 * self.heads
         self.gate_kernel = self.param("gate_kernel", nn.initializers.zeros, shape)
         remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))

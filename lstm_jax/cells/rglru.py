@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lstm_jax.cells.base import Gates, Inputs
-from lstm_jax.cells.linear import Coefficients, LinearCell
+from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import HiddenCarry
 
@@ -33,32 +32,28 @@ class RGLRUCell(LinearCell):
         """Declare the parameters; r, i are side by side in `gate_kernel` and `gate_bias`."""
         glorot, zeros = nn.initializers.glorot_uniform(), nn.initializers.zeros
         size = self.hidden_size
-        self.declare_input_kernel(1)
+        self.declare_kernels(1, is_recurrent=False)
         self.gate_kernel = self.param("gate_kernel", glorot, (size, 2 * size))
         self.gate_bias = self.param("gate_bias", zeros, (2 * size,))
         self.decay = self.param("decay", _draw_decay, (size,))
 
-    def coefficients(self, inputs: Inputs) -> Coefficients:
+    def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return a and sqrt(1 - a ** 2) * (i * u) of one or all steps."""
-        u, r, i = self._project(inputs)
-        log_a = self._log_decay(r)
+        u, _, i, log_a = self._compute(inputs)
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
         return jnp.exp(log_a), scale * (i * u)
 
     def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
         """Return the gates of a step, which do not depend on the carry, and the decay."""
-        _, r, i = self._project(inputs)
-        return {"recurrence": r, "input": i, "decay": jnp.exp(self._log_decay(r))}
+        _, r, i, log_a = self._compute(inputs)
+        return {"recurrence": r, "input": i, "decay": jnp.exp(log_a)}
 
-    def _project(self, inputs: Array) -> list[Array]:
-        """Return u, r and i."""
+    def _compute(self, inputs: Array) -> tuple[Array, Array, Array, Array]:
+        """Return u, r, i and log a of one or all steps."""
         u = self.project_inputs(inputs)
         sums = matmul(u, self.gate_kernel, self.dtype, self.gate_bias)
-        return [u, *jnp.split(nn.sigmoid(sums), 2, axis=-1)]
-
-    def _log_decay(self, r: Array) -> Array:
-        """Return the logarithm of a."""
-        return _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
+        r, i = jnp.split(nn.sigmoid(sums), 2, axis=-1)
+        return u, r, i, _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
 
 
 def _draw_decay(key: Array, shape: tuple[int]) -> Array:

@@ -26,3 +26,7 @@ class RNNCell(Cell):
         """Return the candidate alone, which is the next hidden state: there is no gate."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         return {"candidate": jnp.tanh(sums)}
+
+    def activation(self, carry: HiddenCarry) -> Outputs:
+        """Return the activations of the hidden units, in [-1, 1]."""
+        return carry.hidden

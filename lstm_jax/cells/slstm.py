@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import Gates, Inputs, Outputs, SizedCell, forget_bias
+from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, forget_bias
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.matrix_lstm import NEVER
@@ -22,7 +22,7 @@ class SLSTMCarry(NamedTuple):
     stabilizer: Float[Array, "batch hidden"]  # m.
 
 
-class SLSTMCell(SizedCell):
+class SLSTMCell(Cell):
     """One step of an sLSTM: an LSTM with an exponential input gate (Beck et al. 2024).
 
         i = exp(x Wi + h Ri + bi)           input gate, of any size
