@@ -13,7 +13,6 @@ import safetensors.numpy
 
 from lstm_jax import model as model_lib
 from lstm_jax import ops
-from lstm_jax.config import ModelConfig
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
@@ -102,23 +101,18 @@ def _describe(arrays: StateDict, name: str) -> str:
     return f"of shape {list(arrays[name].shape)}" if name in arrays else "missing"
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raise `UserError` if PyTorch has no layers with these `model` fields of a config."""
-    last = model.embedding_size if model.tie_embeddings else model.hidden_size
-    has_one_size = last == model.hidden_size or model.num_layers == 1
-    is_plain = not model.skip_connections and model.block == "none"
-    if not (model.cell in _PARAMS and has_one_size and is_plain):
+def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()) -> StateDict:
+    """Return the `state_dict` of a model; raise `UserError` if PyTorch has no such layers.
+
+    The names of the modules are by default `embedding`, `lstm` or `gru`, and `linear`.
+    """
+    has_one_size = len({*model.sizes[1:]}) == 1
+    is_plain = has_one_size and not model.skip_connections and model.block == "none"
+    if not (model.cell in _PARAMS and is_plain):
         raise UserError(
             "PyTorch has only the cells lstm and gru, layers of one size, no blocks and no "
             "skip_connections"
         )
-
-
-def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()) -> StateDict:
-    """Return the `state_dict` of a model that passes `check_model`.
-
-    The names of the modules are by default `embedding`, `lstm` or `gru`, and `linear`.
-    """
     embedding, recurrent, linear = modules or ("embedding", str(model.cell), "linear")
     own: Params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     table = own["embedding"]["embedding"]

@@ -2,11 +2,11 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lstm_jax import config as config_lib
-from lstm_jax.config import Config, ModelConfig
+from lstm_jax.config import Config
 from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
@@ -76,14 +76,12 @@ def export_weights(directory: Path, target: Path) -> None:
     The vocabulary is written beside it, to a file with .vocabulary.json added to the name.
     """
     beside = target.with_name(target.name + ".vocabulary.json")
-    _, trained = _load(directory, [target, beside], torch_weights.check_model)
-    content = torch_weights.to_bytes(torch_weights.from_model(trained.model, trained.params))
+    run = _load(directory, target, beside)
+    content = torch_weights.to_bytes(torch_weights.from_model(run.model, run.params))
     with name_failure(f"can't write {target}"):
-        files.write_file(beside, json.dumps(trained.vocabulary.to_fields(), indent=0).encode())
+        files.write_file(beside, json.dumps(run.vocabulary.to_fields(), indent=0).encode())
         files.write_file(target, content)
-    print_line(
-        f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}"
-    )
+    print_line(f"Wrote the model of {directory}, step {run.step}, to {target}, tokens to {beside}")
 
 
 def export_folder(directory: Path, target: Path, dtype: str) -> None:
@@ -91,29 +89,20 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
 
     The folder is read like the working directory. Its parameters are rounded to `dtype`.
     """
-
-    def check(model: ModelConfig) -> None:
-        if model.cell_sha256:
-            raise UserError(f"its cell, {model.cell}, is in a file of yours")
-
-    config, run = _load(directory, [target], check)
-    make_folder(target.absolute(), config, run.vocabulary, run.params, run.step, dtype)
+    run = _load(directory, target)
+    make_folder(target.absolute(), run.config, run.vocabulary, run.params, run.step, dtype)
     print_line(f"Wrote the model of {directory}, step {run.step}, to {target}, in {dtype}")
 
 
-def _load(
-    directory: Path, targets: Sequence[Path], check: Callable[[ModelConfig], None]
-) -> tuple[Config, Run]:
-    """Return config and model of a working directory, if no target exists, and `check` passes."""
+def _load(directory: Path, *targets: Path) -> Run:
+    """Return the model of a working directory, if no target exists, and no file has its cell."""
     for path in targets:
         if path.exists():
             raise UserError(f"{path} exists: remove it, or use another --to")
-    config = workdir.load_config(workdir.find_model(directory))
-    try:
-        check(config.model)
-    except UserError as error:
-        raise UserError(f"{directory} can't be converted: {error}") from None
-    return config, load(directory)
+    model = workdir.load_config(workdir.find_model(directory)).model
+    if model.cell_sha256:
+        raise UserError(f"{directory} can't be converted: its cell is in a file, {model.cell}")
+    return load(directory)
 
 
 def make_folder(

@@ -22,41 +22,6 @@ _GATES: dict[type[Any], Sequence[str]] = {
 }
 
 
-def _make(input_kernel: Any, recurrent_kernel: Any, bias: Any, recurrent_bias: Any) -> Params:
-    """Return parameters from arrays in the order of gates here, and biases of all gates each.
-
-    Only in the candidate of a GRU are the biases not added to each other.
-    """
-    hidden, width = recurrent_kernel.shape
-    kinds: dict[int, type[Any]] = {len(gates): kind for kind, gates in _GATES.items()}
-    if width % hidden or width // hidden not in kinds:
-        raise ValueError(
-            f"a recurrent kernel of {hidden} hidden units has {width} columns: those of an LSTM, "
-            "a GRU and a simple RNN are 4, 3 and 1 for each hidden unit"
-        )
-    kind = kinds[width // hidden]
-    if kind is not GRUParams:
-        return kind(*map(jnp.asarray, (input_kernel, recurrent_kernel, bias + recurrent_bias)))
-    total = np.append(bias[:-hidden] + recurrent_bias[:-hidden], bias[-hidden:])
-    arrays = input_kernel, recurrent_kernel, total, recurrent_bias[-hidden:]
-    return GRUParams(*map(jnp.asarray, arrays))
-
-
-def _get_gates(params: Params) -> Sequence[str]:
-    if type(params) not in _GATES:
-        raise ValueError(f"PyTorch and Flax have no layer with {type(params).__name__}")
-    return _GATES[type(params)]
-
-
-def _split_biases(params: Params) -> tuple[np.ndarray, np.ndarray]:
-    """Return the biases that are added to x W and to h U, for all gates each."""
-    bias = np.asarray(params.bias)
-    recurrent_bias = np.zeros_like(bias)
-    if isinstance(params, GRUParams):
-        recurrent_bias[-len(params.recurrent_bias) :] = params.recurrent_bias
-    return bias, recurrent_bias
-
-
 def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: str = "") -> Params:
     """Return the parameters of a layer of PyTorch's `nn.LSTM`, `nn.GRU` or `nn.RNN` (tanh).
 
@@ -82,8 +47,11 @@ def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: s
 def to_torch(params: Params, layer: str = "l0", prefix: str = "") -> dict[str, np.ndarray]:
     """Return the arrays of a layer in a `state_dict` of PyTorch; see `from_torch`."""
     _get_gates(params)  # It checks the type.
-    kernels = np.asarray(params.input_kernel).T, np.asarray(params.recurrent_kernel).T
-    arrays = *kernels, *_split_biases(params)
+    input_kernel, recurrent_kernel, bias = map(np.asarray, params[:3])
+    recurrent_bias = np.zeros_like(bias)
+    if isinstance(params, GRUParams):
+        recurrent_bias[-len(params.recurrent_bias) :] = params.recurrent_bias
+    arrays = input_kernel.T, recurrent_kernel.T, bias, recurrent_bias
     return dict(zip(_name_arrays(layer, prefix), arrays, strict=True))
 
 
@@ -102,10 +70,8 @@ def from_flax(params: Mapping[str, Mapping[str, ArrayLike]]) -> Params:
     def join(side: str) -> tuple[np.ndarray, np.ndarray]:
         own = [params[side + gate] for gate in gates]
         kernels = [np.asarray(gate["kernel"]) for gate in own]
-        biases = [
-            np.asarray(gate.get("bias", np.zeros(kernel.shape[1], kernel.dtype)))
-            for gate, kernel in zip(own, kernels, strict=True)
-        ]
+        zeros = np.zeros(kernels[0].shape[1], kernels[0].dtype)
+        biases = [np.asarray(gate.get("bias", zeros)) for gate in own]
         return np.concatenate(kernels, axis=1), np.concatenate(biases)
 
     (input_kernel, bias), (recurrent_kernel, recurrent_bias) = join("i"), join("h")
@@ -114,16 +80,37 @@ def from_flax(params: Mapping[str, Mapping[str, ArrayLike]]) -> Params:
 
 def to_flax(params: Params) -> dict[str, dict[str, np.ndarray]]:
     """Return the `params` of Flax's cell: OptimizedLSTMCell, GRUCell or SimpleCell."""
-    gates = _get_gates(params)
-
-    def split(side: str, kernel: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
-        kernels = np.split(np.asarray(kernel), len(gates), axis=1)
-        return {side + gate: {"kernel": part} for gate, part in zip(gates, kernels, strict=True)}
-
-    cell = {**split("i", params.input_kernel), **split("h", params.recurrent_kernel)}
-    side = "h" if isinstance(params, LSTMParams) else "i"
-    for gate, bias in zip(gates, np.split(np.asarray(params.bias), len(gates)), strict=True):
-        cell[side + gate]["bias"] = bias
+    gates, cell = _get_gates(params), dict[str, dict[str, np.ndarray]]()
+    arrays = (np.split(np.asarray(x), len(gates), axis=-1) for x in params[:3])
+    for gate, input_kernel, recurrent_kernel, bias in zip(gates, *arrays, strict=True):
+        cell[f"i{gate}"], cell[f"h{gate}"] = {"kernel": input_kernel}, {"kernel": recurrent_kernel}
+        cell[f"{'h' if isinstance(params, LSTMParams) else 'i'}{gate}"]["bias"] = bias
     if isinstance(params, GRUParams):
         cell["hn"]["bias"] = np.asarray(params.recurrent_bias)
     return cell
+
+
+def _get_gates(params: Params) -> Sequence[str]:
+    if type(params) not in _GATES:
+        raise ValueError(f"PyTorch and Flax have no layer with {type(params).__name__}")
+    return _GATES[type(params)]
+
+
+def _make(input_kernel: Any, recurrent_kernel: Any, bias: Any, recurrent_bias: Any) -> Params:
+    """Return parameters from arrays in the order of gates here, and biases of all gates each.
+
+    Only in the candidate of a GRU are the biases not added to each other.
+    """
+    hidden, width = recurrent_kernel.shape
+    kind = next((kind for kind, gates in _GATES.items() if len(gates) * hidden == width), None)
+    if kind is None:
+        raise ValueError(
+            f"a recurrent kernel of {hidden} hidden units has {width} columns: those of an LSTM, "
+            "a GRU and a simple RNN are 4, 3 and 1 for each hidden unit"
+        )
+    arrays = [input_kernel, recurrent_kernel, bias + recurrent_bias]
+    if kind is GRUParams:
+        arrays[2][-hidden:] = bias[-hidden:]
+        arrays.append(recurrent_bias[-hidden:])
+    params: Params = kind(*map(jnp.asarray, arrays))
+    return params
