@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lstm_jax import ops
 from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, Reset, forget_bias
 from lstm_jax.cells.slstm import count_per_head, stabilize
-from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, project_mlstm
+from lstm_jax.ops.scans import MLSTMCarry, MLSTMParams, project_mlstm
 
 
 class MLSTMCell(Cell):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, forget_bias
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.matrix_lstm import NEVER
+from lstm_jax.ops.scans import NEVER
 
 
 class SLSTMCarry(NamedTuple):

@@ -6,7 +6,17 @@
 layers and their derivatives. docs/layers.md has examples and measurements.
 """
 
-from lstm_jax.ops.api import Options, gru, lstm, peephole_lstm, rnn, run, step
+from lstm_jax.ops.api import (
+    Options,
+    PreparedLayer,
+    gru,
+    lstm,
+    peephole_lstm,
+    prepare,
+    rnn,
+    run,
+    step,
+)
 from lstm_jax.ops.gates import (
     GRUParams,
     HiddenCarry,
@@ -15,9 +25,7 @@ from lstm_jax.ops.gates import (
     PeepholeLSTMParams,
     RNNParams,
 )
-from lstm_jax.ops.linear import linear_scan
-from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, mlstm
-from lstm_jax.ops.steps import PreparedLayer, prepare
+from lstm_jax.ops.scans import MLSTMCarry, MLSTMParams, linear_scan, mlstm
 
 __all__ = [
     "GRUParams",

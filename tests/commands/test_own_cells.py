@@ -345,7 +345,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     ),
     "the parallel form differs from a scan: by nan": step(lambda _, h, x: (h, x / 0)),
     "the parallel form differs from a scan: by": parallel(lambda _, h, x, s: (0 * h, x, s)),
-    "with documents, two parts of the parallel form differ": parallel(lambda _, h, x, s: (h, x, None)),
+    "with documents, two parts of the parallel": parallel(lambda _, h, x, s: (h, x, None)),
     r"its gradient \(auto\) differs from finite differences": parallel(
         lambda _, h, x, reset: (h, x if reset is None else stop(x), reset)
     ),

@@ -161,7 +161,7 @@ def make_problem(cell: Any) -> tuple[Arrays, np.ndarray, np.ndarray]:
 def test_outputs_and_gradients_agree_with_the_paper(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 4)  # Three chunks, the last one partial.
+    monkeypatch.setattr("lstm_jax.ops.scans._CHUNK", 4)  # Three chunks, the last one partial.
     cell = make(name)
     params, inputs, weights = make_problem(cell)
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]

@@ -86,7 +86,7 @@ MODELS = [
 def test_every_document_is_read_alone(
     cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 8)
+    monkeypatch.setattr("lstm_jax.ops.scans._CHUNK", 8)
     layers = 2 if cell == "lstm" else 1
     alone = LanguageModel(7, 5, 8, layers, "scan", cell=cell, block=block)
     params = models.draw_params(alone)

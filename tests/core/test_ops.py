@@ -136,16 +136,15 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
     assert_close(short, unread, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [(name, x) for name in (*GATED, "linear_scan") for x in IMPLEMENTATIONS[name][:2]],
-)
+@every_gated
+@pytest.mark.parametrize("implementation", ["scan", "xla"])
 @pytest.mark.parametrize("reset_at", [0, 2])
 @jax.debug_nans(False)
 def test_a_reset_forgets_what_is_not_finite(name: str, implementation: Any, reset_at: int) -> None:
     """Compare results after a reset, and their gradients, with those after finite numbers."""
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    options = {**implementation, "reset": np.arange(TIME) == np.full((BATCH, 1), reset_at)}
+    reset = np.arange(TIME) == np.full((BATCH, 1), reset_at)
+    options: Any = {"implementation": implementation, "reset": reset}
 
     def differentiate(inputs: Any, carry: Any) -> Any:
         def loss_fn(inputs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The mLSTM, an LSTM whose cell state is a matrix (Beck et al. 2024)."""
+"""Recurrences whose steps can be computed at once: h' = a * h + b, and the mLSTM."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import Marks, align
+from lstm_jax.ops.gates import HiddenCarry, Marks, align
 from lstm_jax.ops.sequences import (
     Inputs,
     Lengths,
@@ -26,8 +26,88 @@ _CHUNK = 64  # Steps of a chunk of the parallel form.
 NEVER = -1e30
 
 
+def linear_scan(
+    decays: Inputs,
+    terms: Inputs,
+    carry: HiddenCarry | None = None,
+    *,
+    reset: Reset = None,
+    lengths: Lengths = None,
+    reverse: bool = False,
+    implementation: Literal["auto", "scan", "parallel"] = "auto",
+) -> tuple[HiddenCarry, Outputs]:
+    """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and state space models.
+
+    Args:
+      decays: a, floats [batch, time, features].
+      terms: b, of the same shape.
+      carry: h before the first step that is computed; zeros without one.
+      reset: as in `lstm`, and so are `lengths` and `reverse`; but a number that is not finite
+        stays after it.
+      lengths: integers [batch].
+      reverse: whether to run from the last step to the first.
+      implementation: "scan", step by step; "parallel", an associative scan in log2(time) rounds
+        (Blelloch 1990); "auto", "scan" on CPUs, where it reads the memory once, and "parallel"
+        elsewhere.
+
+    Returns:
+      The last carry, and h of all steps, [batch, time, features], in the dtypes that `lstm` has.
+
+    Raises:
+      ValueError: if a shape or dtype does not fit.
+    """
+    a, b, first, reset, lengths = check(
+        decays=(decays, Float[Array, "batch time hidden"]),
+        terms=(terms, Float[Array, "batch time hidden"]),
+        carry=(carry, HiddenCarry),
+        reset=(reset, Shaped[Array, "batch time"]),
+        lengths=(lengths, Integer[Array, " batch"]),
+    )
+    (batch, time, features), (_, wide) = a.shape, choose_dtypes(None, a, b, first)
+    if first is None:
+        first = HiddenCarry.zeros(batch, features, wide)
+    if implementation not in ("auto", "scan", "parallel"):
+        raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
+    if not time:
+        return first, b.astype(jnp.result_type(a, b))
+    choice = "scan" if jax.default_backend() == "cpu" else "parallel"
+    is_scan = (choice if implementation == "auto" else implementation) == "scan"
+
+    def run(_: tuple[()], inputs: Any, first: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
+        (a, b), (before,), marks = align((inputs, first, marks))
+        if marks.reset is not None:
+            a = jnp.where(marks.reset[..., None], 0, a)
+        if marks.frozen is not None:
+            a = jnp.where(marks.frozen[..., None], 1, a)
+        outputs = (_scan if is_scan else _compose)(a, b, before)
+        return HiddenCarry(outputs[:, -1]), outputs
+
+    return run_in_order(run, wide, reverse, (), (a, b), first, reset, lengths)
+
+
+def _scan(a: Array, b: Array, first: Array) -> Array:
+    def step(hidden: Array, read: tuple[Array, Array]) -> tuple[Array, Array]:
+        a, b = read
+        hidden = a * hidden + b
+        return hidden, hidden
+
+    _, hidden = lax.scan(step, first, (a.swapaxes(0, 1), b.swapaxes(0, 1)))
+    return hidden.swapaxes(0, 1)
+
+
+def _compose(a: Array, b: Array, first: Array) -> Array:
+    """Compute `_scan` by composing steps, which is associative: two are (a2 a1, a2 b1 + b2)."""
+
+    def compose(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        (a1, b1), (a2, b2) = earlier, later
+        return a2 * a1, a2 * b1 + b2
+
+    decays, hidden = lax.associative_scan(compose, (a, b), axis=1)
+    return decays * first[:, None] + hidden
+
+
 class MLSTMParams(NamedTuple):
-    """Parameters of an mLSTM layer with hidden / d heads of d hidden units each."""
+    """Parameters of an mLSTM layer (Beck et al. 2024) of hidden / d heads with d hidden units."""
 
     input_kernel: Float[Array, "features columns"]  # Of q, k, v, o: 4 * hidden columns.
     bias: Float[Array, " columns"]
@@ -64,9 +144,8 @@ def mlstm(
 ) -> tuple[MLSTMCarry, Outputs]:
     """Run an mLSTM over time; `cells/mlstm.py` states its equations.
 
-    The number of heads is that of `params.gate_kernel`. All of 64 steps are computed at once. A
-    number that is not finite may reach the steps after a reset. Other than this, arguments, results
-    and errors are those of `lstm`.
+    The number of heads is that of `params.gate_kernel`. 64 steps are computed at once. Arguments,
+    results and errors are those of `lstm`, but a number that is not finite may stay after a reset.
     """
     steps, params, first, reset, lengths = check(
         inputs=(inputs, Float[Array, "batch time features"]),
