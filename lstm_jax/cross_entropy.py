@@ -18,13 +18,6 @@ from lstm_jax.matmul import round_factor
 from lstm_jax.ops import choice, in_c
 from lstm_jax.ops.gates import align
 
-# The inputs, the rounded kernel, and the derivatives of each loss by its logits.
-_Residuals = tuple[
-    Float[Array, "n features"],
-    Float[Array, "_ _"],
-    Float[Array, "n vocabulary"] | Float[Array, "0 0"],
-]
-
 
 class _Options(NamedTuple):
     is_transposed: bool
@@ -63,7 +56,8 @@ def _forward(
     targets: Array,
     options: _Options,
     differentiable: bool = True,
-) -> tuple[Array, _Residuals]:
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Return the losses; and inputs, the rounded kernel, and each loss's derivatives by logits."""
     low, rounded = _round(inputs, options), _round(kernel, options)
     if options.uses_c:
         losses, d_logits = in_c.compute_cross_entropy(
@@ -81,7 +75,7 @@ def _forward(
 
 
 def _backward(
-    options: _Options, residuals: _Residuals, d_losses: Array
+    options: _Options, residuals: tuple[Array, Array, Array], d_losses: Array
 ) -> tuple[Array, Array, Array, None]:
     inputs, kernel, d_logits = residuals
     d_inputs = _multiply(d_logits, kernel, False, not options.is_transposed, options)

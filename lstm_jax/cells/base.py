@@ -49,18 +49,16 @@ def make_cell(
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a cell with these sizes and options; raise `UserError` if that fails."""
-    fields = [field.name for field in dataclasses.fields(cell)]
+    types = {field.name: field.type for field in dataclasses.fields(cell)}
     given = dict(options or {})
-    known = [x for x in fields if x not in ("input_size", "hidden_size", "dtype", "parent", "name")]
-    if others := [name for name in given if name not in known]:
-        listed = ", ".join(known) or "none"
-        raise UserError(
-            f"the cell {cell.__name__} has no option {others[0]}: its options are {listed}"
-        )
-    for field in dataclasses.fields(cell):
-        if field.name in given and isinstance(field.type, type):
-            check_type(f"config.model.options.{field.name}", given[field.name], field.type)
-    if "dtype" in fields:
+    known = types.keys() - {"input_size", "hidden_size", "dtype", "parent", "name"}
+    for name, value in given.items():
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise UserError(f"the cell {cell.__name__} has no option {name}: choose from {listed}")
+        if isinstance(kind := types[name], type):
+            check_type(f"config.model.options.{name}", value, kind)
+    if "dtype" in types:
         given["dtype"] = dtype
     elif dtype != "float32":
         raise UserError(

@@ -38,8 +38,6 @@ def check_cell(
     """
     made: Any = cell
     if not isinstance(cell, nn.Module):
-        if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
-            raise UserError(f"{cell!r} is no cell: it must be a class of flax.linen.Module")
         made = base.make_cell(cell, input_size, hidden_size, options=options)
     with base.name_cell_error(type(made)):
         made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
