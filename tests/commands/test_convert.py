@@ -214,7 +214,6 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     model, broken = FIXTURES / "torch_lstm.safetensors", tmp_path / "broken.safetensors"
     broken.write_bytes(model.read_bytes()[:900])
     words = write_vocabulary(tmp_path / "words.json", ["", "[UNK]", *"abcdefghijklm", "word"])
-    (tmp_path / "list.json").write_text(json.dumps(["a", "b"]))
     (tmp_path / "deep.json").write_text("[" * 10**5)
     itos = {"kind": "characters", "stop": "", "units": {"0": "a", "1": "b"}}
     (tmp_path / "itos.json").write_text(json.dumps(itos))
@@ -225,7 +224,6 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
         ((model, tmp_path / "run", str(TOKENS), NAMES), "can't write to .* not empty"),
         ((model, tmp_path / "new", None), "give --vocabulary FILE, with the tokens"),
         ((model, tmp_path / "new", words, NAMES), "the model has"),
-        ((model, tmp_path / "new", str(tmp_path / "list.json")), "is not a vocabulary.json"),
         ((model, tmp_path / "new", str(tmp_path / "itos.json")), "is not a vocabulary.json"),
         ((model, tmp_path / "new", str(tmp_path / "deep.json")), "is not a vocabulary.json"),
         ((model, tmp_path / "new", "nothing.json"), "can't read nothing.json"),
@@ -246,9 +244,9 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(UserError, match=message):
             transfer.export_weights(tmp_path / directory, tmp_path / target)
-    with pytest.raises(UserError, match="list.json exists: remove it, or use another --to"):
-        transfer.export_folder(trained, tmp_path / "list.json", "float32")
-    names = {"run", "own", "broken.safetensors", "words.json", "list.json", "itos.json"}
+    with pytest.raises(UserError, match="itos.json exists: remove it, or use another --to"):
+        transfer.export_folder(trained, tmp_path / "itos.json", "float32")
+    names = {"run", "own", "broken.safetensors", "words.json", "itos.json"}
     names |= {"bytes.json", "bytes.safetensors", "deep.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
 

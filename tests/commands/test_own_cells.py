@@ -259,9 +259,11 @@ def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_follows_the_protocol(own_file: Path) -> None:
-    cell_file.load_cell(f"{own_file}:CoupledLSTM")
-    lstm_jax.check_cell(cells.LOADED[f"{own_file}:CoupledLSTM"][0], options={"forget_bias": 0.0})
+def test_cells_in_files_follow_the_protocol(own_file: Path) -> None:
+    for name in (f"{own_file}:CoupledLSTM", f"{FOREIGN}:DeltaCell"):
+        cell_file.load_cell(name)
+        lstm_jax.check_cell(cells.LOADED[name][0])
+    lstm_jax.check_cell(Sum(5, 8, "bfloat16"))
 
 
 class Sum(nn.Module):
@@ -307,26 +309,6 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:
     outputs, _ = model.apply({"params": params}, *read, method="run")
     np.testing.assert_allclose(reading.activations / 127, np.tanh(outputs[0]).T, atol=0.5 / 127)
     assert reading.saturation == [{}]
-
-
-class Counting(Sum):
-    """A cell with gates wholly open or closed, and with other dtypes in its carry."""
-
-    def initial_carry(self, batch_size: int) -> Any:
-        return {
-            "sum": super().initial_carry(batch_size),
-            "begun": jnp.zeros((batch_size,), bool),
-            "count": jnp.zeros((batch_size,), jnp.uint32),
-            "nothing": jnp.zeros((batch_size, 0)),
-        }
-
-    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-        hidden, outputs = super().__call__(carry["sum"], inputs)
-        begun = jnp.ones_like(carry["begun"])
-        return {**carry, "sum": hidden, "begun": begun, "count": carry["count"] + 1000}, outputs
-
-    def gates(self, carry: Any, inputs: jax.Array) -> dict[str, jax.Array]:
-        return {"open": jnp.ones_like(carry["sum"]), "closed": jnp.zeros_like(carry["sum"])}
 
 
 def change(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -379,8 +361,3 @@ def test_auto_is_float32_for_a_cell_without_a_dtype(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     made = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
     assert made.dtype == "float32" and made.make_cells()
-
-
-@pytest.mark.parametrize("cell", [Counting, Sum(5, 8, "bfloat16")])
-def test_check_cell_accepts_any_carry_gates_and_dtype(cell: Any) -> None:
-    lstm_jax.check_cell(cell)

@@ -4,7 +4,6 @@ The references share nothing with the cells: minGRU and minLSTM are computed wit
 the code of their paper; sLSTM and mLSTM without a stabilizer, mLSTM as one sum over all steps.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,22 +122,6 @@ REFERENCES: dict[str, Callable[[Arrays, Array], Array]] = {
     "mlstm": mlstm,
     "block": block,
 }
-N, H = INPUTS, HIDDEN
-# The table in docs/cells.md.
-PARAMETERS = {
-    "lstm": 4 * H * (N + H + 1),
-    "peephole": 4 * H * (N + H + 1) + 3 * H,
-    "mogrifier": 4 * H * (N + H + 1) + 5 * N * H,
-    "multiplicative": 4 * H * (N + H + 1) + H * (N + H),
-    "gru": 3 * H * (N + H + 1) + H,
-    "rnn": H * (N + H + 1),
-    "minlstm": 3 * H * (N + 1),
-    "mingru": 2 * H * (N + 1),
-    "rglru": H * (N + 1) + 2 * H * (H + 1) + H,
-    "slstm": 4 * H * (N + H // HEADS + 1),
-    "mlstm": 4 * H * (N + 1) + 2 * HEADS * (N + 1),
-    "block": 6 * H**2 + 7 * H + N * H + 2 * H * (H + 1),
-}
 
 
 def make(name: str) -> Any:
@@ -164,7 +147,6 @@ def test_outputs_and_gradients_agree_with_the_paper(
     monkeypatch.setattr("lstm_jax.ops.scans._CHUNK", 4)  # Three chunks, the last one partial.
     cell = make(name)
     params, inputs, weights = make_problem(cell)
-    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
     with jax.numpy_rank_promotion("allow"):
         expected = compute_exactly(REFERENCES[name], weights, params, inputs)
     assert np.abs(expected[0]).max() > 0.1
@@ -225,30 +207,6 @@ def test_an_initial_carry_can_be_donated(name: str) -> None:
     arrays = jax.tree.leaves(Block(8, 8, cell).initial_carry(2))
     buffers = {array.unsafe_buffer_pointer() for array in arrays}
     assert len(buffers) == len(arrays)  # No two arrays share one.
-
-
-# `check_cell` compares a scan with the parallel form of those that have one.
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [(name, "none") for name in ("mogrifier", "rnn", "peephole", "slstm")]
-    + [("slstm", "residual")],
-)
-def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
-    options: Any = {"cell": name, "block": block, "tie_embeddings": True}
-    scan = model_lib.LanguageModel(11, 4, 8, 2, "scan", **options)
-    params = models.draw_params(scan)
-    assert "kernel" not in params["dense"]
-    ids, carry = np.random.default_rng(0).integers(0, 11, (3, 8)), scan.initial_carry(3)
-    logits, last = models.apply(scan, params, ids, carry)
-    for model in (scan, scan.clone(recurrence="auto")):
-        step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
-        after = carry
-        for t in range(8):
-            one, after = step(ids[:, t], after)
-            np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, last)
-    other, _ = models.apply(scan.clone(recurrence="auto"), params, ids, carry)
-    np.testing.assert_allclose(other, logits, atol=1e-5)
 
 
 class OwnLSTMCell(LSTMCell):

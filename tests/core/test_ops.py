@@ -1,5 +1,6 @@
 """Test the public recurrences: numbers, arguments, dtypes, and the transformations of JAX."""
 
+import contextlib
 import functools
 import os
 import re
@@ -23,7 +24,6 @@ from references import (
     BATCH,
     FEATURES,
     GATED,
-    HEADS,
     HIDDEN,
     LENGTHS,
     TIME,
@@ -244,15 +244,6 @@ def test_gradients_of_float64_arrays_with_matmuls_in_bfloat16() -> None:
         assert_close(grads, compute("scan"), 3e-2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")])
-def test_matmuls_have_the_dtype_that_is_given(dtype: Any) -> None:
-    params, inputs = make_params("gru"), make_inputs("gru")
-    _, low = ops.gru(params, inputs, dtype=dtype)
-    _, full = ops.gru(params, inputs, dtype=jnp.float32)
-    assert low.dtype == jnp.float32
-    assert 1e-4 < np.abs(low - full).max() < 3e-2
-
-
 def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
     """Return changes of the arguments of a function, each with a part of its message."""
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
@@ -359,25 +350,15 @@ def use_shard_map(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> A
     return jax.jit(jax.grad(run))(params, inputs)
 
 
-def use_sharded_batch(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
-    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
-    inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
-    params = jax.device_put(params, NamedSharding(mesh, P()))
-    return jax.jit(jax.grad(loss))(params, inputs)
-
-
-def use_explicit_mesh(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
-    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:2])
-    with jax.set_mesh(mesh):
+def use_mesh(
+    kind: AxisType, is_set: bool, loss: Callable[..., Any], params: Any, inputs: jax.Array
+) -> Any:
+    """Divide a batch between two devices of a mesh, explicit as by default or not, set or not."""
+    mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
-        return jax.jit(jax.grad(loss))(jax.device_put(params, NamedSharding(mesh, P())), inputs)
-
-
-def use_default_mesh(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
-    """Place a batch only: `jax.make_mesh` has explicit axes, and no mesh is set."""
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
-    return jax.jit(jax.grad(loss))(jax.device_put(params, NamedSharding(mesh, P())), inputs)
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        return jax.jit(jax.grad(loss))(params, inputs)
 
 
 TRANSFORMATIONS = {
@@ -392,9 +373,9 @@ TRANSFORMATIONS = {
 ON_TWO_DEVICES = {
     "pmap": use_pmap,
     "shard_map": use_shard_map,
-    "sharded batch": use_sharded_batch,
-    "explicit mesh": use_explicit_mesh,
-    "default mesh": use_default_mesh,
+    "sharded batch": functools.partial(use_mesh, AxisType.Auto, False),
+    "explicit mesh": functools.partial(use_mesh, AxisType.Explicit, True),
+    "default mesh": functools.partial(use_mesh, AxisType.Explicit, False),
 }
 
 
@@ -475,17 +456,3 @@ def test_an_exported_layer_has_the_same_outputs(implementation: str) -> None:
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, t, {FEATURES}"), inputs.dtype)
     exported = jax.export.export(run)(params, symbolic)
     assert_close(exported.call(params, inputs), run(params, inputs))
-
-
-@every_function
-def test_a_carry_of_zeros_can_be_donated(name: str) -> None:
-    kinds: dict[str, Any] = {
-        "mlstm": lambda: ops.MLSTMCarry.zeros(BATCH, HEADS, HIDDEN // HEADS),
-        "lstm": lambda: ops.LSTMCarry.zeros(BATCH, HIDDEN),
-        "peephole_lstm": lambda: ops.LSTMCarry.zeros(BATCH, HIDDEN),
-    }
-    make = kinds.get(name, lambda: ops.HiddenCarry.zeros(BATCH, HIDDEN))
-    run = functools.partial(call, name)
-    donating = jax.jit(run, donate_argnums=2)
-    found = donating(make_params(name), make_inputs(name), make())
-    assert_close(found, run(make_params(name), make_inputs(name)))
