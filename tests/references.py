@@ -172,12 +172,7 @@ BATCH, TIME, FEATURES, HIDDEN, HEADS = 4, 6, 5, 16, 2
 LENGTHS = np.array([6, 3, 0, 4])
 
 # Every function, with the type of its parameters; `linear_scan` has none.
-GATED: dict[str, Any] = {
-    "lstm": ops.LSTMParams,
-    "peephole_lstm": ops.PeepholeLSTMParams,
-    "gru": ops.GRUParams,
-    "rnn": ops.RNNParams,
-}
+GATED: dict[str, Any] = {gating.name: gating.params for gating in KINDS}
 
 
 def make_params(name: str) -> Any:

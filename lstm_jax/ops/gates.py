@@ -77,13 +77,8 @@ class RNNParams(NamedTuple):
 
 def draw_params(
     key: Array, features: int, hidden: int, gates: int, dtype: DTypeLike
-) -> tuple[
-    Float[Array, "features columns"], Float[Array, "hidden columns"], Float[Array, " columns"]
-]:
-    """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel, as Keras does.
-
-    Also return biases of 0. Raise ValueError without features or hidden units.
-    """
+) -> tuple[Array, Array, Array]:
+    """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel; biases are 0."""
     if features < 1 or hidden < 1:
         raise ValueError(
             f"features={features}, hidden={hidden}: a layer needs at least one of each"

@@ -166,6 +166,15 @@ def mlstm(
     if not time:
         return first, jnp.zeros((batch, 0, heads * size), steps.dtype)
 
+    chunk = min(time, _CHUNK)
+
+    def cut(x: Array, filling: float = 0.0) -> Array:
+        """Return [chunks, batch, heads, chunk, ...]; steps after the last change nothing."""
+        padding = [(0, 0)] * x.ndim
+        padding[2] = (0, -time % chunk)
+        x = jnp.pad(x, padding, constant_values=filling)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
+
     def run(params: Any, inputs: Array, first: Any, marks: Marks) -> tuple[MLSTMCarry, Array]:
         params, inputs, first, marks = align((params, inputs, first, marks))
         q, k, v, o, i, log_f = project_mlstm(params, inputs, heads, low)
@@ -173,7 +182,10 @@ def mlstm(
         if marks.frozen is not None:
             frozen = marks.frozen[:, None]
             i, log_f = jnp.where(frozen, 2 * NEVER, i), jnp.where(frozen, 0, log_f)
-        last, values = _run_chunks(first, (q, k, v, i, log_f), marks.reset, min(time, _CHUNK))
+        starts = None if marks.reset is None else cut(marks.reset[:, None])
+        chunks = cut(q), cut(k), cut(v), cut(i, NEVER), cut(log_f), starts
+        last, values = lax.scan(_run_chunk, first, chunks)
+        values = jnp.moveaxis(values, 0, 2).reshape(*o.shape[:2], -1, size)[:, :, :time]
         return last, (o * values).swapaxes(1, 2).reshape(*inputs.shape[:2], -1)
 
     return run_in_order(run, wide, reverse, params, steps, first, reset, lengths)
@@ -194,38 +206,15 @@ def project_mlstm(
     return q, k, v, jax.nn.sigmoid(o), i[..., 0], log_f[..., 0]
 
 
-def _run_chunks(
-    carry: MLSTMCarry, arrays: tuple[Array, ...], reset: Array | None, chunk: int
-) -> tuple[MLSTMCarry, Array]:
-    """Run all steps, a chunk at a time; return the last carry, and what they read from the memory.
-
-    `arrays` are q, k, v [batch, heads, time, d], log i and log f [batch, heads, time]. Within a
-    chunk, step t reads the memory before it and the values that steps s <= t write, with the
-    weights D[t, s] (q_t . k_s), where log D[t, s] is log i_s plus the sum of log f_r over s < r <=
-    t.
-    """
-    time = arrays[0].shape[2]
-
-    def cut(x: Array, filling: float = 0.0) -> Array:
-        """Return [chunks, batch, heads, chunk, ...]; steps after the last change nothing."""
-        padding = [(0, 0)] * x.ndim
-        padding[2] = (0, -time % chunk)
-        x = jnp.pad(x, padding, constant_values=filling)
-        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
-
-    q, k, v, i, log_f = arrays
-    marks = None if reset is None else cut(reset[:, None])
-    chunks = cut(q), cut(k), cut(v), cut(i, NEVER), cut(log_f), marks
-    carry, values = lax.scan(_run_chunk, carry, chunks)
-    values = jnp.moveaxis(values, 0, 2)
-    return carry, values.reshape(*values.shape[:2], -1, values.shape[-1])[:, :, :time]
-
-
 def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, Array]:
     """Run a chunk: q, k, v [batch, heads, chunk, d], log i and log f [batch, heads, chunk].
 
     The last array is where the carry is reset, bool [batch, 1, chunk], or None. Return the next
     carry, and what each step reads from the memory, [batch, heads, chunk, d].
+
+    Step t reads the memory before the chunk and the values that steps s <= t write, with the
+    weights D[t, s] (q_t . k_s), where log D[t, s] is log i_s plus the sum of log f_r over
+    s < r <= t.
     """
     q, k, v, i, log_f, reset = steps
     past: Any = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))

@@ -243,13 +243,6 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
         training.train(tiny_config, tmp_path / "run")
 
 
-def test_options_are_fields_of_a_config() -> None:
-    config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
-    assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
-    changed = config_lib.complete_config(config, {"model.options.heads": 3})
-    assert changed.model.options == {"heads": 3, "soft": True}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*cells.CELLS, "block"])
 def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:

@@ -370,7 +370,7 @@ TRANSFORMATIONS = {
     "vmap of grad": use_vmap_of_grad,
     "vmap of parameters": use_vmap_of_params,
 }
-ON_TWO_DEVICES = {
+ON_TWO_DEVICES: dict[str, Callable[..., Any]] = {
     "pmap": use_pmap,
     "shard_map": use_shard_map,
     "sharded batch": functools.partial(use_mesh, AxisType.Auto, False),
