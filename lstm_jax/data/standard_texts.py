@@ -1,7 +1,6 @@
 """Get the standard texts of language modeling, by name and with their usual splits.
 
-A text is downloaded once into TFDS's data directory, and verified. Its splits
-are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
+A text is downloaded once into TFDS's data directory, and verified each time.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from lstm_jax.config import DataConfig
 from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError, note
+from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
 # Give up on a server that sends nothing for this time, and on the package index.
@@ -35,7 +35,7 @@ class StandardText(NamedTuple):
     members: tuple[str, ...] = ()
     cuts: tuple[int, int] = (0, 0)  # The bytes of one text where validation and test begin.
     clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
-    # A distribution whose wheel has the parts of the only file, too.
+    # A distribution whose wheel has the only file, too, in parts.
     wheel: str = ""
     wheel_members: tuple[str, ...] = ()
 
@@ -91,56 +91,42 @@ STANDARD_TEXTS = {
 }
 
 
-def find_splits(data: DataConfig) -> list[list[Path]]:
-    """Return the files of train, validation and test, one each, of the text `data.dataset`.
+def read_splits(data: DataConfig) -> list[bytes]:
+    """Return train, validation and test of the text `data.dataset`.
 
-    They are made from its downloads if they are missing. Return [] for a dataset that is not a
-    standard text, or that TFDS has prepared. Raise `UserError` if the text can't be downloaded, and
-    `UnavailableError` if it can't be written.
+    Return [] for a dataset that is not a standard text, or that TFDS has prepared. Raise
+    `UserError` if the text can't be downloaded, and `UnavailableError` if it can't be written.
     """
-    if data.dataset not in STANDARD_TEXTS:
+    place = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    data_dir, text = Path(os.path.expanduser(place)), STANDARD_TEXTS.get(data.dataset)
+    if not text or any(data_dir.glob(f"{data.dataset}/*/dataset_info.json")):
         return []
-    data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    directory = Path(os.path.expanduser(data_dir), data.dataset)
-    if any(directory.glob("*/dataset_info.json")):
-        return []
-    paths = [directory / f"{split}.txt" for split in SPLITS]
-    if not all(path.exists() for path in paths):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            splits = _get_splits(data.dataset, directory.parent)
-            for path, content in zip(paths, splits, strict=True):
-                files.write_file(path, content)
-        except OSError as error:
-            raise UnavailableError(
-                f"can't read or write {error.filename or directory} ({error.strerror}): free space "
-                "or make it writable, or use another data directory"
-            ) from None
-    return [[path] for path in paths]
-
-
-def _get_splits(name: str, data_dir: Path) -> list[bytes]:
-    """Return the splits of a text, from its files in a directory."""
-    text = STANDARD_TEXTS[name]
-    contents = [_get_content(name, address, data_dir) for address in text.files]
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        contents = [_get_content(text, address, data_dir) for address in text.files]
+    except OSError as error:
+        raise UnavailableError(
+            f"can't read or write {error.filename or data_dir} ({error.strerror}): free space "
+            "or make it writable, or use another data directory"
+        ) from None
     if text.members:
         # Only these are read, and nothing is extracted to disk.
         with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
             contents = [archive.read(name) for name in text.members]
     if text.clean:
         contents = [b"\n".join(map(text.clean, content.split(b"\n"))) for content in contents]
-    if len(contents) > 1:
-        return contents
-    (content,), (validation, test) = contents, text.cuts
-    return [content[:validation], content[validation:test], content[test:]]
+    if len(contents) == 1:
+        (content,), (validation, test) = contents, text.cuts
+        contents = [content[:validation], content[validation:test], content[test:]]
+    end = FILE_END.encode() if data.document_separator == "file" else b""
+    return [content + end for content in contents]
 
 
-def _get_content(name: str, address: str, data_dir: Path) -> bytes:
+def _get_content(text: StandardText, address: str, data_dir: Path) -> bytes:
     """Return the content of a file of a text, which is kept in a directory."""
-    text, path = STANDARD_TEXTS[name], data_dir / Path(address).name
-    sha256 = text.files[address]
+    path, sha256 = data_dir / Path(address).name, text.files[address]
     if not path.exists():
-        note(f"Downloading {path.name} of {name}, once, to {data_dir}")
+        note(f"Downloading {address}, once, to {data_dir}")
         # Some servers refuse urllib's own name.
         request = urllib.request.Request(address, headers={"User-Agent": "lstm-jax"})
         content, failure = b"", f"its SHA-256 is not {sha256}"

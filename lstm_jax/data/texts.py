@@ -40,7 +40,6 @@ from lstm_jax.vocabulary import (
     TextSize,
     Vocabulary,
     count_tokens,
-    split_text,
 )
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
@@ -48,6 +47,7 @@ _MOST_CHARACTERS = 1000  # Different ones, of which each has an embedding.
 _BLOCK_BYTES = 2**20  # That are read at a time.
 _MOST_EVALUATED = 500_000  # Bytes of the validation split and of the test split of a long text.
 _BLOCK = 2**24  # Ids that are counted at a time.
+_LONGEST = 2**10  # Characters of a token.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
 _FILE_END = FILE_END.encode()
 
@@ -146,22 +146,18 @@ class Text(NamedTuple):
 
         Nothing predicts that.
         """
-        characters, counts = sum(map(len, self.read_blocks())), Counter[str]()
-        if count_ids(ids, len(vocabulary))[UNKNOWN_ID]:
-            counts = count_tokens(self.read_blocks(), self.units, self.stop)
-        start, first = next(self.read_blocks()), vocabulary.tokens[ids[0]]
-        if ids[0] == UNKNOWN_ID:
-            first = next(split_text(start, self.units, self.stop))
-            counts[first] -= 1
+        start, counts = next(self.read_blocks()), Counter[str]()
+        first = vocabulary.split(start[:_LONGEST])[0]
+        if UNKNOWN_ID in ids:
+            counts = count_tokens(self.read_blocks(), self.units, self.stop) - Counter([first])
         if self.units == "tokens":  # The text may begin without the space of a token.
-            word = first.lstrip(" ")
-            first = start[: start.index(word) + len(word)]
+            first = start[: start.index(first.strip(" ")) + len(first.strip(" "))]
         # A token of bytes may end within a character, which then counts as a later one.
-        characters -= len(first.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
-        unknown = ((token, n) for token, n in counts.items() if token not in vocabulary)
+        whole = first.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
+        characters = sum(map(len, self.read_blocks())) - len(whole)
         # With one byte for the end of each.
-        spelled = sum(n * (len(token.encode()) + 1) for token, n in unknown)
-        return TextSize(len(ids) - 1, characters, spelled)
+        sizes = (n * (len(x.encode()) + 1) for x, n in counts.items() if x not in vocabulary)
+        return TextSize(len(ids) - 1, characters, sum(sizes))
 
 
 def load_texts(data: DataConfig) -> dict[str, Text]:
@@ -172,8 +168,10 @@ def load_texts(data: DataConfig) -> dict[str, Text]:
     number of bytes of each. Raise `UserError` if a text is missing, or not the one that a run began
     with.
     """
-    if paths := find_files(data.path) if data.path else standard_texts.find_splits(data):
-        texts = [_list_sources(of_text, data) for of_text in paths]
+    if data.path:
+        texts = [_list_sources(paths, data) for paths in find_files(data.path)]
+    elif splits := standard_texts.read_splits(data):
+        texts = [[_hold(text)] for text in splits]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
@@ -264,8 +262,9 @@ def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
     with name_failure(f"can't read {path} ({flag})"):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
     end = _FILE_END if stop == FILE_END else b""
-    begin = 3 if units != "bytes" and content.startswith(codecs.BOM_UTF8) else 0
-    return hold_text(content + end, units, stop, f"{path} ({flag})")._replace(begin=begin)
+    if units != "bytes":
+        content = content.removeprefix(codecs.BOM_UTF8)
+    return hold_text(content + end, units, stop, f"{path} ({flag})")
 
 
 def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
@@ -290,17 +289,15 @@ def choose_fields(data: DataConfig) -> dict[str, Any]:
     """
     if not data.path:
         return {"data.units": "characters", "data.fractions": data.fractions}
-    paths = [files.check_file(path) for path in itertools.chain(*find_files(data.path))]
-    with name_failure(f"can't read {paths[0]}"), paths[0].open("rb") as file:
-        start = file.read(_BLOCK_BYTES)
-    size = sum(path.stat().st_size for path in paths)
+    sources = _list_sources(itertools.chain(*find_files(data.path)), data)
+    try:
+        start = next(Text(sources, 0, sources[0].stop, "characters", "").read_blocks(), "")
+    except UserError:  # It is not UTF-8.
+        start = ""
+    is_text = 0 < len(set(start)) <= _MOST_CHARACTERS
+    size = sum(source.stop for source in sources)
     share = float(f"{min(0.05, _MOST_EVALUATED / max(size, 1)):.2g}")
     fractions = (1 - 2 * share, share, share)
-    try:
-        characters = codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        characters = ""
-    is_text = 0 < len(set(characters)) <= _MOST_CHARACTERS
     return {"data.units": "characters" if is_text else "bytes", "data.fractions": fractions}
 
 

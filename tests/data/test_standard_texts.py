@@ -15,6 +15,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.data import standard_texts, texts
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.vocabulary import FILE_END
 
 CONTENT = random.Random(0).randbytes(100_000)  # It can't be compressed.
 
@@ -50,8 +51,7 @@ def make_data(directory: Path, name: str = "enwik8") -> config_lib.DataConfig:
 
 
 def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
-    paths = standard_texts.find_splits(make_data(directory, name))
-    return [path.read_bytes() for (path,) in paths]
+    return standard_texts.read_splits(make_data(directory, name))
 
 
 def test_the_table_is_consistent() -> None:
@@ -64,11 +64,13 @@ def test_one_text_is_downloaded_once_and_cut(source: Path, tmp_path: Path) -> No
     data_dir = tmp_path / "new" / "data"
     parts = [CONTENT[:90_000], CONTENT[90_000:95_000], CONTENT[95_000:]]
     assert get_splits(data_dir) == parts
-    assert {path.name for path in data_dir.iterdir()} == {"enwik8", "enwik8.zip"}
+    assert [path.name for path in data_dir.iterdir()] == ["enwik8.zip"]
     assert not (data_dir.parent / "outside.txt").exists()
     source.unlink()
-    (data_dir / "enwik8" / "test.txt").unlink()
     assert get_splits(data_dir) == parts
+    documents = dataclasses.replace(make_data(data_dir), document_separator="file")
+    end = FILE_END.encode()
+    assert standard_texts.read_splits(documents) == [part + end for part in parts]
 
 
 def test_three_texts_are_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
