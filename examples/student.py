@@ -41,12 +41,13 @@ def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> 
         print("The teachers generate a text", flush=True)
         run, read = lstm_jax.load(teachers), splits["train"]
         length = _RELATIVE_LENGTH * len(run.vocabulary.split(read)) // _SAMPLES
-        generated = generation.generate_texts(
+        pieces = generation.stream_texts(
             *(run.model, run.params, run.vocabulary, jax.random.key(0)),
             length=length,
             num_samples=_SAMPLES,
             stop_token=False,
         )
+        generated = ["".join(text) for text in zip(*pieces, strict=True)]
         halves = generated[::2], generated[1::2]
         # The validation text follows the training text.
         end = run.vocabulary.stop or "\n"

@@ -4,9 +4,8 @@
 """
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Required, TypedDict, Unpack
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,15 +148,6 @@ def draw_tokens(
     return jnp.argmax(passed, axis=-1).astype(jnp.int32)
 
 
-class Options(TypedDict, total=False):
-    """The options of `generate_texts`; `stream_texts` explains them."""
-
-    length: Required[int]
-    controls: Controls
-    num_samples: int
-    stop_token: bool
-
-
 class State(NamedTuple):
     """The state of a batch of texts, from which generation continues."""
 
@@ -204,11 +194,13 @@ def _read_one(model: LanguageModel, prepared: Prepared, state: State, ids: Token
     return state._replace(logits=logits, carry=carry, position=state.position + 1)
 
 
+# The most tokens of one call of the compiled function.
+_CHUNK = 1024
 # Ids, the number of tokens generated, the state.
 _Loop = tuple[Int[Array, "batch size"], Int[Array, ""], State]
 
 
-@jax.jit(static_argnames=("model", "size"))
+@jax.jit(static_argnames="model")
 def _generate(
     model: LanguageModel,
     prepared: Prepared,
@@ -217,13 +209,12 @@ def _generate(
     controls: Controls,
     stop_id: Int[Array, ""],
     count: Int[Array, ""],
-    size: int,
 ) -> _Loop:
-    """Generate `count` tokens, or fewer if all texts end earlier."""
+    """Generate `count` tokens, at most `_CHUNK`, or fewer if all texts end earlier."""
     batch_size = len(state.logits)
     # Drawing all at once is nearly free. In the loop, on a CPU, it would take half as long as a
     # step of a model with 1,024 hidden units.
-    uniform = draw_uniform(key, batch_size, state.position + jnp.arange(size))
+    uniform = draw_uniform(key, batch_size, state.position + jnp.arange(_CHUNK))
 
     def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
@@ -233,17 +224,10 @@ def _generate(
         state = state._replace(ended=state.ended | (drawn == stop_id))
         return ids.at[:, t].set(drawn), t + 1, state
 
-    ids = jnp.full((batch_size, size), PADDING_ID, jnp.int32)
+    ids = jnp.full((batch_size, _CHUNK), PADDING_ID, jnp.int32)
     start = ids, jnp.zeros((), jnp.int32), state
     is_unfinished = lambda loop: (loop[1] < count) & ~loop[2].ended.all()  # noqa: E731
     return jax.lax.while_loop(is_unfinished, generate_one, start)
-
-
-# Tokens per call of the compiled function: few at first, so that text appears soon.
-_FIRST_CHUNK, _CHUNK = 16, 1024
-# The longest chunk of a text that is streamed in pieces. Not shorter, because XLA prepares the
-# kernels anew in each call of the compiled function.
-_STREAMED_CHUNK = 256
 
 
 def generate_chunks(
@@ -256,13 +240,14 @@ def generate_chunks(
     length: int,
     stop_id: int | None = None,
     num_samples: int = 1,
-    longest: int = _CHUNK,
+    chunk: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue prompts chunk by chunk, by up to `length` tokens each, or up to a stop token.
 
     With several samples, the only prompt has that number of continuations. The tokens of text b
     depend on `key`, b and the position in the text, but not on the size of the batch or the chunks.
-    A chunk has 16 tokens at first, then four times as many each time, up to `longest`.
+    A chunk has 16 tokens at first, so that text appears soon, and then four times as many each
+    time, up to 1,024; or always `chunk` tokens.
 
     Yields:
       The ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
@@ -275,22 +260,20 @@ def generate_chunks(
     state = read_tokens(model, prepared, initial_state(model, prepared, len(prompts)), prompts)
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
-    stop, chunk = np.int32(-1 if stop_id is None else stop_id), min(_FIRST_CHUNK, longest)
+    stop, size = np.int32(-1 if stop_id is None else stop_id), chunk or 16
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
                 "the model's predictions are not finite: training has diverged; train again with a "
                 "lower --config.optimizer.learning_rate"
             )
-        count = np.int32(min(chunk, length))
-        ids, number, state = _generate(
-            model, prepared, state, key, control_arrays, stop, count, size=longest
-        )
+        count = np.int32(min(size, length))
+        ids, number, state = _generate(model, prepared, state, key, control_arrays, stop, count)
         yield np.array(ids)[:, : int(number)]
         if np.array(state.ended).all():
             return
         length -= int(number)
-        chunk = min(4 * chunk, longest)
+        size = chunk or min(4 * size, _CHUNK)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> Int[np.ndarray, " n"]:
@@ -334,35 +317,13 @@ def stream_texts(
     """
     stop_id = vocabulary.stop_id if stop_token else None
     decoders = [vocabulary.make_decoder() for _ in range(num_samples)]
-    chunks = generate_chunks(
+    for piece in generate_chunks(
         *(model, params, encode_prompt(vocabulary, prompt)[None], key, controls),
         length=length,
         stop_id=stop_id,
         num_samples=num_samples,
-        longest=_STREAMED_CHUNK if piece_length else _CHUNK,
-    )
-    for piece in _cut_pieces(chunks, piece_length) if piece_length else chunks:
+        chunk=piece_length,
+    ):
         rows = [[i for i in row if i != stop_id] for row in piece]
         yield [decode(row, False) for decode, row in zip(decoders, rows, strict=True)]
     yield [decode((), True) for decode in decoders]
-
-
-def _cut_pieces(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Yield the columns of chunks [batch, n] in pieces [batch, length]; the last may be shorter."""
-    columns = (column for chunk in chunks for column in chunk.T)
-    while piece := [*itertools.islice(columns, length)]:
-        yield np.stack(piece, axis=1)
-
-
-def generate_texts(
-    model: LanguageModel,
-    params: Params,
-    vocabulary: Vocabulary,
-    key: Array,
-    *,
-    prompt: str = "",
-    **options: Unpack[Options],
-) -> list[str]:
-    """Generate whole texts, with the prompt; options are those of `stream_texts`."""
-    pieces = stream_texts(model, params, vocabulary, key, prompt=prompt, **options)
-    return [prompt + "".join(text) for text in zip(*pieces, strict=True)]

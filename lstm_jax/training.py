@@ -144,10 +144,10 @@ def train(
             """Return a text that the model generates, as a terminal can show it."""
             length, temperature = config.sample.length, config.sample.temperature
             controls = generation.Controls(temperature=temperature)
-            (text,) = generation.generate_texts(
+            pieces = generation.stream_texts(
                 model, params, vocabulary, key, length=length, controls=controls, stop_token=False
             )
-            return messages.make_printable(text)
+            return messages.make_printable("".join(text for (text,) in pieces))
 
         def save(state: TrainState, step: int) -> None:
             """Start saving a checkpoint."""

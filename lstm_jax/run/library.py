@@ -97,8 +97,7 @@ class Run:
 
         Args:
           prompt: the text to continue.
-          piece_length: the number of tokens of a piece, at most 1,024. Up to 256 tokens are
-            generated at a time, and cut into pieces.
+          piece_length: the number of tokens of a piece, at most 1,024.
           **options: the following, all optional.
             length: the maximum number of tokens, by default 500.
             seed: the random seed, by default 0; the same seed generates the same text.

@@ -50,8 +50,8 @@ run.generate("ROMEO:", temprature=1)  # error: call-arg
 
 key, inputs = jax.random.key(0), np.zeros((2, 3, 4), np.float32)
 parts = run.model, run.params, run.vocabulary, key
-texts: list[str] = generation.generate_texts(*parts, length=9, controls=controls)
-generation.generate_texts(*parts, length=9, samples=2)  # error: call-arg
+texts: list[str] = next(generation.stream_texts(*parts, length=9, controls=controls))
+generation.stream_texts(*parts, length=9, samples=2)  # error: call-arg
 
 gru, lstm = ops.GRUParams.init(key, 4, 5), ops.LSTMParams.init(key, 4, 5)
 hidden: ops.HiddenCarry = ops.run(gru, inputs, reset=np.zeros((2, 3)))[0]

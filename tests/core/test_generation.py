@@ -109,26 +109,31 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> N
         assert not row[end + 1 :].any()
 
 
-def generate(**options: object) -> list[str]:
-    key = jax.random.key(0)
-    return generation.generate_texts(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
+def generate(prompt: str = "", **options: Any) -> list[str]:
+    """Return whole texts, with the prompt."""
+    options = {"prompt": prompt, **options}
+    pieces = generation.stream_texts(MODEL, PARAMS, VOCABULARY, jax.random.key(0), **options)
+    return [prompt + "".join(text) for text in zip(*pieces, strict=True)]
 
 
 def test_a_sample_does_not_depend_on_the_batch_size() -> None:
-    options = {"prompt": "abc", "length": 20, "stop_token": False}
+    options: Any = {"prompt": "abc", "length": 20, "stop_token": False}
     three = generate(num_samples=3, **options)
     assert generate(**options) == three[:1]
     assert max(Counter(three).values()) == 1, "all different"
     assert all(len(text) == 23 and text.startswith("abc") for text in three)
 
 
-def test_streamed_pieces_join_to_the_text() -> None:
+def test_pieces_join_to_the_same_text() -> None:
     options: Any = {"prompt": "ab", "length": 300, "stop_token": False, "num_samples": 2}
     key = jax.random.key(0)
-    pieces = list(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
-    assert len(pieces) > 3 and 0 < len(pieces[0][0]) < 50
-    whole = ["ab" + "".join(piece[b] for piece in pieces) for b in range(2)]
-    assert whole == generate(**options)
+    lengths = []
+    for piece_length in (None, 100):
+        options["piece_length"] = piece_length
+        pieces = list(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
+        lengths.append([len(piece[0]) for piece in pieces])
+        assert ["ab" + "".join(text) for text in zip(*pieces, strict=True)] == generate(**options)
+    assert lengths == [[16, 64, 220, 0], [100, 100, 100, 0]]
 
 
 def test_a_text_ends_at_the_stop_token() -> None:
@@ -143,12 +148,13 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     # Of a lead byte and a continuation byte, in any order.
     params["dense"]["bias"] = params["dense"]["bias"].at[vocabulary.encode("é")].add(1000)
-    options = {"prompt": "x", "length": 400}
-    key = jax.random.key(0)
-    pieces = list(generation.stream_texts(model, params, vocabulary, key, **options))  # type: ignore[arg-type]
-    text = "".join(piece for (piece,) in pieces)
-    assert "é" in text and len(text.encode("utf-8", "surrogateescape")) == 400
-    assert ["x" + text] == generation.generate_texts(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
+    texts = []
+    for piece_length in (None, 1):
+        options: Any = {"prompt": "x", "length": 400, "piece_length": piece_length}
+        pieces = generation.stream_texts(model, params, vocabulary, jax.random.key(0), **options)
+        texts.append("".join(piece for (piece,) in pieces))
+    assert "é" in texts[0] and len(texts[0].encode("utf-8", "surrogateescape")) == 400
+    assert texts[0] == texts[1]
 
 
 def test_a_prompt_begins_a_text() -> None:
