@@ -28,29 +28,30 @@ Reader = Callable[..., tuple[Shaped[Array, "batch time ..."], Carry]]
 def compute_loss(
     model: LanguageModel, params: Params, ids: Ids, context: int | None = None
 ) -> float:
-    """Compute the mean loss over a text of two tokens or more, in nats per token.
-
-    Every token but the first is predicted once. A text of at most `LONGEST_IN_ONE` tokens is read
-    in one stream, with the carry kept; a longer one as `_STREAMS` parallel streams, each of which
-    first reads the `_PRECEDING` tokens before its start. With a `context`, the text is cut into
-    consecutive windows of that number of inputs, of which the last may have fewer, and each is read
-    from a zero carry.
-    """
-    total = 0.0
-    for chunks in _divide(ids, context):
-        for losses, _ in _read(compute_chunk_losses, model, params, chunks):
-            total += float(losses.sum(dtype=np.float64))
-    return total / (len(ids) - 1)
+    """Compute the mean of `compute_token_losses` for a text of two tokens or more."""
+    return float(compute_token_losses(model, params, ids, context).mean(dtype=np.float64))
 
 
 def compute_token_losses(
     model: LanguageModel, params: Params, ids: Ids, context: int | None = None
 ) -> Float[np.ndarray, " losses"]:
-    """Compute the loss of each token of a text but the first, in nats, as `compute_loss` does."""
-    if len(ids) < 2:
+    """Compute the loss of each token of a text but the first, in nats.
+
+    A text of at most `LONGEST_IN_ONE` tokens is read in one stream, with the carry kept; a longer
+    one as `_STREAMS` parallel streams, each of which first reads the `_PRECEDING` tokens before its
+    start. With a `context`, the text is cut into consecutive windows of that number of inputs, of
+    which the last may have fewer, and each is read from a zero carry.
+    """
+    if (end := len(ids) - 1) < 1:
         return np.zeros(0, np.float32)
-    texts = _divide(ids, context)
-    parts = [read_chunks(compute_chunk_losses, model, params, chunks) for chunks in texts]
+    if not context:
+        return read_chunks(compute_chunk_losses, model, params, iterate_chunks(ids))
+    parts, windows = [], min(_STREAMS, -(-end // context))
+    length = -(-context // -(-context // _STREAMS_CHUNK))  # Equal chunks, of 64 tokens at most.
+    for start in range(0, end, windows * context):
+        bounds = np.minimum(start + context * np.arange(windows + 1), end)
+        chunks = _cut_chunks(ids, bounds[:-1], bounds, length)
+        parts.append(read_chunks(compute_chunk_losses, model, params, chunks))
     return np.concatenate(parts)
 
 
@@ -61,39 +62,15 @@ def read_chunks(
 
     They are in the order of the text. The carry is kept from chunk to chunk.
     """
-    results, counted = zip(*_read(read, model, params, chunks), strict=True)
-    # Stream by stream.
-    return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
-
-
-def _read(
-    read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the results for each chunk, and which of its targets count."""
-    carry = None
+    results, counted, carry = [], [], None
     for chunk in chunks:
         if carry is None:
             carry = first_carry(model, params, len(chunk[0]))
-        results, carry = read(model, params, chunk, carry)
-        yield np.asarray(results), chunk[2]
-
-
-def _divide(ids: Ids, context: int | None) -> Iterator[Iterator[Chunk]]:
-    """Yield the chunks of a text, or those of each batch of windows of it."""
-    if not context:
-        yield iterate_chunks(ids)
-        return
-    end = len(ids) - 1
-    number = min(_STREAMS, -(-end // context))
-    length = -(-context // -(-context // _STREAMS_CHUNK))  # Equal chunks, of 64 tokens at most.
-    for start in range(0, end, number * context):
-        bounds = np.minimum(start + context * np.arange(number + 1), end)
-        yield _cut_chunks(ids, bounds[:-1], bounds, length)
-
-
-def count_streams(ids: Ids) -> int:
-    """Return the number of streams that a text is read as."""
-    return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
+        result, carry = read(model, params, chunk, carry)
+        results.append(np.asarray(result))
+        counted.append(chunk[2])
+    # Stream by stream.
+    return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
 
 
 def round_length(time: int) -> int:
@@ -104,10 +81,10 @@ def round_length(time: int) -> int:
 def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
-    With a `length`, chunks are of one stream and have that length; without, they are cut as by
-    `compute_loss`.
+    With a `length`, chunks are of one stream and have that length; without, they are those of
+    `compute_token_losses`.
     """
-    streams = 1 if length else count_streams(ids)
+    streams = 1 if length or len(ids) <= LONGEST_IN_ONE else _STREAMS
     if not length:
         length = min(round_length(len(ids) - 1), _CHUNK) if streams == 1 else _STREAMS_CHUNK
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams

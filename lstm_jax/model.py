@@ -61,12 +61,11 @@ class Prepared(NamedTuple):
 
 
 class Dense(nn.Module):
-    """The layer that computes logits from hidden states; if tied, it has no kernel parameter."""
+    """The parameters of the layer that computes logits; if tied, it has no kernel."""
 
     input_size: int
     output_size: int
     tied: bool
-    dtype: str
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -75,16 +74,9 @@ class Dense(nn.Module):
             self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
 
-    def __call__(self, inputs: Hidden, kernel: Float[Array, "features vocabulary"]) -> Logits:
-        """Return inputs @ kernel + bias."""
-        batch, time, features = inputs.shape
-        rows = inputs.swapaxes(0, 1).reshape(time * batch, features)
-        outputs = matmul(rows, kernel, self.dtype, self.bias)
-        return outputs.reshape(time, batch, self.output_size).swapaxes(0, 1)
-
 
 class LanguageModel(nn.Module):
-    """Predicts the next token at every position.
+    """Predicts the next token at every position; `config.ModelConfig` explains most fields.
 
     Parameters, cell states, softmax and loss are float32; only matmuls may have another dtype. If
     embeddings are tied, the dense layer's kernel is the embedding table, transposed (Press & Wolf
@@ -92,21 +84,17 @@ class LanguageModel(nn.Module):
     """
 
     vocabulary_size: int  # The number of tokens; ids are below it.
-    embedding_size: int  # Features of an embedded token.
-    hidden_size: int  # Hidden units of each recurrent layer.
-    num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
-    # How the layers run over time: "scan", one step of the cell after the other; "auto", the
-    # fastest; or another implementation of `ops.lstm`.
+    embedding_size: int
+    hidden_size: int
+    num_layers: int = 1
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     cell: str | type[nn.Module] = "lstm"  # A key of `cells.CELLS`, or a class.
-    options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
-    block: str = "none"  # The block around each cell: "none" or "residual".
+    options: Mapping[str, Option] = nn.FrozenDict()
+    block: str = "none"
     tie_embeddings: bool = False
-    skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
-    initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
-    # Initial bias of the dense layer: "frequencies" (the logarithms of the tokens' frequencies in
-    # the training text) or "zeros".
+    skip_connections: bool = False
+    initial_embedding: float = 0.05
     initial_bias: str = "frequencies"
     # The id of the stop token, if texts consist of documents. Each document begins with the stop
     # token that ends the one before; this token is read from the initial carry.
@@ -125,7 +113,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embed(self.vocabulary_size, self.embedding_size, embedding_init=uniform)
         for i, cell in enumerate(self.make_cells()):
             setattr(self, f"{self.cell_name}_{i}", cell)  # Flax names them lstm_0, lstm_1, ...
-        self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
+        self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings)
 
     @property
     def cell_name(self) -> str:
@@ -241,7 +229,11 @@ class LanguageModel(nn.Module):
 
     def predict(self, outputs: Hidden) -> Logits:
         """Return the logits for outputs of the last layer."""
-        return self.dense(outputs, self.head_kernel())
+        batch, time, features = outputs.shape
+        # Time first, as the recurrence computes its outputs.
+        rows = outputs.swapaxes(0, 1).reshape(time * batch, features)
+        logits = matmul(rows, self.head_kernel(), self.dtype, self.dense.bias)
+        return logits.reshape(time, batch, self.vocabulary_size).swapaxes(0, 1)
 
     def compute_losses(self, outputs: Hidden, targets: Ids) -> Float[Array, "batch time"]:
         """Return the cross-entropy of each target, in nats.
@@ -251,7 +243,6 @@ class LanguageModel(nn.Module):
         if self.vocabulary_size < _LARGE_VOCABULARY:
             return cross_entropy(self.predict(outputs), targets)
         kernel = self.embedding.embedding if self.tie_embeddings else self.dense.kernel
-        # Time first, as the recurrence computes its outputs.
         rows = outputs.swapaxes(0, 1).reshape(-1, outputs.shape[2])
         arguments = rows, kernel, self.dense.bias, targets.T.reshape(-1)
         losses = compute_cross_entropy(*arguments, self.tie_embeddings, self.dtype)

@@ -51,7 +51,6 @@ def main() -> None:
     from lstm_jax import dynamic
     from lstm_jax import loss as loss_lib
     from lstm_jax.data import texts
-    from lstm_jax.ensemble import list_members
     from lstm_jax.run.library import load
     from lstm_jax.vocabulary import UNKNOWN_ID
 
@@ -76,7 +75,8 @@ def main() -> None:
         epsilon = default if _EPSILON.value is None else _EPSILON.value
         settings = dynamic.Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
         train_ids = splits["train"].encode(vocabulary)
-        losses = dynamic.adapt_to_text(list_members(model, params), train_ids, ids, settings)
+        members = [(member.model, member.params) for member in trained.members]
+        losses = dynamic.adapt_to_text(members, train_ids, ids, settings)
         loss = sum(float(part.sum(dtype=np.float64)) for part in losses) / (len(ids) - 1)
         result["dynamic"] = settings._asdict()
     else:

@@ -85,8 +85,7 @@ def test_each_member_adapts_on_its_own_loss() -> None:
         sizes = dynamic.measure_gradient_sizes(model, params, train_ids, 7)
         own = dynamic.compute_dynamic_losses(model, params, ids, SETTINGS, sizes)
         probabilities += np.exp(-np.concatenate([*own], dtype=np.float64)) / len(MEMBERS)
-    members = ensemble.list_members(*JOINED)
-    losses = np.concatenate([*dynamic.adapt_to_text(members, train_ids, ids, SETTINGS)])
+    losses = np.concatenate([*dynamic.adapt_to_text(MEMBERS, train_ids, ids, SETTINGS)])
     np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
 
 
