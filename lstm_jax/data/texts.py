@@ -6,7 +6,6 @@ checksum of text and vocabulary, so that it never has the ids of another text.
 """
 
 import codecs
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -17,7 +16,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -129,10 +127,6 @@ class Text(NamedTuple):
             if not path.exists():
                 note(f"Writing the ids of the {self.name} text, once, to {path}")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                for old in path.parent.glob("*.partial"):  # Some are those of killed processes.
-                    with contextlib.suppress(FileNotFoundError):
-                        if time.time() - old.stat().st_mtime > 24 * 3600:
-                            old.unlink()
                 files.write_file(path, (block.data for block in blocks))
         except OSError as error:
             raise UnavailableError(
