@@ -70,24 +70,14 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
 
 
 def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Return Pearson correlations, 0 where either is constant: float32 [features, hidden_units].
+    """Return Pearson correlations, 0 where either is constant: float64 [features, hidden_units].
 
-    Activations are [hidden_units, n], of any dtype and scale, features float32 [features, n].
+    Activations are [hidden_units, n], features [features, n], of any dtype and scale.
     """
-    standard = _standardize(features)
-    blocks = [
-        standard @ _standardize(activations[start : start + _BLOCK]).T
-        for start in range(0, len(activations), _BLOCK)
-    ]
-    return np.concatenate(blocks, axis=1) / features.shape[1]
-
-
-def _standardize(rows: np.ndarray) -> np.ndarray:
-    """Scale rows to mean 0 and variance 1, constant rows to zeros: float32."""
-    centered = rows - rows.mean(axis=1, keepdims=True, dtype=np.float32)
-    deviation = centered.std(axis=1, keepdims=True)
-    zeros = np.zeros_like(centered, np.float32)
-    return np.divide(centered, deviation, out=zeros, where=deviation > 1e-6)
+    blocks = np.array_split(activations, -(-len(activations) // _BLOCK))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = [np.corrcoef(features, block)[: len(features), len(features) :] for block in blocks]
+    return np.nan_to_num(np.concatenate(found, axis=1))
 
 
 def find_followers(
@@ -99,7 +89,7 @@ def find_followers(
       Of the `each` hidden units with the largest absolute correlations with each feature in the
       first half, those whose correlation in the second half has the same sign and is at least
       `_LEAST`, the feature that is followed most closely first; and the correlations in the second
-      half, float32 [features, hidden_units].
+      half, float64 [features, hidden_units].
     """
     half = activations.shape[1] // 2
     first_half = compute_correlations(activations[:, :half], features[:, :half])

@@ -10,7 +10,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.data.texts import hold_text
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
-from lstm_jax.vocabulary import KINDS, Vocabulary
+from lstm_jax.vocabulary import KINDS, TextSize, Vocabulary
 
 MODEL = LanguageModel(11, 6, 9)
 PARAMS = models.draw_params(MODEL, 0.6)
@@ -42,9 +42,8 @@ def test_each_token_is_predicted_once(
     losses, expected = loss_lib.compute_token_losses(MODEL, PARAMS, ids), compute_losses(ids)
     assert losses.dtype == np.float32
     np.testing.assert_allclose(losses, expected, atol=1e-4)  # In the order of the text.
-    total = loss_lib.compute_loss(MODEL, PARAMS, ids) * (length - 1)
-    assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
-    assert total == pytest.approx(expected.sum(), rel=1e-5)
+    loss = loss_lib.compute_loss(MODEL, PARAMS, ids)
+    assert loss == pytest.approx(expected.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])
@@ -56,12 +55,8 @@ def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> N
     losses = loss_lib.compute_token_losses(MODEL, PARAMS, ids, context)
     np.testing.assert_allclose(losses, expected, atol=1e-3)  # Rounding errors grow with time.
     loss = loss_lib.compute_loss(MODEL, PARAMS, ids, context)
-    assert loss == pytest.approx(losses.mean(dtype=np.float64), rel=1e-6)
-
-
-def test_a_text_of_one_token_has_no_losses() -> None:
-    for context in (None, 10):
-        assert loss_lib.compute_token_losses(MODEL, PARAMS, make_ids(1), context).shape == (0,)
+    assert loss == pytest.approx(np.mean(expected), rel=1e-4)
+    assert loss_lib.compute_token_losses(MODEL, PARAMS, ids[:1], context).shape == (0,)
 
 
 def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
@@ -94,12 +89,7 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
-    characters = Vocabulary.from_text(text)
-    size = hold_text(text.encode(), "characters").measure(characters, characters.encode(text))
-    assert messages.describe_loss(1.5, characters.token_name, size) == (
-        "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
+    # Characters have bits once: (4 * 1.5 / ln 2 + 3 * 8) / 4.
+    assert messages.describe_loss(1.5, "character", TextSize(4, 4, 3)) == (
+        "1.5000 nats per character, 8.1640 bits per character, perplexity 4.482"
     )
-    text = "a ü b"
-    size = hold_text(text.encode(), "characters").measure(characters, characters.encode(text))
-    expected = (4 * 1.5 / math.log(2) + 3 * 8) / 4
-    assert f" {expected:.4f} bits per character" in messages.describe_loss(1.5, "character", size)

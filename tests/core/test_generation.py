@@ -78,24 +78,6 @@ def assert_distribution(ids: np.ndarray, logits: jax.Array) -> None:
     assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 27.9
 
 
-def count_compiled() -> tuple[int, int]:
-    """Return the number of compiled versions of the two jitted functions."""
-    generate, read = generation._generate, generation._read
-    return generate._cache_size(), read._cache_size()  # type: ignore[attr-defined]
-
-
-def test_controls_prompts_and_stops_cause_no_recompilation() -> None:
-    def run(controls: Controls, prompt_length: int, length: int, stop_id: int | None) -> None:
-        given = MODEL, PARAMS, np.full((1, prompt_length), 3, np.int32), jax.random.key(length)
-        models.generate_tokens(*given, controls, length=length, stop_id=stop_id)
-
-    run(Controls(), 3, 20, None)
-    sizes = count_compiled()
-    run(Controls(0, 3, 0.5, 1), 16, 7, 2)
-    run(Controls(2.5, 0, 1.0, 0), 1, 3000, None)
-    assert count_compiled() == sizes
-
-
 def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> None:
     prompts = np.tile(PROMPT, (16, 1))
     stop_id = VOCABULARY.stop_id
@@ -194,15 +176,19 @@ def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
         assert np.isfinite(row[drawn]).all()
 
 
-def test_parameters_on_a_device_compile_each_function_once() -> None:
+def test_each_function_is_compiled_once() -> None:
     """Results of a jitted function stay on the device of the parameters of a loaded run."""
     model = LanguageModel(9, 7, 11)
-    device = jax.devices()[0]
-    params = jax.device_put(models.draw_params(model), device)
+    params = jax.device_put(models.draw_params(model), jax.devices()[0])
     functions: list[Any] = [loss.compute_chunk_losses, generation._read, generation._generate]
     before = [function._cache_size() for function in functions]
     for length in (1000, 3000, 5000):  # One chunk, and several.
         loss.compute_loss(model, params, np.arange(length) % 7 + 2)
-    for key in map(jax.random.key, (1, 2)):
-        models.generate_tokens(model, params, PROMPT, key, length=30)
+    for controls, prompt_length, length, stop_id in (
+        (Controls(), 3, 20, None),
+        (Controls(0, 3, 0.5, 1), 16, 7, 2),
+        (Controls(2.5, 0, 1.0, 0), 1, 3000, None),
+    ):
+        given = model, params, np.full((1, prompt_length), 3, np.int32), jax.random.key(length)
+        models.generate_tokens(*given, controls, length=length, stop_id=stop_id)
     assert [function._cache_size() for function in functions] == [size + 1 for size in before]
