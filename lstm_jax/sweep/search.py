@@ -18,7 +18,7 @@ from urllib.parse import quote
 import jax
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import BruteForceSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage, RDBStorage, fail_stale_trials
@@ -187,15 +187,12 @@ def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
     Then wait for the others until they end, are resumed here, or must be those of living workers.
-
-    Raise `UnavailableError` if the study can't be written.
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
         note(make_row(trial))
         jax.clear_caches()  # Each trial compiles its own functions.
 
-    run_trial = functools.partial(_run_trial, sweep)
     seconds, waited = STALE_SECONDS + BEAT_SECONDS, 0
     while waited <= seconds:
         fail_stale_trials(sweep.study)  # Queues them again.
@@ -203,14 +200,7 @@ def run_worker(sweep: Sweep) -> None:
         running = states.count(TrialState.RUNNING)
         if len(states) < sweep.trials or TrialState.WAITING in states:
             waited = 0
-            try:
-                sweep.study.optimize(run_trial, 1, callbacks=[end_trial])
-            except (StorageInternalError, AssertionError) as error:
-                # While Optuna handles it, it asserts that the trial has ended.
-                if StorageInternalError not in (type(error), type(error.__context__)):
-                    raise
-                message = "can't write the study: free space, then run it again"
-                raise UnavailableError(message) from None
+            sweep.study.optimize(functools.partial(_run_trial, sweep), 1, callbacks=[end_trial])
         elif running:
             if not waited:
                 note(

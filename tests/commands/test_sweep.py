@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
 import commands
-import disks
 import draws
 import runs
 from lstm_jax import config as config_lib
@@ -325,17 +324,6 @@ def test_an_interrupted_trial_is_queued_again(
     states = [trial.state for trial in sweep.study.trials]
     assert states == [TrialState.FAIL] * 12 + [TrialState.WAITING]
     assert [search.get_number(trial) for trial in search.list_trials(sweep.study)] == [0]
-
-
-@pytest.mark.process
-def test_a_full_disk_is_one_line(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with disks.mounted(tmp_path / "disk", "-o", "size=2m") as disk:
-        sweep = make_sweep(disk / "sweep", tiny_config, 1)
-        monkeypatch.setattr(training, "train", lambda *_: disks.fill(disk).open("xb"))
-        with pytest.raises(UnavailableError, match="can't write the study: free space"):
-            search.run_worker(sweep)
 
 
 def test_a_trial_that_diverges_is_pruned_and_a_mistake_ends_the_sweep(
