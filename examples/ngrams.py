@@ -87,7 +87,7 @@ if __name__ == "__main__":
         if args.dynamic:
             rate, decay, length, *epsilon = args.dynamic
             settings = dynamic.Settings(rate, decay, int(length), *epsilon)
-            losses = np.concatenate([*dynamic.adapt_to_text(members, ids[0], ids[i], settings)])
+            losses = dynamic.adapt_to_text(members, ids[0], ids[i], settings)
         else:
             losses = -run.score(texts[i]).log_probs
         both, lengths = copy.deepcopy(trained).read(coded[i])

@@ -14,7 +14,7 @@ so that, with a small epsilon, parameters with small gradients in training move 
 others.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class Settings(NamedTuple):
 
 def adapt_to_text(
     members: Sequence[tuple[LanguageModel, Params]], train_ids: Ids, ids: Ids, settings: Settings
-) -> Iterator[np.ndarray]:
+) -> np.ndarray:
     """Compute the losses of `compute_dynamic_losses` for an ensemble of models, of one or more.
 
     Each model adapts independently, with the gradients of its own loss.
@@ -54,7 +54,7 @@ def adapt_to_text(
     for model, params in members:
         sizes = measure_gradient_sizes(model, params, train_ids, settings.segment_length)
         losses.append(compute_dynamic_losses(model, params, ids, settings, sizes))
-    return (np.asarray(mix_losses(parts)) for parts in zip(*losses, strict=True))
+    return np.asarray(mix_losses(losses))
 
 
 def measure_gradient_sizes(
@@ -90,19 +90,19 @@ def _measure_gradient_sizes(
 
 def compute_dynamic_losses(
     model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
-) -> Iterator[np.ndarray]:
-    """Compute the loss of each token but the first, in nats, with the carry kept throughout.
+) -> np.ndarray:
+    """Compute the loss of each token but the first, in nats: float32 [n - 1] for n ids.
 
-    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` come from
-    `measure_gradient_sizes`.
+    The carry is kept throughout. `sizes` come from `measure_gradient_sizes`.
     """
-    state = params, first_carry(model, params, 1)
+    state, losses = (params, first_carry(model, params, 1)), []
     length = min(settings.segment_length, len(ids) - 1)
     number = min(_SEGMENTS, -(-(len(ids) - 1) // length))
     for chunk in iterate_chunks(ids, number * length):
         segments = jax.tree.map(lambda array: array.reshape(number, -1), chunk)
-        state, losses = _read_segments(model, params, sizes, state, segments, settings)
-        yield np.asarray(losses)[segments[2]]
+        state, of_chunk = _read_segments(model, params, sizes, state, segments, settings)
+        losses.append(np.asarray(of_chunk)[segments[2]])
+    return np.concatenate(losses)
 
 
 @jax.jit(static_argnames="model")

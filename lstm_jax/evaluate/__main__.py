@@ -46,8 +46,6 @@ def main() -> None:
     if given and not _DYNAMIC.value:
         raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
     # Here, because they import JAX.
-    import numpy as np
-
     from lstm_jax import dynamic
     from lstm_jax import loss as loss_lib
     from lstm_jax.data import texts
@@ -77,7 +75,7 @@ def main() -> None:
         train_ids = splits["train"].encode(vocabulary)
         members = [(member.model, member.params) for member in trained.members]
         losses = dynamic.adapt_to_text(members, train_ids, ids, settings)
-        loss = sum(float(part.sum(dtype=np.float64)) for part in losses) / (len(ids) - 1)
+        loss = float(losses.mean(dtype="float64"))
         result["dynamic"] = settings._asdict()
     else:
         loss = loss_lib.compute_loss(model, params, ids, _CONTEXT.value)

@@ -36,12 +36,6 @@ def differentiate(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -
     return losses.mean(), (losses, carry)
 
 
-def compute_losses(
-    params: model_lib.Params, ids: np.ndarray, settings: dynamic.Settings, sizes: model_lib.Params
-) -> np.ndarray:
-    return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
-
-
 def test_gradients_are_measured_on_the_segments_of_the_training_text(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
@@ -76,7 +70,7 @@ def test_updates_match_those_of_the_paper(
             params,
             sizes,
         )
-    actual = compute_losses(params, ids, SETTINGS, sizes)
+    actual = dynamic.compute_dynamic_losses(MODEL, params, ids, SETTINGS, sizes)
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
@@ -86,5 +80,6 @@ def test_a_segment_of_the_whole_text_is_only_predicted(
     ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
     expected = loss_lib.compute_token_losses(MODEL, params, ids)
     for length in (39, 10**9):
-        actual = compute_losses(params, ids, SETTINGS._replace(segment_length=length), sizes)
+        settings = SETTINGS._replace(segment_length=length)
+        actual = dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)
         np.testing.assert_allclose(actual, expected, atol=1e-6)
