@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, PyTree, Shaped
 
 from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids, TextSize
@@ -22,7 +22,7 @@ _PRECEDING = 512  # Tokens before its start that each stream reads first, uncoun
 
 # Inputs and targets, and which of the targets count.
 Chunk = tuple[Integer[Any, "batch time"], Integer[Any, "batch time"], Bool[Any, "batch time"]]
-Reader = Callable[..., tuple[Shaped[Array, "batch time ..."], Carry]]
+Reader = Callable[..., tuple[PyTree[Shaped[Array, "batch time ..."]], Carry]]
 
 
 def compute_loss(
@@ -55,22 +55,21 @@ def compute_token_losses(
     return np.concatenate(parts)
 
 
-def read_chunks(
-    read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]
-) -> Shaped[np.ndarray, "n ..."]:
+def read_chunks(read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]) -> Any:
     """Return the results of `read`, such as `compute_chunk_losses`, for the targets that count.
 
-    They are in the order of the text. The carry is kept from chunk to chunk.
+    They are arrays [n, ...] in the order of the text, or a tree of them. The carry is kept from
+    chunk to chunk.
     """
     results, counted, carry = [], [], None
     for chunk in chunks:
         if carry is None:
             carry = first_carry(model, params, len(chunk[0]))
         result, carry = read(model, params, chunk, carry)
-        results.append(np.asarray(result))
+        results.append(jax.tree.map(np.asarray, result))
         counted.append(chunk[2])
-    # Stream by stream.
-    return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
+    mask = np.concatenate(counted, axis=1)  # Stream by stream.
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[mask], *results)
 
 
 def round_length(time: int) -> int:

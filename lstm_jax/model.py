@@ -41,8 +41,8 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 # outputs of the last layer. `train_step.draw_masks` draws them.
 Masks = Sequence[Float[Array, "batch _"] | None]
 
-# The gates, activations and outputs of a layer after a step.
-Record = tuple[base.Gates, Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
+# The activations and outputs of a layer after a step.
+Record = tuple[Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
 
 
 _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
@@ -221,8 +221,8 @@ class LanguageModel(nn.Module):
                 after, outputs = layers[i].step(below if i else ids, before, reset)
             else:
                 before = base.reset_carry(cell, before, reset)
-                gates, (after, outputs) = base.get_gates(cell, before, below), cell(before, below)
-                records.append((gates, base.get_activation(cell, after, outputs), outputs))
+                after, outputs = cell(before, below)
+                records.append((base.get_activation(cell, after, outputs), outputs))
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries), records

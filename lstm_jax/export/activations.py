@@ -1,4 +1,4 @@
-"""Record the activations, gates, predictions and losses of a model while it reads a text."""
+"""Record the activations, predictions and losses of a model while it reads a text."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,9 @@ import optax
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.base import Gates
 
-# The number of tokens for one compiled call, which bounds the memory for gates.
+# The number of tokens for one compiled call.
 _CHUNK = 1024
-
-# A gate below `CLOSED` counts as closed, a gate above `OPEN` as open.
-CLOSED, OPEN = 0.1, 0.9
 
 # Activations are stored as int8, in steps of 1 / SCALE.
 SCALE = 127
@@ -26,12 +22,9 @@ GUESSES = 5
 class Reading(NamedTuple):
     """A record of a model that read a text of n tokens from start to end."""
 
-    # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
+    # int8 [n, hidden units], in 1/127: the activation of each hidden unit after each token, as
     # `cells.base.get_activation` defines it; layer by layer.
     activations: np.ndarray
-    # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
-    # which it was below `CLOSED`, and above `OPEN`.
-    saturation: list[dict[str, np.ndarray]]
     # int32 [n, at most `GUESSES`]: the most probable tokens after each token, the first of which is
     # the most probable: guesses[t] predict token t + 1.
     guesses: np.ndarray
@@ -45,62 +38,39 @@ def record_activations(
 ) -> Reading:
     """Read a text, int32 [n], with one carry from start to end, and record the model.
 
-    This needs one byte of memory per hidden unit and token, plus about 0.1 GB.
+    This needs three bytes of memory per hidden unit and token.
     """
-    n, carry = len(ids), model_lib.first_carry(model, params, 1)
-    activations = np.empty((sum(model.sizes[1:]), n), np.int8)
-    predictions, counts = [], []
     # An extra token makes the last one an input, too. Its loss is dropped below.
     chunks = loss_lib.iterate_chunks(np.append(ids, 0), _CHUNK)
-    for start, (inputs, targets, counted) in zip(range(0, n, _CHUNK), chunks, strict=True):
-        carry, records, count = _read(model, params, carry, inputs[0], targets[0], counted[0])
-        quantized, *predicted = (np.asarray(record)[counted[0]] for record in records)
-        activations[:, start : start + _CHUNK] = quantized.T
-        predictions.append(predicted)
-        counts.append(count)
-    guesses, probabilities, bits = map(np.concatenate, zip(*predictions, strict=True))
-    bits = np.append(np.float32(0), bits[:-1])
-    saturation = jax.tree.map(lambda *numbers: np.sum(numbers, 0, np.float64) / n, *counts)
-    return Reading(activations, saturation, guesses, probabilities, bits)
+    reading = Reading(*loss_lib.read_chunks(_read, model, params, chunks))
+    return reading._replace(bits=np.append(np.float32(0), reading.bits[:-1]))
 
 
 @jax.jit(static_argnames="model")
 def _read(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
+    chunk: loss_lib.Chunk,
     carry: model_lib.Carry,
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array,
-) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[Gates]]:
-    """Read inputs [time] and predict targets [time]; `counted` [time] is False for padding.
+) -> tuple[tuple[jax.Array, ...], model_lib.Carry]:
+    """Read a chunk; return the carry, and before it the arrays of a `Reading`, [1, time, ...].
 
-    Return the carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...],
-    with the bits of the target at t; and the number of steps at which each gate was closed, and
-    open, [2, hidden_size].
+    At t, the bits are those of the target.
     """
+    inputs, targets, _ = chunk
     bound = model.bind({"params": params})
 
     def step(
-        carry: model_lib.Carry, token: jax.Array
-    ) -> tuple[model_lib.Carry, tuple[jax.Array, jax.Array, tuple[Gates, ...]]]:
-        outputs, carry, records = bound.run_step(token[None], carry)
-        gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
-        return carry, (outputs[0], jnp.concatenate(activations), gates)
+        carry: model_lib.Carry, ids: jax.Array
+    ) -> tuple[model_lib.Carry, tuple[jax.Array, jax.Array]]:
+        outputs, carry, records = bound.run_step(ids, carry)
+        return carry, (outputs, jnp.concatenate([activation for activation, _ in records], axis=1))
 
-    carry, (outputs, activations, gates) = jax.lax.scan(step, carry, inputs)
-    logits = bound.predict(outputs[None])[0]
+    carry, steps = jax.lax.scan(step, carry, inputs.T)
+    outputs, activations = (x.swapaxes(0, 1) for x in steps)
+    logits = bound.predict(outputs)
     number = min(GUESSES, model.vocabulary_size)
     probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), number)
     bits = optax.softmax_cross_entropy_with_integer_labels(logits, targets) / jnp.log(2.0)
     quantized = jnp.round(SCALE * jnp.clip(activations, -1, 1)).astype(jnp.int8)
-
-    def count(gate: jax.Array) -> jax.Array:
-        saturated = (gate < CLOSED, gate > OPEN)
-        return jnp.stack([jnp.sum(x, 0, where=counted[:, None]) for x in saturated])
-
-    counts = [
-        {name: count(gate) for name, gate in layer.items() if name != "candidate"}
-        for layer in gates
-    ]
-    return carry, (quantized, guesses, probabilities, bits), counts
+    return (quantized, guesses, probabilities, bits), carry

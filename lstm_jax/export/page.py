@@ -75,7 +75,7 @@ def make_page(trained: Run, name: str, text: str) -> bytes:
         )
     computed = features.compute_features(text, vocabulary)
     matrix = np.stack([*computed.values()])
-    followers, correlations = features.find_followers(reading.activations, matrix, _FOLLOWERS)
+    followers, correlations = features.find_followers(reading.activations.T, matrix, _FOLLOWERS)
     runs_in_page = model.cell in CELLS and model.block == "none"
     data = {
         "name": name,
@@ -90,7 +90,6 @@ def make_page(trained: Run, name: str, text: str) -> bytes:
         "features": list(computed),
         "followers": [follower._asdict() for follower in followers],
         "correlations": pack(correlations, "f4"),
-        "gates": jax.tree.map(lambda shares: pack(shares, "f4"), reading.saturation),
         "model": pack_model(trained) if runs_in_page else None,
         "text": text[:_EXCERPT],
         "record": None if runs_in_page else _pack_record(vocabulary, text, ids, reading),
@@ -124,12 +123,12 @@ def _pack_record(
     vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: activations.Reading
 ) -> dict[str, Any]:
     """Return the first tokens of a text, with the activations and predictions after each."""
-    n = min(_RECORDED, max(_RECORDED_ACTIVATIONS // len(reading.activations), 1))
+    n = min(_RECORDED, max(_RECORDED_ACTIVATIONS // reading.activations.shape[1], 1))
     ids, tokens = ids[:n], vocabulary.split(text)[:n]
     return {
         "ids": pack(ids, "i4"),
         "unknown": [tokens[position] for position in np.flatnonzero(ids == UNKNOWN_ID)],
-        "activations": pack(reading.activations[:, :n].T, "i1"),
+        "activations": pack(reading.activations[:n], "i1"),
         "bits": pack(reading.bits[:n], "f4"),
         "guesses": pack(reading.guesses[:n], "i4"),
         "probabilities": pack(reading.probabilities[:n], "f4"),

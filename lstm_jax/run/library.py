@@ -249,6 +249,6 @@ def _compute_hidden(
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
         _, carry, records = bound.run_step(token[None], carry)
-        return carry, [outputs[0] for _, _, outputs in records]
+        return carry, [outputs[0] for _, outputs in records]
 
     return jax.lax.scan(step, model.initial_carry(1), ids)[1]

@@ -11,22 +11,13 @@ import models
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.export import activations
-from references import STEPS, project, sigmoid
+from references import STEPS
 
 LENGTH = 1100  # Two chunks, the second partial.
-GATES = {"lstm": ("input", "forget", "", "output"), "gru": ("reset", "update", "")}
 
 
-@pytest.mark.parametrize(
-    ("cell", "layers", "gates"),
-    [
-        ("lstm", 2, {"input", "forget", "output"}),
-        ("gru", 1, {"reset", "update"}),
-        ("rnn", 1, set()),
-        ("mogrifier", 1, {"input", "forget", "output"}),
-    ],
-)
-def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) -> None:
+@pytest.mark.parametrize(("cell", "layers"), [("lstm", 2), ("gru", 1), ("rnn", 1)])
+def test_a_record_equals_the_equations(cell: str, layers: int) -> None:
     model = model_lib.LanguageModel(11, 6, 9, cell=cell, num_layers=layers)
     # With larger recurrent kernels, rounding errors would grow from step to step.
     float32 = models.draw_params(model, 0.35)
@@ -45,20 +36,9 @@ def test_a_record_equals_the_equations(cell: str, layers: int, gates: set[str]) 
         with jax.enable_x64():
             first = (jnp.zeros((1, 9)),) * (1 if cell in ("gru", "rnn") else 2)
             _, states = jax.lax.scan(step, first, inputs)
-        hidden, *cells = (np.concatenate([np.zeros((1, 9)), x[:, 0]]) for x in states)
-        expected.append(np.tanh(cells[0][1:]) if cells else hidden[1:])
-        assert set(reading.saturation[layer]) == gates
-        if cell in GATES:
-            with jax.enable_x64():
-                sums = project(p, inputs, jnp.asarray(hidden[:-1]), len(GATES[cell]))
-                parts = [np.asarray(sigmoid(x + h)) for x, h in zip(*sums, strict=True)]
-            for name, gate in zip(GATES[cell], parts, strict=True):
-                if name:  # Rounding may move a gate across a threshold.
-                    shares = [(gate < 0.1).mean(axis=0), (gate > 0.9).mean(axis=0)]
-                    found = reading.saturation[layer][name]
-                    np.testing.assert_allclose(found, shares, atol=2 / LENGTH)
-        inputs = hidden[1:]
-    joined = np.concatenate(expected, axis=1).T
+        inputs, *cells = (np.asarray(x[:, 0]) for x in states)
+        expected.append(np.tanh(cells[0]) if cells else inputs)
+    joined = np.concatenate(expected, axis=1)
     np.testing.assert_allclose(reading.activations / 127, joined, atol=0.5 / 127 + 1e-3)
 
     logits = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
