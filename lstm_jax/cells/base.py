@@ -7,8 +7,7 @@ may also have a field `dtype`; other fields with a default, which are options; a
 
 - `run_parallel(carry, inputs, reset)`, which returns the last carry and the outputs of all steps.
   `reset` is true at the steps that read the initial carry because a document begins, or None;
-- `gates(carry, inputs)`, which returns the gates of a step by name, and `activation(carry)`, the
-  activations of the hidden units in [-1, 1], for `lstm_jax.export`.
+- `activation(carry)`, the activations of the hidden units in [-1, 1], for `lstm_jax.export`.
 
 The base classes are optional. Their gates are side by side in `input_kernel` [in, gates *
 hidden_size], `recurrent_kernel` [hidden_size, gates * hidden_size] and `bias` [gates *
@@ -37,7 +36,7 @@ from lstm_jax.ops.gates import HiddenCarry
 Inputs = Float[Array, "batch *time inputs"]
 Outputs = Float[Array, "batch *time hidden"]
 Reset = Bool[Array, "batch time"]
-# Values of one step by name: gates in [0, 1], and the "candidate", which is not a gate.
+# The gates of one step, in [0, 1], and the "candidate", by name.
 Gates = dict[str, Float[Array, "*batch hidden"]]
 
 
@@ -131,11 +130,6 @@ _scan = nn.scan(
     in_axes=1,
     out_axes=1,
 )
-
-
-def get_gates(cell: Any, carry: Any, inputs: Float[ArrayLike, "batch inputs"]) -> Gates:
-    """Return the gates of a step; none for a cell without the method."""
-    return cell.gates(carry, inputs) if hasattr(type(cell), "gates") else {}
 
 
 def get_activation(cell: Any, carry: Any, outputs: Outputs) -> Outputs:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import Gates, Inputs, Outputs, Reset, get_gates, run_cell
+from lstm_jax.cells.base import Inputs, Outputs, Reset, run_cell
 from lstm_jax.matmul import matmul
 
 _WIDTH = 4  # The kernel size of the convolution.
@@ -98,11 +98,6 @@ class Block(nn.Module):
         sums = matmul(normalize_rms(y, self.mlp_scale), self.mlp_kernel, self.dtype)
         gate, value = jnp.split(sums, 2, axis=-1)
         return y + matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
-
-    def gates(self, carry: BlockCarry, inputs: Inputs) -> Gates:
-        """Return the gates of the cell."""
-        _, _, u = self._convolve(carry, inputs[:, None])
-        return get_gates(self.cell, carry.cell, u[:, 0])
 
     def initial_carry(self, batch_size: int) -> BlockCarry:
         """Return the carry at the start of a text: zeros, and the first carry of the cell."""

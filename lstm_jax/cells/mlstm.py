@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lstm_jax import ops
-from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, Reset, forget_bias
-from lstm_jax.cells.slstm import count_per_head, stabilize
-from lstm_jax.ops.scans import MLSTMCarry, MLSTMParams, project_mlstm
+from lstm_jax.cells.base import Cell, Inputs, Outputs, Reset, forget_bias
+from lstm_jax.cells.slstm import count_per_head
+from lstm_jax.ops.scans import MLSTMCarry, MLSTMParams
 
 
 class MLSTMCell(Cell):
@@ -52,14 +52,6 @@ class MLSTMCell(Cell):
 
     def _params(self) -> MLSTMParams:
         return MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
-
-    def gates(self, carry: MLSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
-        parts = project_mlstm(self._params(), inputs[:, None], self.heads, self.dtype)
-        *_, o, i, log_f = (x[:, :, 0] for x in parts)
-        f, i, _ = stabilize(carry.stabilizer, i, log_f)
-        i, f = (jnp.repeat(gate, o.shape[-1], axis=1) for gate in (i, f))
-        return {"input": i, "forget": f, "output": o.reshape(len(inputs), -1)}
 
     def initial_carry(self, batch_size: int) -> MLSTMCarry:
         """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""

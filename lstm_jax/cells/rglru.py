@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
+from lstm_jax.cells.base import Inputs, LinearCell, Outputs
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import HiddenCarry
 
 _SHARPNESS = 8.0  # c in the paper.
 # The range of initial decays in a step with r = 1, a = sigmoid(L) ** c.
@@ -39,21 +38,12 @@ class RGLRUCell(LinearCell):
 
     def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return a and sqrt(1 - a ** 2) * (i * u) of one or all steps."""
-        u, _, i, log_a = self._compute(inputs)
-        scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
-        return jnp.exp(log_a), scale * (i * u)
-
-    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step, which do not depend on the carry, and the decay."""
-        _, r, i, log_a = self._compute(inputs)
-        return {"recurrence": r, "input": i, "decay": jnp.exp(log_a)}
-
-    def _compute(self, inputs: Array) -> tuple[Array, Array, Array, Array]:
-        """Return u, r, i and log a of one or all steps."""
         u = self.project_inputs(inputs)
         sums = matmul(u, self.gate_kernel, self.dtype, self.gate_bias)
         r, i = jnp.split(nn.sigmoid(sums), 2, axis=-1)
-        return u, r, i, _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
+        log_a = _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
+        scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
+        return jnp.exp(log_a), scale * (i * u)
 
 
 def _draw_decay(key: Array, shape: tuple[int]) -> Array:

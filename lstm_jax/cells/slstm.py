@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, forget_bias
+from lstm_jax.cells.base import Cell, Inputs, Outputs, forget_bias
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.scans import NEVER
@@ -53,18 +53,6 @@ class SLSTMCell(Cell):
 
     def __call__(self, carry: SLSTMCarry, inputs: Inputs) -> tuple[SLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
-        gates, stabilizer = self._compute(carry, inputs)
-        cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
-        normalizer = gates["forget"] * carry.normalizer + gates["input"]
-        hidden = gates["output"] * cell / normalizer
-        return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
-
-    def gates(self, carry: SLSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
-        return self._compute(carry, inputs)[0]
-
-    def _compute(self, carry: SLSTMCarry, inputs: Array) -> tuple[Gates, Array]:
-        """Return the gates, and the next stabilizer."""
         batch = len(inputs)
         by_head = carry.hidden.reshape(batch, self.heads, -1).swapaxes(0, 1)
         recurrent = matmul(by_head, self.recurrent_kernel, self.dtype)  # [heads, batch, 4 * d].
@@ -72,8 +60,10 @@ class SLSTMCell(Cell):
         sums = self.project_inputs(inputs) + recurrent.reshape(batch, -1)
         i, f, z, o = jnp.split(sums, 4, axis=-1)
         f, i, stabilizer = stabilize(carry.stabilizer, i, nn.log_sigmoid(f))
-        gates = {"input": i, "forget": f, "candidate": jnp.tanh(z), "output": nn.sigmoid(o)}
-        return gates, stabilizer
+        cell = f * carry.cell + i * jnp.tanh(z)
+        normalizer = f * carry.normalizer + i
+        hidden = nn.sigmoid(o) * cell / normalizer
+        return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
 
     def activation(self, carry: SLSTMCarry) -> Outputs:
         """Return c / n, a weighted mean of candidates, in [-1, 1]."""
