@@ -36,8 +36,6 @@ from lstm_jax.ops.gates import HiddenCarry
 Inputs = Float[Array, "batch *time inputs"]
 Outputs = Float[Array, "batch *time hidden"]
 Reset = Bool[Array, "batch time"]
-# The gates of one step, in [0, 1], and the "candidate", by name.
-Gates = dict[str, Float[Array, "*batch hidden"]]
 
 
 def make_cell(

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs
+from lstm_jax.cells.base import Cell, Inputs, Outputs
 from lstm_jax.ops.gates import GRUParams, HiddenCarry
 
 
@@ -30,18 +30,12 @@ class GRUCell(Cell):
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
-        gates = self.gates(carry, inputs)
-        update = gates["update"]
-        hidden = (1 - update) * gates["candidate"] + update * carry.hidden
-        return HiddenCarry(hidden), hidden
-
-    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step."""
         xr, xz, xn = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self.project_hidden(carry.hidden), 3, axis=-1)
-        reset = nn.sigmoid(xr + hr)
-        candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias[None]))
-        return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}
+        r, z = nn.sigmoid(xr + hr), nn.sigmoid(xz + hz)
+        n = jnp.tanh(xn + r * (hn + self.recurrent_bias[None]))
+        hidden = (1 - z) * n + z * carry.hidden
+        return HiddenCarry(hidden), hidden
 
     def activation(self, carry: HiddenCarry) -> Outputs:
         """Return the activations of the hidden units, in [-1, 1]."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs, forget_bias
+from lstm_jax.cells.base import Cell, Inputs, Outputs, forget_bias
 from lstm_jax.ops.gates import LSTMCarry, LSTMParams
 
 
@@ -32,17 +32,11 @@ class LSTMCell(Cell):
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
-        gates = self.gates(carry, inputs)
-        cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
-        hidden = gates["output"] * self.activation(carry._replace(cell=cell))
-        return LSTMCarry(cell, hidden), hidden
-
-    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
-        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
-        return {"input": i, "forget": f, "candidate": g, "output": o}
+        cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
+        hidden = nn.sigmoid(o) * jnp.tanh(cell)
+        return LSTMCarry(cell, hidden), hidden
 
     def activation(self, carry: LSTMCarry) -> Outputs:
         """Return the activation of the cell state, in [-1, 1]."""

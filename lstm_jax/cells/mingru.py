@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
-from lstm_jax.ops.gates import HiddenCarry
+from lstm_jax.cells.base import Inputs, LinearCell, Outputs
 
 
 class MinGRUCell(LinearCell):
@@ -25,13 +24,9 @@ class MinGRUCell(LinearCell):
 
     def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return 1 - z and z * n of one or all steps."""
-        gates = self.gates(None, inputs)
-        return 1 - gates["update"], gates["update"] * gates["candidate"]
-
-    def gates(self, carry: HiddenCarry | None, inputs: Inputs) -> Gates:
-        """Return the gates of one or all steps, which do not depend on the carry."""
         z, n = jnp.split(self.project_inputs(inputs), 2, axis=-1)
-        return {"update": nn.sigmoid(z), "candidate": make_positive(n)}
+        z = nn.sigmoid(z)
+        return 1 - z, z * make_positive(n)
 
 
 def make_positive(x: Array) -> Array:

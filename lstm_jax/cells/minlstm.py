@@ -3,9 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Gates, Inputs, LinearCell, Outputs
+from lstm_jax.cells.base import Inputs, LinearCell, Outputs
 from lstm_jax.cells.mingru import make_positive
-from lstm_jax.ops.gates import HiddenCarry
 
 
 class MinLSTMCell(LinearCell):
@@ -25,13 +24,7 @@ class MinLSTMCell(LinearCell):
 
     def coefficients(self, inputs: Inputs) -> tuple[Outputs, Outputs]:
         """Return f / (f + i) and i / (f + i) * n of one or all steps."""
-        gates = self.gates(None, inputs)
-        return gates["forget"], gates["input"] * gates["candidate"]
-
-    def gates(self, carry: HiddenCarry | None, inputs: Inputs) -> Gates:
-        """Return the gates of one or all steps, with forget and input gate divided by their sum."""
         f, i, n = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         # f / (f + i) is a sigmoid itself, of log f - log i, and so never 0 / 0.
         ratio = nn.log_sigmoid(f) - nn.log_sigmoid(i)
-        f, i, n = nn.sigmoid(ratio), nn.sigmoid(-ratio), make_positive(n)
-        return {"forget": f, "input": i, "candidate": n}
+        return nn.sigmoid(ratio), nn.sigmoid(-ratio) * make_positive(n)

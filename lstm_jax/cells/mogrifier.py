@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from lstm_jax.cells.base import Gates, Inputs
+from lstm_jax.cells.base import Inputs, Outputs
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
@@ -31,12 +31,12 @@ class MogrifierLSTMCell(LSTMCell):
             self.param(f"round_kernel_{k + 1}", glorot, shapes[k % 2]) for k in range(self.rounds)
         ]
 
-    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step."""
+    def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
+        """Return the next carry and the outputs."""
         hidden = carry.hidden
         for k, kernel in enumerate(self.round_kernels):
             if k % 2 == 0:
                 inputs = 2 * nn.sigmoid(matmul(hidden, kernel, self.dtype)) * inputs
             else:
                 hidden = 2 * nn.sigmoid(matmul(inputs, kernel, self.dtype)) * hidden
-        return super().gates(carry._replace(hidden=hidden), inputs)
+        return super().__call__(carry._replace(hidden=hidden), inputs)

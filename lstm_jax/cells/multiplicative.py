@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from lstm_jax.cells.base import Gates, Inputs
+from lstm_jax.cells.base import Inputs, Outputs
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.matmul import matmul
 from lstm_jax.ops.gates import LSTMCarry
@@ -25,8 +25,8 @@ class MultiplicativeLSTMCell(LSTMCell):
         self.input_factor = self.param("input_factor", glorot, shape)
         self.hidden_factor = self.param("hidden_factor", orthogonal, (self.hidden_size,) * 2)
 
-    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step."""
+    def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
+        """Return the next carry and the outputs."""
         scales = matmul(inputs, self.input_factor, self.dtype)
         m = scales * matmul(carry.hidden, self.hidden_factor, self.dtype)
-        return super().gates(carry._replace(hidden=m), inputs)
+        return super().__call__(carry._replace(hidden=m), inputs)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Gates, Inputs
+from lstm_jax.cells.base import Inputs, Outputs
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.ops.gates import LSTMCarry, PeepholeLSTMParams
 
@@ -30,11 +30,12 @@ class PeepholeLSTMCell(LSTMCell):
         super().setup()
         self.peepholes = self.param("peepholes", nn.initializers.zeros, (3, self.hidden_size))
 
-    def gates(self, carry: LSTMCarry, inputs: Inputs) -> Gates:
-        """Return the gates of a step."""
+    def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
+        """Return the next carry and the outputs."""
         pi, pf, po = self.peepholes[:, None]
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
-        i, f, g = nn.sigmoid(i + pi * carry.cell), nn.sigmoid(f + pf * carry.cell), jnp.tanh(g)
-        o = nn.sigmoid(o + po * (f * carry.cell + i * g))
-        return {"input": i, "forget": f, "candidate": g, "output": o}
+        i, f = nn.sigmoid(i + pi * carry.cell), nn.sigmoid(f + pf * carry.cell)
+        cell = f * carry.cell + i * jnp.tanh(g)
+        hidden = nn.sigmoid(o + po * cell) * jnp.tanh(cell)
+        return LSTMCarry(cell, hidden), hidden

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, Inputs, Outputs
+from lstm_jax.cells.base import Cell, Inputs, Outputs
 from lstm_jax.ops.gates import HiddenCarry, RNNParams
 
 
@@ -19,13 +19,8 @@ class RNNCell(Cell):
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
         """Return the next carry and the outputs."""
-        hidden = self.gates(carry, inputs)["candidate"]
+        hidden = jnp.tanh(self.project_inputs(inputs) + self.project_hidden(carry.hidden))
         return HiddenCarry(hidden), hidden
-
-    def gates(self, carry: HiddenCarry, inputs: Inputs) -> Gates:
-        """Return the candidate alone, which is the next hidden state: there is no gate."""
-        sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
-        return {"candidate": jnp.tanh(sums)}
 
     def activation(self, carry: HiddenCarry) -> Outputs:
         """Return the activations of the hidden units, in [-1, 1]."""
