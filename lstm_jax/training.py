@@ -41,6 +41,7 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 # a step is dispatched while 32 computations are in flight on one of the devices.
 _CALLS_BETWEEN_WAITS = 16
 _SECONDS_TO_START = 3  # That imports take, of the minutes of a run.
+_FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 
 
@@ -167,15 +168,13 @@ def train(
                 checkpoints.record_validation(step, loss, workdir.measure_history(directory))
                 rows = metrics.read_metrics(metrics_path)
                 described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
-                title = messages.describe_validation(rows, plan, described, dropout_flags)
+                title = messages.describe_validation(rows, plan, described)
                 show(f"\n=== {title}\n{sample}\n")
             is_over = is_out_of_patience(directory, config.patience)
             if 0 < step < plan.total_steps and not is_over:  # At the end, `train` plots.
                 plot_curves(directory, _SECONDS_BETWEEN_PLOTS)
             return is_over
 
-        rates = config.regularization
-        dropout_flags = messages.suggest_dropout(rates, model.num_layers, state.params)
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == plan.total_steps or is_out_of_patience(directory, config.patience)
         is_finished = is_over and has_row(directory, "test")
@@ -186,8 +185,11 @@ def train(
             ]
         elif is_resumed:
             notes.append(f"Resuming from step {step} of {plan.total_steps}, saved in {directory}")
-        elif not (config.max_steps or config.init_from):
-            notes += messages.suggest_steps(plan, dropout_flags)
+        elif plan.total_steps < _FEW_STEPS and not (config.max_steps or config.init_from):
+            notes.append(
+                f"{plan.total_steps} steps are few: `make train TEXT=... MINUTES=...` chooses "
+                "settings for a short text"
+            )
         setup = messages.describe_setup(plan, vocabulary, ids, model.dtype, mesh)
         show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))
 

@@ -11,8 +11,6 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from lstm_jax import loss as loss_lib
-from lstm_jax.config import RegularizationConfig
-from lstm_jax.errors import name_setting
 from lstm_jax.model import Params
 from lstm_jax.vocabulary import FILE_END, Ids, TextSize, Vocabulary
 
@@ -25,12 +23,6 @@ _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n)
 _PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): "\n\n"}
 _SECONDS_BETWEEN_LINES = 10
 _LONGEST_WINDOW = 24  # Tokens of the window that is printed.
-_FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
-# What hints suggest for a short text (docs/choosing.md): steps, steps in an epoch, dropout.
-_STEPS, _STEPS_PER_EPOCH = 1000, 40
-_DROPOUT = {"input": 0.2, "hidden": 0.3, "output": 0.5, "recurrent": 0.3}
-_HINT = "try the same command with another --workdir and {} (docs/choosing.md)"
-_RISE = 1.01  # A validation loss that is higher by this factor is worse.
 
 
 def make_printable(text: str) -> str:
@@ -83,35 +75,8 @@ def describe_setup(
     )
 
 
-def suggest_steps(plan: "Plan", dropout: str) -> list[str]:
-    """Return a hint to start a run with more steps, and its flags; [] if there are enough."""
-    if plan.total_steps >= _FEW_STEPS:
-        return []
-    windows = plan.length // plan.config.batches.window_length
-    batch_size = min(plan.config.batches.batch_size, max(windows // _STEPS_PER_EPOCH, 1))
-    batch_size = 1 << batch_size.bit_length() - 1  # A power of two.
-    epochs = -(-_STEPS // (windows // batch_size))
-    sizes = [name_setting("batches.batch_size", batch_size), name_setting("num_epochs", epochs)]
-    flags = " ".join(filter(None, [*sizes, dropout]))
-    return [f"Hint: {plan.total_steps} steps are few: stop this run, and {_HINT.format(flags)}"]
-
-
-def suggest_dropout(rates: RegularizationConfig, num_layers: int, params: Params) -> str:
-    """Return flags for more dropout, of the kinds that the model can have."""
-    names = {path[-1] for path in flatten_dict(params)}
-    can_have = {"hidden": num_layers > 1, "recurrent": "recurrent_kernel" in names}
-    return " ".join(
-        name_setting(f"regularization.{kind}_dropout", rate)
-        for kind, rate in _DROPOUT.items()
-        if can_have.get(kind, True) and rate > getattr(rates, f"{kind}_dropout")
-    )
-
-
-def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str, dropout: str) -> str:
-    """Return a line about the last validation, and a hint if the loss begins to rise.
-
-    `described` is the loss, from `describe_loss`, and `dropout` from `suggest_dropout`.
-    """
+def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str) -> str:
+    """Return a line about the last validation, with its loss as `describe_loss` returns it."""
     losses = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     *_, step = losses
     best = min(losses, key=losses.__getitem__)
@@ -121,14 +86,6 @@ def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str, dro
         line += (
             f"; best {losses[best]:.4f} at step {best}; training loss {row['loss']:.4f}, "
             f"learning rate {row['learning_rate']:.3g}"
-        )
-    # Two validations in a row, because one may be worse by chance.
-    if [x > _RISE * losses[best] for x in losses.values()][-3:] == [False, True, True]:
-        epochs = name_setting("num_epochs", max(round(plan.count_epochs(best)), 1))
-        changes = " or ".join(filter(None, (dropout, epochs)))
-        line += (
-            "\nHint: the validation loss rises (overfitting, if the training loss falls): "
-            f"{_HINT.format(changes)}"
         )
     return line
 
