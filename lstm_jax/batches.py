@@ -15,7 +15,7 @@ from lstm_jax.vocabulary import Ids
 
 
 class Batch(NamedTuple):
-    """The data of one training step; of several, with an additional leading axis."""
+    """The data of one training step."""
 
     inputs: Any  # int32 [batch, time].
     targets: Any  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.

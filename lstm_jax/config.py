@@ -228,8 +228,6 @@ class RunConfig:
         "the end of each epoch.", _COUNT, resume=True)
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
-    steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
-        "models.", "1 <= x <= 10**4", resume=True, requires="steps_per_call <= log_every_steps")
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
         _AMOUNT, resume=True)

@@ -86,11 +86,10 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Make the training step and jit it for the batches of a `Feed`; the state is donated.
+    """Make the training step and jit it for the batches of `feed_batches`; the state is donated.
 
     Every device of the mesh computes the gradient for its part of the batch, one microbatch after
-    the other. The mean over the devices is the gradient for the whole batch. A batch whose arrays
-    have an additional leading axis holds several consecutive steps.
+    the other. The mean over the devices is the gradient for the whole batch.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
@@ -114,12 +113,7 @@ def make_train_step(
             loss_steps=state.loss_steps + 1,
         )
 
-    def train_steps(state: TrainState, batch: Batch) -> TrainState:
-        if batch.reset.ndim == 1:
-            return train_step(state, batch)
-        return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[0]
-
-    return jax.jit(train_steps, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Callable[..., Any]:

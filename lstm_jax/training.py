@@ -26,7 +26,7 @@ from lstm_jax.config import CHANGEABLE, Config
 from lstm_jax.data import texts
 from lstm_jax.devices import mesh as mesh_lib
 from lstm_jax.devices import processes
-from lstm_jax.devices.feed import Feed
+from lstm_jax.devices.feed import feed_batches
 from lstm_jax.errors import NotFiniteError, UserError, make_command
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
@@ -39,7 +39,7 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 # JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
 # a step is dispatched while 32 computations are in flight on one of the devices.
-_CALLS_BETWEEN_WAITS = 16
+_STEPS_BETWEEN_WAITS = 16
 _SECONDS_TO_START = 3  # That imports take, of the minutes of a run.
 _FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
 _SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
@@ -201,8 +201,8 @@ def train(
                 teachers = distillation.load_teachers(config, vocabulary)
                 predictions = distillation.predict_text(teachers, ids["train"])
                 del teachers  # Their parameters take memory of the device.
-            feed = Feed(ids["train"], config, mesh, step, predictions)
-            meter, calls = messages.Progress(plan, show), 0
+            feed = feed_batches(ids["train"], config.batches, config.seed, mesh, step, predictions)
+            meter = messages.Progress(plan, show)
             if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
@@ -214,16 +214,14 @@ def train(
                 else:
                     is_over = plan.validates_at(step) and validate(state, step)
                 while step < plan.total_steps and not is_over:
-                    steps = plan.count_steps_of_call(step)
-                    batch = feed.next(steps)
+                    batch = next(feed)
                     # Any other transfer to the devices is an error.
                     with jax.transfer_guard("disallow"):
                         state = train_step(state, batch)
-                    step, calls = step + steps, calls + 1
-                    meter.after_call(step, steps, state.loss_sum)
-                    # What happens at certain steps ends a call: `Plan.count_steps_of_call`.
+                    step += 1
+                    meter.after_step(step, state.loss_sum)
                     logs, validates = plan.logs_at(step), plan.validates_at(step)
-                    waits = logs or validates or not calls % _CALLS_BETWEEN_WAITS
+                    waits = logs or validates or not step % _STEPS_BETWEEN_WAITS
                     if waits:
                         jax.block_until_ready(state.loss_sum)
                     # Processes are at one step, and agree, only where they wait.
@@ -306,11 +304,12 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
     state = init_state(model, optimizer, key, batch_size).place(mesh)
-    train_step, feed = make_train_step(model, optimizer, config, mesh), Feed(ids, config, mesh)
+    train_step = make_train_step(model, optimizer, config, mesh)
+    feed = feed_batches(ids, config.batches, config.seed, mesh)
     times = list[float]()
     while len(times) < 4 or sum(times[2:]) < 1:
         began = time.monotonic()
-        state = train_step(state, feed.next())
+        state = train_step(state, next(feed))
         jax.block_until_ready(state.loss_sum)
         times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
     left = -processes.max_over_processes(-int(end - time.monotonic()))

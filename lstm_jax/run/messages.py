@@ -99,24 +99,22 @@ class Progress:
         self._tokens_per_step = batches.batch_size * batches.window_length
         self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
         self._last_line = time.monotonic()
-        self._compiled = set[int]()
 
-    def after_call(self, step: int, steps: int, result: jax.Array) -> None:
-        """Start the clock, if it does not run, when the `result` of a call is computed.
+    def after_step(self, step: int, result: jax.Array) -> None:
+        """Start the clock, if it does not run, when the `result` of a step is computed.
 
-        The first call with each number of `steps`, which compiles, starts it again.
+        So the first step, which compiles, is not measured.
         """
-        if not self._clock or steps not in self._compiled:
+        if not self._clock:
             jax.block_until_ready(result)
             self._clock = step, time.monotonic()
-            self._compiled.add(steps)
 
     def stop_clock(self) -> None:
         """Measure the speed from the next step on."""
         self._clock = None
 
     def measure_speed(self, step: int) -> float:
-        """Return the tokens per second since the last call or the start; 0 if it is unknown."""
+        """Return the tokens per second since the last time, or the start; 0 if it is unknown."""
         now = time.monotonic()
         (start, since), self._clock = self._clock or (step, now), (step, now)
         return (step - start) * self._tokens_per_step / (now - since) if step > start else 0.0

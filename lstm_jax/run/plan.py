@@ -32,12 +32,6 @@ class Plan:
         every = self.config.validate_every_steps or self.steps_per_epoch
         return not step % every or step == self.total_steps
 
-    def count_steps_of_call(self, step: int) -> int:
-        """Return the number of steps of the next call, which must not cross a log or validation."""
-        number = self.config.steps_per_call
-        inside = range(step + 1, step + number)
-        return 1 if any(self.logs_at(n) or self.validates_at(n) for n in inside) else number
-
     def get_learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1, in the six digits of float32."""
         return float(f"{float(self._schedule(step - 1)):.6g}")

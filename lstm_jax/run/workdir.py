@@ -112,6 +112,7 @@ def load_config(workdir: Path) -> Config:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {error}") from None
+    fields.pop("steps_per_call", None)  # A field of earlier versions.
     return config_lib.complete_config(fields)
 
 

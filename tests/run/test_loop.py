@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,6 @@ from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.batches import Batch
-from lstm_jax.devices.feed import Feed
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.run.messages import Progress, describe_validation
 from lstm_jax.run.plan import Plan
@@ -80,29 +79,19 @@ def test_a_plan_validates_after_epochs_or_a_number_of_steps_and_at_the_end() -> 
     assert list_validations(make_plan(max_steps=1000)) == [0, 70, 140]
 
 
-def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() -> None:
-    plan = make_plan(steps_per_call=8, log_every_steps=20, validate_every_steps=30, max_steps=101)
-    step, ends = 0, {0}
-    while step < plan.total_steps:
-        step += plan.count_steps_of_call(step)
-        ends.add(step)
-    assert step == 101
-    assert {20, 30, 40, 60, 80, 90, 100, 101} <= ends and len(ends) < 60
-
-
-def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
+def test_the_speed_is_that_of_the_steps_after_the_first(clock: Clock) -> None:
     measured = Progress(make_plan(), print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
-    slow: Any = computed  # A step is computed three seconds after its call has returned.
+    slow: Any = computed  # It is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
-    measured.after_call(11, 1, slow)
+    measured.after_step(11, slow)
     assert clock.now == 153 and measured.measure_speed(11) == 0
     clock.now += 2
-    measured.after_call(15, 1, slow)
+    measured.after_step(15, slow)
     assert measured.measure_speed(15) == 2 * 6400
     measured.stop_clock()  # After a validation.
     clock.now += 7
-    measured.after_call(16, 1, slow)
+    measured.after_step(16, slow)
     assert clock.now == 165
     clock.now += 1
     assert measured.measure_speed(19) == 3 * 6400
@@ -139,7 +128,7 @@ def test_a_row_has_the_means_since_the_last_one(clock: Clock) -> None:
     rows: list[Any] = []
     plan = make_plan(optimizer={"warmup_steps": 20})
     progress = Progress(plan, print)
-    progress.after_call(0, 1, jnp.zeros(()))
+    progress.after_step(0, jnp.zeros(()))
     clock.now += 5
     state = make_state(loss_sum=6.0, norm_sum=3.0, loss_steps=3)
     state = training.log(state, 10, plan, progress, lambda *row, **more: rows.append((row, more)))
@@ -160,21 +149,22 @@ def test_a_save_is_due_when_the_last_one_is_old_and_finished(clock: Clock, tmp_p
         writer._saving.set_result(None)
 
 
-def test_at_most_16_calls_are_ahead_of_the_devices(
+def test_at_most_16_steps_are_ahead_of_the_devices(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, calls = list[int](), list[int]()
-    wait, next_batch = jax.block_until_ready, Feed.next
+    waits, batches = list[int](), list[Batch]()
+    wait, feed = jax.block_until_ready, training.feed_batches
 
     def note_wait(array: jax.Array) -> jax.Array:
-        waits.append(len(calls))
+        waits.append(len(batches))
         return wait(array)
 
-    def note_call(feed: Feed, steps: int) -> Batch:
-        calls.append(steps)
-        return next_batch(feed, steps)
+    def note_batches(*args: Any) -> Iterator[Batch]:
+        for batch in feed(*args):
+            batches.append(batch)
+            yield batch
 
-    monkeypatch.setattr(Feed, "next", note_call)
+    monkeypatch.setattr(training, "feed_batches", note_batches)
     tiny_config.max_steps, tiny_config.log_every_steps = 45, 40
     monkeypatch.setattr(jax, "block_until_ready", note_wait)
     training.train(tiny_config, tmp_path)
