@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def train(directory: Path, *flags: str) -> float:
 
 def evaluate(directory: Path, *flags: object, measure: str = "loss") -> float:
     """Return the loss, or another field of its output, that `lstm_jax.evaluate` measures."""
-    cell = shlex.split(cell_file.make_flag(workdir.load_config(directory).model))
+    cell = cell_file.list_flags(workdir.load_config(directory).model)
     output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *cell, *flags)
     return float(json.loads(output.splitlines()[-1])[measure])
 

@@ -7,7 +7,7 @@ Each request runs in a thread. All share one model, which no call changes.
 """
 
 import argparse
-import warnings
+import logging
 
 import fastapi
 import uvicorn
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", "the model does not know")  # For each prompt of a reader.
+    logging.getLogger("lstm_jax").setLevel(logging.ERROR)  # No warning for each prompt.
     model = lstm_jax.load(arguments.model)
     list(model.stream(length=1))  # Compiles before the first request.
     uvicorn.run(make_app(model), host=arguments.host, port=arguments.port)

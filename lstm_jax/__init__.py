@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lstm_jax.cells.check import check_cell
     from lstm_jax.errors import UserError
     from lstm_jax.generation import Controls
-    from lstm_jax.run.library import Run, load
+    from lstm_jax.run.run import Run, load
     from lstm_jax.training import train
 
 __all__ = ["Controls", "Run", "UserError", "check_cell", "config", "load", "train"]
@@ -19,10 +19,10 @@ __all__ = ["Controls", "Run", "UserError", "check_cell", "config", "load", "trai
 # seconds.
 _MODULES = {
     "Controls": "generation",
-    "Run": "run.library",
+    "Run": "run.run",
     "UserError": "errors",
     "check_cell": "cells.check",
-    "load": "run.library",
+    "load": "run.run",
     "train": "training",
 }
 

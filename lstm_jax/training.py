@@ -31,8 +31,8 @@ from lstm_jax.errors import NotFiniteError, UserError, make_command
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
-from lstm_jax.run.library import Run, load
 from lstm_jax.run.plan import Plan
+from lstm_jax.run.run import Run, load
 from lstm_jax.train_step import TrainState, check_dropout, init_state, make_train_step
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -268,13 +268,14 @@ def train(
             key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
             sample = generate_sample(params, key)
             described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
-            command = make_command("sample", "--workdir", str(directory))
+            own_cell = cell_file.list_flags(config.model)
+            command = make_command("sample", "--workdir", str(directory), *own_cell)
             show(
                 f"\n{sample}\n\n"
                 f"Test loss at step {step}, the step with the best validation loss: {described}\n"
                 f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
                 f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-                f"Generate text: {command}{cell_file.make_flag(run.config.model)}"
+                f"Generate text: {command}"
             )
         return run
 
@@ -334,7 +335,8 @@ def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
             f"{directory} holds a run with another config or text ({listed}): resume with "
             "its values, or begin anew: use another --workdir, or remove that directory"
         )
-    cell_file.warn_if_changed(config.model, saved.model, directory)
+    trained = dataclasses.replace(saved.model, cell=config.model.cell)
+    cell_file.find_cell(trained, directory)  # It warns if the file has changed.
     return config, [f"{name} is now {now!r}; it was {was!r}" for name, was, now in changes]
 
 

@@ -12,7 +12,7 @@ from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
 from lstm_jax.model import Params
 from lstm_jax.run import messages, model_file, workdir
-from lstm_jax.run.library import Run, load
+from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
 _CARD = """---

@@ -49,7 +49,7 @@ def main() -> None:
     from lstm_jax import dynamic
     from lstm_jax import loss as loss_lib
     from lstm_jax.data import texts
-    from lstm_jax.run.library import load
+    from lstm_jax.run.run import load
     from lstm_jax.vocabulary import UNKNOWN_ID
 
     trained = load(directories, _DTYPE.value)
@@ -86,14 +86,13 @@ def main() -> None:
             "--dynamic_learning_rate"
         )
     perplexity, size = loss_lib.compute_perplexity(loss), text.measure(vocabulary, ids)
-    steps = [member.step for member in trained.members]
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
         "bits_per_character": loss_lib.compute_bits_per_character(loss, size),
         "perplexity": None if perplexity == math.inf else perplexity,  # JSON has no infinity.
         "tokens": len(ids) - 1,
-        "step": steps[0] if len(steps) == 1 else steps,
+        "step": trained.step,
     }
     print(json.dumps(result))
 

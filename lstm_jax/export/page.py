@@ -20,7 +20,7 @@ from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, note, print_line
 from lstm_jax.export import activations, features
 from lstm_jax.run import workdir
-from lstm_jax.run.library import Run, load
+from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
 
 # The cells that the page implements.

@@ -51,36 +51,30 @@ def load_cell(name: str) -> str:
     return sha256
 
 
-def use_loaded_cell(model: ModelConfig, workdir: Path) -> ModelConfig:
-    """Return the fields of a run with the loaded cell of this class, if it is of a file.
+def find_cell(model: ModelConfig, workdir: Path) -> str:
+    """Return the name of the loaded cell of a run; the file of the cell may have moved.
 
-    Warn if the file has changed since the run was trained. Raise `UserError` if no file with such a
-    class was loaded.
+    Warn if the file has changed since the run was trained. Raise `UserError` if no file with a
+    class of this name was loaded.
     """
     if model.cell in cells.CELLS:
-        return model
-    class_name = model.cell.rpartition(":")[2]  # The file may have moved.
-    named = [name for name in cells.LOADED if name.endswith(f":{class_name}")]
-    if not named:
+        return model.cell
+    class_name = model.cell.rpartition(":")[2]
+    names = [name for name in cells.LOADED if name.endswith(f":{class_name}")]
+    if not names:
         raise UserError(
             f"the model in {workdir} has the cell {model.cell}, whose code runs only if you name "
             f"it: --cell {shlex.quote(model.cell)}, cell= in Python, or --config.model.cell"
         )
-    cell = model.cell if model.cell in named else named[-1]
-    loaded = dataclasses.replace(model, cell=cell, cell_sha256=cells.LOADED[cell][1])
-    warn_if_changed(loaded, model, workdir)
-    return dataclasses.replace(model, cell=cell)
-
-
-def warn_if_changed(model: ModelConfig, trained: ModelConfig, workdir: Path) -> None:
-    """Warn if the file of a cell has changed since the model in `workdir` was trained with it."""
-    if model.cell_sha256 != trained.cell_sha256:
+    name = model.cell if model.cell in names else names[-1]
+    if cells.LOADED[name][1] != model.cell_sha256:
         warn(
-            f"{model.cell} has changed since the model in {workdir} was trained with it: it may "
-            "compute something else"
+            f"{name} has changed since the model in {workdir} was trained with it: it may compute "
+            "something else"
         )
+    return name
 
 
-def make_flag(model: ModelConfig) -> str:
-    """Return the flag, after a space, that a command needs to read the run; "" if it needs none."""
-    return f" --cell {shlex.quote(model.cell)}" if names_cell_file(model.cell) else ""
+def list_flags(model: ModelConfig) -> list[str]:
+    """Return the flags that a command needs to read a run with this model."""
+    return ["--cell", model.cell] if names_cell_file(model.cell) else []

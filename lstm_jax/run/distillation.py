@@ -10,7 +10,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run.library import Run, load
+from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 

@@ -31,8 +31,8 @@ def main() -> None:
 
     from lstm_jax import generation
     from lstm_jax.generation import Controls, check_number
-    from lstm_jax.run.library import load
     from lstm_jax.run.messages import make_printable
+    from lstm_jax.run.run import load
 
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)

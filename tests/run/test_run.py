@@ -21,26 +21,27 @@ import models
 from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
-from lstm_jax.run import library, workdir
+from lstm_jax.run import workdir
+from lstm_jax.run.run import Run
 from lstm_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def run(trained: Path) -> library.Run:
+def run(trained: Path) -> Run:
     return lstm_jax.load(str(trained))
 
 
-def make_run(text: str = "abc", stop: str = "", **fields: Any) -> library.Run:
+def make_run(text: str = "abc", stop: str = "", **fields: Any) -> Run:
     """Return a model with random parameters."""
     vocabulary = Vocabulary.from_text(text, stop=stop)
     model = LanguageModel(len(vocabulary), 5, 7, **fields)
     params = models.draw_params(model, 1.0)
-    return library.Run(Config(), vocabulary, model, params, 0)
+    return Run(Config(), vocabulary, model, params, 0)
 
 
-def compute_log_probs(run: library.Run, text: str) -> np.ndarray:
+def compute_log_probs(run: Run, text: str) -> np.ndarray:
     """Return the log-probabilities of all tokens after each token: [n, vocabulary]."""
     ids = run.vocabulary.encode(text)
     padded = np.pad(ids[None], ((0, 0), (0, -len(ids) % 64)))  # What follows has no effect.
@@ -61,7 +62,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first == "False True" and second.startswith("<function train at ") and third == "True"
-    assert second.endswith("20 lstm_jax.run.library")
+    assert second.endswith("20 lstm_jax.run.run")
     for name in lstm_jax.__all__:
         assert getattr(lstm_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -133,7 +134,7 @@ def test_generated_text_is_that_of_the_command(trained: Path) -> None:
     assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
 
 
-def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> None:
+def test_a_model_is_loaded_in_another_dtype(run: Run, trained: Path) -> None:
     assert run.model.dtype == "float32"
     rounded = lstm_jax.load(trained, dtype="bfloat16")
     scores = (loaded.score("The text").log_probs for loaded in (rounded, run))
@@ -182,7 +183,7 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
     np.testing.assert_allclose(run.hidden_states(text[:3])[0], first[:3], atol=1e-6)
 
 
-def test_the_next_tokens_are_sorted_by_probability(run: library.Run) -> None:
+def test_the_next_tokens_are_sorted_by_probability(run: Run) -> None:
     found = run.next("The", n=7)
     expected = np.exp(compute_log_probs(run, "The")[-1])
     best = np.argsort(-expected)[:7]
@@ -296,7 +297,7 @@ def test_an_error_names_the_argument() -> None:
         (run.read, {"ids": np.array([2, 3])}, r"ids must be \[batch, time\], from 0 to 4"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
-        (lstm_jax.load, {"directory": "x", "dtype": "half"}, "^dtype is 'half': .*bfloat16"),
+        (lstm_jax.load, {"directory": "tiny-shakespeare", "dtype": "half"}, "dtype is 'half'"),
         (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
     ]
     for call, arguments, message in calls:
@@ -311,12 +312,11 @@ def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
         assert run.generate("a", length=20, top_p=0.9) == expected
 
 
-def test_a_warning_points_to_the_line_of_the_caller() -> None:
+def test_a_warning_names_what_the_model_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     for call in (run.generate, run.stream, run.next):
-        with pytest.warns(UserWarning, match="does not know '¿'") as caught:
-            call("¿")
-        assert [warning.filename for warning in caught] == [__file__]
+        call("¿")
+        assert "warning: the model does not know '¿'" in capsys.readouterr().err
 
 
 def test_no_piece_is_empty_and_their_length_can_be_chosen() -> None:

@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-import itertools
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -15,9 +13,9 @@ import numpy as np
 from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.config import DTYPES, Config, Dtype
+from lstm_jax.config import Config, complete_config
 from lstm_jax.ensemble import Ensemble
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.vocabulary import Vocabulary
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The options of `Run.generate` and `Run.stream`, of which the last are the controls."""
+    """The options of `Run.generate`: those of `Run.stream`, where they are explained."""
 
     length: int
     seed: int
@@ -46,7 +44,7 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Run:
-    """A trained model, or an ensemble of several, whose config and step are those of the first.
+    """A trained model, or an ensemble of several, whose config is that of the first.
 
     Texts that contain tokens that the model does not know are read with [UNK] in their place; all
     methods but `score` and `hidden_states` warn.
@@ -56,12 +54,8 @@ class Run:
     vocabulary: Vocabulary
     model: Any  # A `LanguageModel` or an `Ensemble`.
     params: Any  # Of the checkpoint with the best validation loss, to read only.
-    step: int  # The training step of this checkpoint.
+    step: Any  # The training step of this checkpoint; of an ensemble, a list of its models' steps.
     directory: Path | None = None  # None for an ensemble.
-    members: Sequence["Run"] = ()  # The models of an ensemble; of one model, only itself.
-
-    def __post_init__(self) -> None:
-        self.members = self.members or [self]
 
     @functools.cached_property
     def _arrays(self) -> Any:
@@ -80,16 +74,25 @@ class Run:
         count = sum(array.size for array in jax.tree.leaves(self.params))
         return (
             f"<lstm_jax.Run: {models}; {count:,} parameters; {len(self.vocabulary)} "
-            f"{self.vocabulary.token_name}s; step {self.step:,}>"
+            f"{self.vocabulary.token_name}s; step {self.step}>"
         )
 
     def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
-        self._warn_of_unknown(prompt)
-        return prompt + "".join(self._stream(prompt, None, options))
+        return prompt + "".join(self.stream(prompt, piece_length=None, **options))
 
     def stream(
-        self, prompt: str = "", *, piece_length: int = 16, **options: Unpack[GenerateOptions]
+        self,
+        prompt: str = "",
+        *,
+        piece_length: int | None = 16,
+        length: int = 500,
+        seed: int = 0,
+        stop_token: bool = True,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
     ) -> Iterator[str]:
         """Continue a prompt, and yield the generated text piece by piece.
 
@@ -97,35 +100,30 @@ class Run:
 
         Args:
           prompt: the text to continue.
-          piece_length: the number of tokens of a piece, at most 1,024.
-          **options: the following, all optional.
-            length: the maximum number of tokens, by default 500.
-            seed: the random seed, by default 0; the same seed generates the same text.
-            stop_token: whether the stop token of a model of documents ends the text (by default).
-            temperature: divides the logits, by default 0.8; 0 is greedy decoding.
-            The others are fields of `Controls`.
+          piece_length: the number of tokens of a piece, at most 1,024. With None, pieces get longer.
+          length: the maximum number of tokens.
+          seed: the random seed; the same seed generates the same text.
+          stop_token: whether the stop token of a model of documents ends the text.
+          temperature: divides the logits; 0 is greedy decoding.
+          top_k: see `Controls`.
+          top_p: see `Controls`.
+          min_p: see `Controls`.
 
         Raises:
           UserError: if a value is not allowed.
         """
         self._warn_of_unknown(prompt)
-        generation.check_number("piece_length", piece_length)
-        return self._stream(prompt, piece_length, options)
-
-    def _stream(self, prompt: str, piece_length: int | None, options: Any) -> Iterator[str]:
-        """Check the options, and return the pieces."""
-        values = {"length": 500, "seed": 0, "stop_token": True, "temperature": 0.8, **options}
-        numbers = ((name, values.pop(name)) for name in ("length", "seed"))
-        length, seed = itertools.starmap(generation.check_number, numbers)
-        stop_token, controls = values.pop("stop_token"), generation.Controls(**values)
-        generation.make_control_arrays(controls)
+        controls = generation.Controls(temperature, top_k, top_p, min_p)
+        generation.make_control_arrays(controls)  # At once, not with the first piece.
+        if piece_length is not None:
+            generation.check_number("piece_length", piece_length)
         pieces = generation.stream_texts(
             self.model,
             self.params,
             self.vocabulary,
-            jax.random.key(seed),
+            jax.random.key(generation.check_number("seed", seed)),
             prompt=prompt,
-            length=length,
+            length=generation.check_number("length", length),
             controls=controls,
             stop_token=stop_token,
             piece_length=piece_length,
@@ -178,10 +176,8 @@ class Run:
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
 
     def _warn_of_unknown(self, text: str) -> None:
-        """Warn of tokens that the model does not know, on the line that called a public method."""
         if named := self.vocabulary.name_unknown(text):
-            message = f"the model does not know {named} and reads [UNK] instead"
-            warnings.warn(message, stacklevel=3)
+            warn(f"the model does not know {named} and reads [UNK] instead")
 
 
 def load(
@@ -203,37 +199,36 @@ def load(
       UserError: if there is no model, or a file is damaged, or the models of an ensemble were
         trained on different texts.
     """
-    if dtype not in (known := (None, *DTYPES)):
-        raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
     for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
     if not paths:
         raise UserError("no model is given: name the directory of one")
     with jax.enable_x64(False):  # Parameters are float32.
-        first, *others = members = [_load_one(path, dtype) for path in paths]
-    for path, other in zip(paths[1:], others, strict=True):
-        ours, theirs = ((r.vocabulary.to_fields(), r.config.data.sha256) for r in (first, other))
-        if ours != theirs:
+        members = [_load_one(path, dtype) for path in paths]
+    if len(members) == 1:
+        return members[0]
+    config, vocabulary = members[0].config, members[0].vocabulary
+    for path, other in zip(paths, members, strict=True):
+        texts = (config.data.sha256, other.config.data.sha256)
+        if len({*texts}) > 1 or other.vocabulary.to_fields() != vocabulary.to_fields():
             raise UserError(
                 f"{paths[0]} and {path} have different texts, splits or vocabularies: the models "
                 "of an ensemble must be trained on one text, with one vocabulary"
             )
-    if not others:
-        return first
-    models, params = zip(*((member.model, member.params) for member in members), strict=True)
-    return Run(first.config, first.vocabulary, Ensemble(models), params, first.step, None, members)
+    ensemble = Ensemble(tuple(member.model for member in members))
+    params, steps = tuple(member.params for member in members), [x.step for x in members]
+    return Run(config, vocabulary, ensemble, params, steps)
 
 
 def _load_one(directory: Path | str, dtype: str | None) -> Run:
     """Load the best checkpoint of a run by validation loss, else its latest, or a folder."""
     directory = workdir.find_model(directory)
     config, vocabulary = workdir.load_config(directory), workdir.load_vocabulary(directory)
-    fields = cell_file.use_loaded_cell(config.model, directory)
-    dtype = cast(Dtype, dtype or fields.dtype)
-    # The run may have used another kind of device.
-    fields = dataclasses.replace(fields, recurrence="auto", dtype=dtype)
-    config = dataclasses.replace(config, model=fields)
+    # The run may have used another kind of device, and the file of its cell may have moved.
+    changes = {"recurrence": "auto", "cell": cell_file.find_cell(config.model, directory)}
+    changes["dtype"] = dtype or config.model.dtype
+    config = complete_config(config, {"model": changes})
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     model_lib.check_model(model)
     params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
