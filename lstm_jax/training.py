@@ -256,17 +256,16 @@ def train(
         # The test loss of the best checkpoint.
         checkpoints.wait()
         processes.wait_for_all("all is saved")
-        params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
-        run = Run(workdir.load_config(directory), vocabulary, model, params, step, directory)
-        losses = read_losses(directory, "test", step)
-        loss = losses[-1] if losses else loss_lib.compute_loss(model, params, ids["test"])
+        run = load(directory)
+        step, losses = run.step, read_losses(directory, "test", run.step)
+        loss = losses[-1] if losses else loss_lib.compute_loss(run.model, run.params, ids["test"])
         if processes.is_first():
             if not losses:
                 record(step, "test", loss)
             plot_curves(directory)
             # On a device, as in `validate`: else the function that generates is compiled again.
             key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
-            sample = generate_sample(params, key)
+            sample = generate_sample(run.params, key)
             described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
             own_cell = cell_file.list_flags(config.model)
             command = make_command("sample", "--workdir", str(directory), *own_cell)

@@ -78,6 +78,7 @@ if not _is_worker:
 os.environ["MPLCONFIGDIR"] = str(_COMPILED.with_name("matplotlib"))
 importlib.import_module("matplotlib.font_manager")
 native.load_library()  # Compiling it starts a process, too.
+jax.devices()  # One CPU device: the first command would make more.
 
 
 # Events of starting a process: a test that causes one needs the marker `process`.

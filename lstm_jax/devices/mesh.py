@@ -35,9 +35,7 @@ def make_mesh(config: Config) -> Mesh:
     if not number:
         usable = by_process.shape[1]
         if devices[0].platform == "cpu":  # There may be fewer if JAX had started before.
-            # All processes must choose the same, and the library may run only in some of them.
-            count = setup.count_useful_cores if processes == 1 else setup.limit_cores
-            usable = min(usable, count(config))
+            usable = min(usable, setup.count_useful_cores(config))
         fitting = (n for n in range(usable, 0, -1) if rows % (n * processes) == 0)
         number = processes * next(fitting, 1)
     if number > len(devices) or number % processes or rows % number:

@@ -53,18 +53,14 @@ def hash_processor() -> str:
     return hashlib.sha256(description.encode()).hexdigest()[:16]
 
 
-def use_cores(config: Config, least: int = 1) -> None:
-    """Set the number of CPU devices that training with `config` may need, or `least` if it is more.
+def use_cores(config: Config) -> None:
+    """Make a CPU device for each core, of which a mesh uses as many as train fastest.
 
-    The number is an upper bound: it is unknown, until devices exist, how many other processes there
-    are and whether the library in C runs. Call it before anything else uses JAX; later, or with a
-    GPU or TPU, it has no effect.
+    Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    # With open fields, the sizes are unknown.
-    wanted = config.mesh.data or (count_cores() if config.open else limit_cores(config))
     given = jax.config.values["jax_num_cpu_devices"]  # The caller may have set it.
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
-        jax.config.update("jax_num_cpu_devices", max(least, wanted, given))
+        jax.config.update("jax_num_cpu_devices", max(count_cores(), config.mesh.data, given))
     if config.model.hidden_size > LARGEST_HIDDEN_IN_C:
         # Steps on one device then run in the main thread, for which `keep_freed_memory` keeps
         # arrays of any size; smaller models gain more from steps that run while Python prepares the
@@ -72,25 +68,21 @@ def use_cores(config: Config, least: int = 1) -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def limit_cores(config: Config) -> int:
-    """Return the number of CPU devices with which XLA trains fastest."""
-    batch_size = config.batches.batch_size
-    if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
-        return 1
-    limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
-    return max(n for n in range(1, limit + 1) if batch_size % n == 0)
-
-
 def count_useful_cores(config: Config) -> int:
-    """Return the number of CPU devices that train fastest, once there are devices."""
-    hidden_size, recurrence = config.model.hidden_size, config.model.recurrence
-    if hidden_size > LARGEST_HIDDEN_IN_C and recurrence in ("auto", "c"):
+    """Return the number of CPU devices that train fastest."""
+    batch_size, hidden_size = config.batches.batch_size, config.model.hidden_size
+    if not _SMALLEST_HIDDEN <= hidden_size <= _LARGEST_HIDDEN:
+        return 1
+    # All processes must choose the same, and the library may run only in some of them.
+    is_alone = jax.process_count() == 1
+    if is_alone and hidden_size > LARGEST_HIDDEN_IN_C and config.model.recurrence in ("auto", "c"):
         model = model_lib.make_model(dataclasses.replace(config.model, recurrence="auto"), 1)
         if model.runs_gated_layers and choice.runs_in_c(
             "windows", model.dtype, hidden_size, gating=model.gating.name
         ):
             return 1
-    return limit_cores(config)
+    limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
+    return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
 def keep_freed_memory() -> None:

@@ -72,10 +72,9 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._start -= rows[-1]["seconds"] if rows else 0.0
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
-        directory, name = self._path.parent, f"events.out.tfevents.{time.time_ns()}"
-        # TensorBoard reads files in the order of their names, and the clock may have been set back.
-        last = max((path.name for path in directory.glob("events.out.tfevents.*")), default="")
-        self._events = RecordWriter(str(directory / max(name, f"{last}.1")))
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns()}"
+        self._events = RecordWriter(str(self._path.with_name(name)))
         self.callback(self._events.close)
         self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.

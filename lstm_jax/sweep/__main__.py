@@ -48,16 +48,11 @@ def main() -> None:
         import optuna
     except ModuleNotFoundError:
         raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
-    import jax
-
     from lstm_jax.devices import setup
-    from lstm_jax.ops.processor import count_cores
     from lstm_jax.sweep import search
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
-    setup.use_cores(experiment, least=count_cores())
-    jax.devices()
+    setup.use_cores(experiment)
     setup.keep_freed_memory()
     seeds, file = _SEEDS.value, _SPACE.value
     if bool(seeds) == bool(file):
