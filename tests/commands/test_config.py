@@ -61,15 +61,11 @@ def test_the_default_config_is_the_lesson() -> None:
     ("fields", "message"),
     [
         ({"model": {"hiden_size": 7}}, "no field model.hiden_size: did you mean model.hidden_size"),
-        ({"modle": {"x": 1}}, "there is no field modle"),
         ({"seed": {}}, "config.seed is {}: it must be of type int"),
         ({"seed": True}, "config.seed is True: it must be of type int"),
-        ({"seed": None}, "config.seed is None: it must be of type int"),
         ({"model": {"hidden_size": "7"}}, "model.hidden_size is '7': it must be of type int"),
         ({"model": {"hidden_size": 0}}, "size is 0: it needs 1 <= hidden_size <= 2**20"),
-        ({"max_step": 1}, "no field max_step: did you mean max_steps"),
         ({"data": {"batch_size": 1}}, "data.batch_size: did you mean batches.batch_size"),
-        ({"seed": 2**32}, "seed is 4294967296: it needs 0 <= seed < 2**32"),
         ({"model": 5}, "no field model"),
         ({"batches": {"kind": "stream"}}, "be one of windows, streams: did you mean streams?"),
         ({"data": {"fractions": (0.9, 0.2, 0.1)}}, "abs(sum(fractions) - 1) < 1e-6"),
@@ -77,10 +73,8 @@ def test_the_default_config_is_the_lesson() -> None:
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
         ({"optimizer": {"name": "adamw"}}, "muon, sgd: did you mean adam?"),
         ({"model": {"cell": "gur"}}, "mlstm, FILE.py:CLASS: did you mean gru?"),
-        ({"data": {"document_separator": "page"}}, "must be one of empty, line, blank_line"),
         ({"mesh": {"data": 5}}, "batches.batch_size is 64: it needs batches.batch_size % "),
         (None, "the config is a NoneType"),
-        ({"model": {"cell": None}}, "config.model.cell is None: it must be one of lstm, "),
     ],
 )
 def test_an_error_names_a_bad_field(fields: dict[str, Any] | None, message: str) -> None:
@@ -98,14 +92,9 @@ DROPOUTS = "embedding_dropout input_dropout hidden_dropout output_dropout recurr
         ("lr", "optimizer.learning_rate"),
         ("optimizer.lr", "optimizer.learning_rate"),
         ("dropout", " or ".join(f"regularization.{name}" for name in DROPOUTS.split())),
-        ("model.layers", "model.num_layers"),
         ("hidden", "model.hidden_size"),
         ("context", "batches.window_length"),
         ("epochs", "num_epochs"),
-        ("batch", "batches.batch_size"),
-        ("adamw", "optimizer.name"),
-        ("optimizer", "optimizer.name"),
-        ("learning_rate", "optimizer.learning_rate"),
     ],
 )
 def test_a_field_is_found_by_the_names_that_people_use(name: str, fields: str) -> None:
@@ -130,7 +119,6 @@ BAD_EXPERIMENTS = {
     "raises.py": ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
     "syntax.py": ("def get_config(:\n", "(syntax.py, line 1)"),
     "empty.py": ("", "empty.py: KeyError: 'get_config'"),
-    "opens.py": ("def get_config(): return open('a.json')\n", "line 1: FileNotFoundError: "),
     "words.py:gru": ("def get_config(word): raise ValueError(word)\n", "line 1: ValueError: gru"),
     "12:30/none.py": (None, "there is no config file 12:30/none.py"),
 }

@@ -208,24 +208,6 @@ def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
     assert greedy == run.generate("b", length=30, temperature=0)
 
 
-def test_a_beam_ends_with_the_stop_token() -> None:
-    run = make_run("ab.ab.", stop=".")
-    found = dict(beam_search.search(run, "a", length=3, beams=40))
-    total = 0.0
-    for text, log_prob in found.items():
-        assert "." not in text
-        # A prompt is read after a stop token.
-        ids = run.vocabulary.encode("." + text + ("." if len(text) < 4 else ""))
-        log_probs = compute_log_probs(run, run.vocabulary.decode(ids))
-        assert log_prob == pytest.approx(
-            log_probs[np.arange(1, len(ids) - 1), ids[2:]].sum(), abs=1e-4
-        )
-        total += np.exp(log_prob)
-    # All texts, but those with special tokens.
-    assert {len(text) for text in found} == {1, 2, 3, 4} and len(found) == 1 + 2 + 4 + 8
-    assert total < 1
-
-
 @pytest.mark.slow
 def test_training_in_a_thread_is_silent_while_others_print(
     tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -160,25 +160,8 @@ def test_a_directory_that_is_moved_stops_the_run_at_the_next_save(
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so(
+def test_a_finished_run_stays_as_it_is_if_more_steps_fail(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = shutil.copytree(trained, tmp_path / "run")
-    before = (directory / workdir.METRICS).read_bytes()
-    (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
-    tiny_config.optimizer.weight_decay = 0.5
-    finished = training.train(tiny_config, directory)
-    assert (directory / workdir.CURVES).exists()
-    output = capsys.readouterr().out
-    assert "is finished, at step 140: to train longer, raise --config.num_epochs" in output
-    assert "weight_decay" not in output and finished.config == workdir.load_config(trained)
-    assert (directory / workdir.METRICS).read_bytes() == before
-    assert workdir.load_config(directory) == workdir.load_config(trained), "it was trained with it"
-
-
-@pytest.mark.slow
-def test_a_finished_run_keeps_its_last_validation_if_more_steps_fail(
-    trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(trained, tmp_path / "run")
     before = (directory / workdir.METRICS).read_bytes()
@@ -196,7 +179,15 @@ def test_a_finished_run_keeps_its_last_validation_if_more_steps_fail(
         training.train(longer, directory, fail)
     training.train(tiny_config, directory)
     runs.assert_same(trained, directory)
-    assert workdir.load_config(directory) == workdir.load_config(trained)
+    capsys.readouterr()
+    (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
+    tiny_config.optimizer.weight_decay = 0.5
+    finished = training.train(tiny_config, directory)
+    assert (directory / workdir.CURVES).exists()
+    output = capsys.readouterr().out
+    assert "is finished, at step 140: to train longer, raise --config.num_epochs" in output
+    assert "weight_decay" not in output, "it keeps the config that it was trained with"
+    assert finished.config == workdir.load_config(directory) == workdir.load_config(trained)
 
 
 def test_another_model_or_text_in_the_same_directory_raises_an_error(
