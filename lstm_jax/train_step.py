@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer
 
@@ -20,7 +21,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.batches import Batch
 from lstm_jax.cells.base import reset_carry
 from lstm_jax.config import Config, RegularizationConfig
-from lstm_jax.devices import mesh as mesh_lib
+from lstm_jax.devices.mesh import DATA, DIVIDED, EVERYWHERE, place
 from lstm_jax.errors import UserError, warn
 
 
@@ -48,8 +49,8 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
-        stored = mesh_lib.place(self._replace(carry=()), mesh)
-        return stored._replace(carry=mesh_lib.place(self.carry, mesh, mesh_lib.DIVIDED))
+        stored = place(self._replace(carry=()), mesh)
+        return stored._replace(carry=place(self.carry, mesh, DIVIDED))
 
 
 TrainStep = Callable[[TrainState, Batch], TrainState]
@@ -91,14 +92,27 @@ def make_train_step(
     Every device of the mesh computes the gradient for its part of the batch, one microbatch after
     the other. The mean over the devices is the gradient for the whole batch.
     """
-    rates = config.regularization
-    compute_grads = _make_compute_grads(model, config)
+    rates, compute_grads = config.regularization, _make_compute_grads(model, config)
+
+    def compute_mean_grads(*arguments: Any) -> Any:
+        means, carry = compute_grads(*arguments)
+        return jax.lax.pmean(means, DATA), carry
+
+    if mesh.size == 1:
+        compute = compute_grads  # A collective operation would copy all gradients.
+    else:
+        compute = jax.shard_map(
+            compute_mean_grads,
+            mesh=mesh,
+            in_specs=(EVERYWHERE, EVERYWHERE, DIVIDED, DIVIDED, DIVIDED),
+            out_specs=(EVERYWHERE, DIVIDED),
+            check_vma=False,  # Without its check of which results are replicated.
+        )
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         before = reset_carry(model, state.carry, batch.reset)
         key, mask_key, parameter_key = jax.random.split(state.key, 3)
         masks = draw_masks(rates, model, mask_key, len(batch.inputs))
-        compute = mesh_lib.divide_over_devices(compute_grads, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -196,18 +210,18 @@ def drop_parameters(
         mask = _draw_mask(jax.random.fold_in(key, 0), rates.embedding_dropout, (len(table), 1))
         dropped["embedding"] = {"embedding": table * mask}
     if rates.recurrent_dropout:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(dropped)
-        kernels = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
+        arrays = flatten_dict(dropped)
+        kernels = sorted(path for path in arrays if path[-1] == "recurrent_kernel")
         if not kernels:
             raise UserError(
                 "--config.regularization.recurrent_dropout needs a cell with a parameter "
                 "recurrent_kernel: set it to 0"
             )
-        arrays = [array for _, array in leaves]
-        for number, i in enumerate(kernels, start=1):
+        for number, path in enumerate(kernels, start=1):
             layer_key = jax.random.fold_in(key, number)
-            arrays[i] *= _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[i].shape)
-        dropped = jax.tree.unflatten(structure, arrays)
+            mask = _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[path].shape)
+            arrays[path] *= mask
+        dropped = unflatten_dict(arrays)
     return dropped
 
 

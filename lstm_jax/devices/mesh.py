@@ -5,7 +5,6 @@ with tensor parallelism, devices would have to exchange the hidden state at ever
 window.
 """
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -74,25 +73,3 @@ def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 def get_local_copy(tree: T) -> T:
     """Return arrays that every device holds, on this process's first device."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)
-
-
-def divide_over_devices(compute_grads: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Return a function like `compute_grads(params, key, batch, carry, masks)`, for a whole mesh.
-
-    Batch, carry and masks are divided over the devices. It returns the means of grads and loss over
-    all devices; and the carry.
-    """
-    if mesh.size == 1:
-        return compute_grads  # A collective operation would copy all gradients.
-
-    def compute_mean_grads(*arguments: Any) -> Any:
-        means, carry = compute_grads(*arguments)
-        return jax.lax.pmean(means, DATA), carry
-
-    return jax.shard_map(
-        compute_mean_grads,
-        mesh=mesh,
-        in_specs=(EVERYWHERE, EVERYWHERE, DIVIDED, DIVIDED, DIVIDED),
-        out_specs=(EVERYWHERE, DIVIDED),
-        check_vma=False,  # Without its check of which results are replicated.
-    )
