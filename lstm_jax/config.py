@@ -336,7 +336,11 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
         elif name in FIELDS:
             values[name] = value
         else:
-            raise UserError(f"there is no field {name}{suggest_fields(name)}")
+            similar = find_fields(name) or difflib.get_close_matches(name, FIELDS, n=1)
+            hint = (
+                f"did you mean {' or '.join(similar)}?" if similar else "docs/config.md lists all"
+            )
+            raise UserError(f"there is no field {name}: {hint}")
     if values["minutes"]:
         still_open = {*values["open"]} - {*dict(flatten(changes))}
         still_open |= {name for name, value in values.items() if value is None}
@@ -414,17 +418,6 @@ def find_fields(name: str) -> list[str]:
     flags = [(x.name, x.name.rpartition(".")[2], x.also) for x in FIELDS.values() if x.is_flag]
     named = [field for field, last, also in flags if wanted in (last, *also.split())]
     return named[:1] or [field for field, last, _ in flags if wanted in last.split("_")]
-
-
-def suggest_fields(name: str, prefix: str = "") -> str:
-    """Return the end of an error message for a name that is not a field: what may be meant.
-
-    `prefix` stands before each field, as --config. does on a command line.
-    """
-    flags = [field.name for field in FIELDS.values() if field.is_flag]
-    similar = find_fields(name) or difflib.get_close_matches(name, flags, n=1)
-    meant = " or ".join(prefix + field for field in similar)
-    return f": did you mean {meant}?" if similar else ": docs/config.md lists all"
 
 
 def flatten(config: Config | Mapping[str, object]) -> Iterator[tuple[str, object]]:

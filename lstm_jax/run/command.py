@@ -74,7 +74,6 @@ def call_main(main: Callable[[], int | None]) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    # Names and values in the message may contain line breaks.
     print("error:", make_visible(message), file=sys.stderr)
     sys.exit(2)
 
@@ -89,9 +88,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
             _define_field(name, dict, "An option that the cell declares.")
             flags.FLAGS.unparse_flags()
             return _parse_flags(argv)
-        is_field = "config" in flags.FLAGS and (name != error.flagname or config.find_fields(name))
-        hint = config.suggest_fields(name, "--config.")
-        _fail(f"there is no flag --{error.flagname}{hint}" if is_field else str(error))
+        fields = config.find_fields(name) if "config" in flags.FLAGS else []
+        if not fields:
+            _fail(str(error))  # It names similar flags.
+        meant = " or ".join(f"--config.{field}" for field in fields)
+        _fail(f"there is no flag --{error.flagname}: did you mean {meant}?")
     except (flags.Error, ValueError) as error:
         _fail(str(error))
     except SystemExit:  # absl has printed the help, and exits with code 1.
