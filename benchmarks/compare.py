@@ -141,7 +141,7 @@ def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
 
 def measure(trial: FrozenTrial, directory: Path) -> Measured:
     """Measure a trained model."""
-    cell_file.resolve_cell(workdir.load_config(directory).model)  # It may be in a file.
+    cell_file.load_cell(workdir.load_config(directory).model.cell)  # It may be in a file.
     trained = lstm_jax.load(directory)
     return Measured(
         trial.values[0],

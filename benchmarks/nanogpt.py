@@ -163,7 +163,7 @@ def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -
     flags = [f"--config={file}", f"--config.seed={seed}", f"--config.data.path={text}"]
     flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
-    cell_file.resolve_cell(workdir.load_config(path).model)  # It may be in a file.
+    cell_file.load_cell(workdir.load_config(path).model.cell)  # It may be in a file.
     parameters = sum(array.size for array in jax.tree.leaves(lstm_jax.load(path).params))
     last = "--split=validation+test"
     measured = (last, f"--context={WINDOW}"), (last,), ("--split=validation",)

@@ -85,7 +85,8 @@ def main() -> None:
     splits = texts.load_texts(config.data)
     tokens = splits["train"].make_vocabulary(config.data)
     ids, _ = texts.encode_splits(splits, tokens)
-    lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
+    cell_file.load_cell(config.model.cell)
+    lstm = model.make_model(config.model, len(tokens), tokens.stop_id)
     initial_key, key = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     initial = model.init_params(lstm, initial_key, texts.count_ids(ids["train"], len(tokens)))
     past = jnp.eye(lstm.embedding_size)

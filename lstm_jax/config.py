@@ -130,7 +130,6 @@ class ModelConfig:
     options: Mapping[str, Option] = field({}, "Options that the cell declares, "
         "as in --config.model.options.rounds=3.",
         "all(isinstance(v, bool | int | float | str) for v in x.values())")
-    cell_sha256: str = field("", "Checksum of the file with the cell.", is_flag=False)
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
     tie_embeddings: bool = field(False, "The embedding table is the dense layer's kernel.")
@@ -364,11 +363,7 @@ def list_changes(before: Config, config: Config) -> list[tuple[str, object, obje
         dict(flatten(one)) | {"model.cell": one.model.cell.rpartition(":")[2]}
         for one in (before, config)
     )
-    return [
-        (field, old[field], value)
-        for field, value in new.items()
-        if value != old[field] and field != "model.cell_sha256"
-    ]
+    return [(field, old[field], value) for field, value in new.items() if value != old[field]]
 
 
 def _is_met(condition: str, names: Mapping[str, object]) -> bool:

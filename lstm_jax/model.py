@@ -306,11 +306,11 @@ def make_model(
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"cell_sha256"}
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
     given: dict[str, Any] = {name: getattr(model, name) for name in names}
     given["options"] = nn.FrozenDict(model.options)
     if model.cell not in CELLS:
-        given["cell"] = LOADED[model.cell][0]
+        given["cell"] = LOADED[model.cell]
     is_auto = model.dtype == "auto"
     given["dtype"] = "float32" if is_auto else model.dtype
     made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)

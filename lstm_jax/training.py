@@ -77,7 +77,7 @@ def train(
         stack.enter_context(jax.enable_x64(False))  # The caller may have enabled it.
         # The caller may have set a mesh: this is none.
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
-        config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
+        cell_file.load_cell(config.model.cell)
         if config.open:
             config = fill_open_fields(config, directory)
 
@@ -267,8 +267,9 @@ def train(
             key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
             sample = generate_sample(run.params, key)
             described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
-            own_cell = cell_file.list_flags(config.model)
-            command = make_command("sample", "--workdir", str(directory), *own_cell)
+            cell = config.model.cell
+            own = ["--cell", cell] if config_lib.names_cell_file(cell) else []
+            command = make_command("sample", "--workdir", str(directory), *own)
             show(
                 f"\n{sample}\n\n"
                 f"Test loss at step {step}, the step with the best validation loss: {described}\n"
@@ -334,8 +335,6 @@ def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
             f"{directory} holds a run with another config or text ({listed}): resume with "
             "its values, or begin anew: use another --workdir, or remove that directory"
         )
-    trained = dataclasses.replace(saved.model, cell=config.model.cell)
-    cell_file.find_cell(trained, directory)  # It warns if the file has changed.
     return config, [f"{name} is now {now!r}; it was {was!r}" for name, was, now in changes]
 
 

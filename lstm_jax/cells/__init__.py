@@ -32,6 +32,6 @@ def import_cell(name: str) -> "type[nn.Module]":
     return cell
 
 
-# Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, in the order in
-# which they were loaded; see `run.cell_file`.
-LOADED: dict[str, "tuple[type[nn.Module], str]"] = {}
+# Cells of files that a user has named, by FILE.py:CLASS, in the order in which they were loaded
+# (`run.cell_file`).
+LOADED: dict[str, "type[nn.Module]"] = {}

@@ -226,7 +226,7 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
     directory = workdir.find_model(directory)
     config, vocabulary = workdir.load_config(directory), workdir.load_vocabulary(directory)
     # The run may have used another kind of device, and the file of its cell may have moved.
-    changes = {"recurrence": "auto", "cell": cell_file.find_cell(config.model, directory)}
+    changes = {"recurrence": "auto", "cell": cell_file.find_cell(config.model.cell, directory)}
     changes["dtype"] = dtype or config.model.dtype
     config = complete_config(config, {"model": changes})
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)

@@ -112,7 +112,10 @@ def load_config(workdir: Path) -> Config:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {error}") from None
-    fields.pop("steps_per_call", None)  # A field of earlier versions.
+    # Fields of earlier versions.
+    fields.pop("steps_per_call", None)
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        fields["model"].pop("cell_sha256")
     return config_lib.complete_config(fields)
 
 

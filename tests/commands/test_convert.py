@@ -233,7 +233,7 @@ def test_an_error_says_why_nothing_is_written(trained: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=message):
             transfer.import_weights(*arguments)
     shutil.copytree(trained, tmp_path / "own")
-    own = {"model.cell": "my.py:Cell", "model.cell_sha256": "0"}
+    own = {"model.cell": "my.py:Cell"}
     changed = config.complete_config(workdir.load_config(trained), own)
     workdir.save_fields(tmp_path / "own", changed, workdir.load_vocabulary(trained))
     for directory, target, message in (

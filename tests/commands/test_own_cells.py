@@ -56,7 +56,7 @@ class _KilledError(Exception):
 
 @pytest.mark.slow
 def test_the_example_trains_and_resumes_bit_for_bit(
-    own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     name_cell(tiny_config, own_file)
     tiny_config.model.options = {"forget_bias": 0.5}
@@ -76,18 +76,13 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     training.train(tiny_config, tmp_path / "cut")
     runs.assert_same(tmp_path / "whole", tmp_path / "cut")
     rows = [workdir.load_config(tmp_path / name).model for name in ("whole", "cut")]
-    assert rows[0].cell_sha256 == rows[1].cell_sha256 and len(rows[0].cell_sha256) == 64
     assert [row.cell for row in rows] == [f"{own_file}:CoupledLSTM", f"{moved}:CoupledLSTM"]
 
-    # Another option may not continue it; another file may, with a warning.
+    # Another option may not continue it.
     tiny_config.num_epochs = 3
     tiny_config.model.options = {}
     with pytest.raises(UserError, match="model.options was {'forget_bias': 0.5} and is {}"):
         training.train(tiny_config, tmp_path / "cut")
-    tiny_config.model.options = {"forget_bias": 0.5}
-    moved.write_text(moved.read_text() + "\n")
-    training.train(tiny_config, tmp_path / "cut", quiet=True)
-    assert "moved.py:CoupledLSTM has changed since the model in" in capsys.readouterr().err
 
 
 SPACE = """
@@ -152,7 +147,6 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     (tmp_path / "two.py").write_text(SOURCE)
     done = run("sample", "--length=5", "--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
     assert done.returncode == 0 and mark.exists()
-    assert "has changed since the model" in done.stderr
     assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))
 
 
@@ -198,7 +192,7 @@ def test_a_mistake_in_a_cell_is_one_line(
 
 @pytest.mark.slow
 def test_a_run_is_read_with_the_file_that_it_was_trained_with(
-    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.max_steps = 1
     for name in ("one", "two"):
@@ -209,7 +203,6 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     for name in ("one", "two"):
         trained = lstm_jax.load(tmp_path / name)
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
-    assert capsys.readouterr().err == ""
     cell_file.load_cell(f"{tmp_path}/one.py:Mine")
     assert [*cells.LOADED][-1] == f"{tmp_path}/one.py:Mine"
     # A mistake in a file that has changed is one line, too.
@@ -217,7 +210,6 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     cell_file.load_cell(f"{path}:Mine")
     with pytest.raises(UserError, match=r"the cell Mine \(.*two.py\): "):
         lstm_jax.load(tmp_path / "two")
-    assert "has changed since the model" in capsys.readouterr().err
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
@@ -255,7 +247,7 @@ def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
 def test_cells_in_files_follow_the_protocol(own_file: Path) -> None:
     for name in (f"{own_file}:CoupledLSTM", f"{FOREIGN}:DeltaCell"):
         cell_file.load_cell(name)
-        lstm_jax.check_cell(cells.LOADED[name][0])
+        lstm_jax.check_cell(cells.LOADED[name])
     lstm_jax.check_cell(Sum(5, 8, "bfloat16"))
 
 

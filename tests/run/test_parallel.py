@@ -26,7 +26,7 @@ settings, cell = config.default(), sys.argv[1]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
 settings.model.cell = cell
-cell_file.resolve_cell(config.complete_config(settings).model)  # Loads the cell.
+cell_file.load_cell(cell)
 settings.optimizer.learning_rate = 0.01
 settings.optimizer.microbatches = 2
 settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.
