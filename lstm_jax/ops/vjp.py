@@ -1,8 +1,7 @@
 """Run a gated recurrence by a faster implementation, with a custom VJP.
 
 The backward pass is a loop over time that computes the cotangents of the sums, and then one matmul
-for each kernel. `vmap` over inputs and carries makes one larger batch of the loops. JAX can't
-differentiate the backward pass again; `scan` has second derivatives.
+for each kernel. `vmap` over inputs and carries makes one larger batch of the loops.
 """
 
 import functools
@@ -42,6 +41,8 @@ def _run_forward(
 ) -> tuple[Any, Any]:
     """Return the last carry and the outputs, and what the backward pass needs."""
     implementation, gating, dtype = static
+    if differentiable:
+        arrays = _forbid(gating.name, arrays)
 
     def forward(*arrays: Any) -> Any:
         layer = Layer(gating, dtype, *arrays)
@@ -54,7 +55,7 @@ def _run_forward(
 
 def _run_backward(static: tuple[Any, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     implementation, gating, dtype = static
-    arrays, saved = residuals
+    (arrays, saved), cotangents = _forbid(gating.name, (residuals, cotangents))
 
     def backward(*arrays: Any) -> Any:
         return implementation.backward(Layer(gating, dtype, *arrays[:4]), *arrays[4:])
@@ -67,6 +68,20 @@ def _run_backward(static: tuple[Any, ...], residuals: Any, cotangents: Any) -> t
 
 
 _run.defvjp(_run_forward, _run_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forbid(name: str, arrays: Any) -> Any:
+    """Return arrays; differentiating a function of them is an error."""
+    return arrays
+
+
+@_forbid.defjvp
+def _raise(name: str, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"JAX can't differentiate the derivatives of the fast implementations of ops.{name}: "
+        "pass implementation='scan'"
+    )
 
 
 def _merge(
