@@ -22,6 +22,7 @@ import numpy as np
 
 import lstm_jax
 from lstm_jax import dynamic
+from lstm_jax.ensemble import list_members
 
 
 class NGrams:
@@ -77,8 +78,7 @@ if __name__ == "__main__":
     parser.add_argument("--longest", type=int, default=8, help="largest n; 4 saves memory")
     args = parser.parse_args()
     run, longest, weights = lstm_jax.load(args.model.split(",")), args.longest, None
-    members = [(member.model, member.params) for member in run.members]
-    size = len(run.vocabulary)
+    members, size = list_members(run.model, run.params), len(run.vocabulary)
     texts = [path.read_bytes().decode("utf-8-sig") for path in [args.train, *args.texts]]
     ids = [np.array(run.vocabulary.encode(text)) for text in texts]
     coded = ["".join(map(chr, each)) for each in ids]  # A character for each token.

@@ -61,6 +61,13 @@ class Ensemble:
         return _mix(member.apply_step(part, ids, before) for member, part, before in parts)
 
 
+def list_members(model: Any, params: Any) -> list[tuple[LanguageModel, Params]]:
+    """Return each model of an ensemble with its parameters; of a model, itself."""
+    if not isinstance(model, Ensemble):
+        return [(model, params)]
+    return list(zip(model.members, params, strict=True))
+
+
 def mix_losses(losses: Sequence[ArrayLike]) -> jax.Array:
     """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
     return math.log(len(losses)) - jax.nn.logsumexp(-jnp.stack(losses), axis=0)

@@ -100,7 +100,7 @@ def _load(directory: Path, *targets: Path) -> Run:
         if path.exists():
             raise UserError(f"{path} exists: remove it, or use another --to")
     model = workdir.load_config(workdir.find_model(directory)).model
-    if model.cell_sha256:
+    if config_lib.names_cell_file(model.cell):
         raise UserError(f"{directory} can't be converted: its cell is in a file, {model.cell}")
     return load(directory)
 

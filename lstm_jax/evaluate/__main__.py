@@ -49,6 +49,7 @@ def main() -> None:
     from lstm_jax import dynamic
     from lstm_jax import loss as loss_lib
     from lstm_jax.data import texts
+    from lstm_jax.ensemble import list_members
     from lstm_jax.run.run import load
     from lstm_jax.vocabulary import UNKNOWN_ID
 
@@ -73,8 +74,7 @@ def main() -> None:
         epsilon = default if _EPSILON.value is None else _EPSILON.value
         settings = dynamic.Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
         train_ids = splits["train"].encode(vocabulary)
-        members = [(member.model, member.params) for member in trained.members]
-        losses = dynamic.adapt_to_text(members, train_ids, ids, settings)
+        losses = dynamic.adapt_to_text(list_members(model, params), train_ids, ids, settings)
         loss = float(losses.mean(dtype="float64"))
         result["dynamic"] = settings._asdict()
     else:

@@ -100,7 +100,7 @@ class Run:
 
         Args:
           prompt: the text to continue.
-          piece_length: the number of tokens of a piece, at most 1,024. With None, pieces get longer.
+          piece_length: the number of tokens of a piece, at most 1,024; None: pieces get longer.
           length: the maximum number of tokens.
           seed: the random seed; the same seed generates the same text.
           stop_token: whether the stop token of a model of documents ends the text.
