@@ -148,7 +148,7 @@ class Cell(nn.Module):
 
     def initial_carry(self, batch_size: int) -> Any:
         """Return the carry at the start of a text: zeros."""
-        return HiddenCarry.zeros(batch_size, self.hidden_size)
+        return HiddenCarry.zeros(batch_size, self.hidden_size, float)
 
     def declare_kernels(
         self, gates: int, bias: Initializer = nn.initializers.zeros, is_recurrent: bool = True

@@ -44,4 +44,4 @@ class LSTMCell(Cell):
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
         """Return the carry at the start of a text: zeros."""
-        return LSTMCarry.zeros(batch_size, self.hidden_size)
+        return LSTMCarry.zeros(batch_size, self.hidden_size, float)

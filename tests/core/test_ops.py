@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -287,11 +286,6 @@ def test_every_wrong_array_is_an_error(name: str) -> None:
         }
         with pytest.raises(ValueError, match=message):
             call(name, **{**arguments, **change})
-
-
-def test_arrays_are_checked_against_annotations() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="batch time features"):
-        ops.lstm(make_params("lstm"), jnp.zeros((TIME, FEATURES)))
 
 
 def test_an_implementation_that_can_not_run_says_why() -> None:
