@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.matmul import matmul
-from lstm_jax.ops.gates import HiddenCarry, Marks, align
+from lstm_jax.ops.gates import HiddenCarry, Marks, align, clear
 from lstm_jax.ops.sequences import (
     Inputs,
     Lengths,
@@ -42,8 +42,7 @@ def linear_scan(
       decays: a, floats [batch, time, features].
       terms: b, of the same shape.
       carry: h before the first step that is computed; zeros without one.
-      reset: as in `lstm`, and so are `lengths` and `reverse`; but a number that is not finite
-        stays after it.
+      reset: as in `lstm`, and so are `lengths` and `reverse`.
       lengths: integers [batch].
       reverse: whether to run from the last step to the first.
       implementation: "scan", step by step; "parallel", an associative scan in log2(time) rounds
@@ -79,31 +78,36 @@ def linear_scan(
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
             a = jnp.where(marks.frozen[..., None], 1, a)
-        outputs = (_scan if is_scan else _compose)(a, b, before)
+        outputs = (_scan if is_scan else _compose)(a, b, before, marks.reset)
         return HiddenCarry(outputs[:, -1]), outputs
 
     return run_in_order(run, wide, reverse, (), (a, b), first, reset, lengths)
 
 
-def _scan(a: Array, b: Array, first: Array) -> Array:
-    def step(hidden: Array, read: tuple[Array, Array]) -> tuple[Array, Array]:
-        a, b = read
-        hidden = a * hidden + b
+def _scan(a: Array, b: Array, first: Array, reset: Array | None) -> Array:
+    def step(hidden: Array, read: tuple[Any, ...]) -> tuple[Array, Array]:
+        a, b, mark = read
+        hidden = a * clear(hidden, mark) + b
         return hidden, hidden
 
-    _, hidden = lax.scan(step, first, (a.swapaxes(0, 1), b.swapaxes(0, 1)))
+    _, hidden = lax.scan(step, first, jax.tree.map(lambda x: x.swapaxes(0, 1), (a, b, reset)))
     return hidden.swapaxes(0, 1)
 
 
-def _compose(a: Array, b: Array, first: Array) -> Array:
-    """Compute `_scan` by composing steps, which is associative: two are (a2 a1, a2 b1 + b2)."""
+def _compose(a: Array, b: Array, first: Array, reset: Array | None) -> Array:
+    """Compute `_scan` by composing steps.
 
-    def compose(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
-        (a1, b1), (a2, b2) = earlier, later
-        return a2 * a1, a2 * b1 + b2
+    The composition of two steps is a step, (a2 a1, a2 b1 + b2), and composing is associative. After
+    a reset, a1 and b1 are cleared: they may not be finite.
+    """
 
-    decays, hidden = lax.associative_scan(compose, (a, b), axis=1)
-    return decays * first[:, None] + hidden
+    def compose(earlier: tuple[Any, ...], later: tuple[Any, ...]) -> tuple[Any, ...]:
+        a2, b2, was_reset = later
+        a1, b1 = clear(earlier[:2], was_reset)
+        return a2 * a1, a2 * b1 + b2, jax.tree.map(jnp.logical_or, earlier[2], was_reset)
+
+    decays, hidden, was_reset = lax.associative_scan(compose, (a, b, reset), axis=1)
+    return decays * clear(first[:, None], was_reset) + hidden
 
 
 class MLSTMParams(NamedTuple):
@@ -145,7 +149,7 @@ def mlstm(
     """Run an mLSTM over time; `cells/mlstm.py` states its equations.
 
     The number of heads is that of `params.gate_kernel`. 64 steps are computed at once. Arguments,
-    results and errors are those of `lstm`, but a number that is not finite may stay after a reset.
+    results and errors are those of `lstm`.
     """
     steps, params, first, reset, lengths = check(
         inputs=(inputs, Float[Array, "batch time features"]),
@@ -221,6 +225,13 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     if reset is not None:  # A step reads what was written since the last reset.
         segment = jnp.cumsum(reset, axis=-1)
         past = past[None, None] & (segment[..., :, None] == segment[..., None, :])
+        # Zero times what is not finite is NaN: clear it, and mark the steps that do read it.
+        q, reads_bad = _clear_infinite(q, 3)
+        (k, v, i, log_f), is_bad = _clear_infinite((k, v, i, log_f), 3)
+        carry, is_bad_carry = _clear_infinite(carry, 2)
+        ends_bad = (past & is_bad[..., None, :]).any(-1) | (
+            is_bad_carry[..., None] & (segment == 0)
+        )
     since = jnp.cumsum(log_f, axis=-1)  # log f, summed from the start of the chunk to each step.
     log_kept = since + carry.stabilizer[..., None]
     log_written = i + since[..., -1:] - since
@@ -238,7 +249,21 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     written = jnp.exp(log_written - last[..., None])[..., None] * k
     memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
     normalizer = after[..., None] * carry.normalizer + written.sum(-2)
+    if reset is not None:
+        values = jnp.where((reads_bad | ends_bad)[..., None], jnp.nan, values)
+        normalizer = jnp.where(ends_bad[..., -1:], jnp.nan, normalizer)
     return MLSTMCarry(memory, normalizer, last), values
+
+
+def _clear_infinite(arrays: Any, axes: int) -> tuple[Any, Array]:
+    """Return arrays that are zero where any is not finite, and where that is: [the first axes]."""
+    leaves = jax.tree.leaves(arrays)
+    finite = jnp.stack([jnp.isfinite(x).all(tuple(range(axes, x.ndim))) for x in leaves]).all(0)
+
+    def clear_one(x: Array) -> Array:
+        return jnp.where(finite.reshape(*finite.shape, *[1] * (x.ndim - axes)), x, 0)
+
+    return jax.tree.map(clear_one, arrays), ~finite
 
 
 def _divide(values: Array, size: Array, stabilizer: Array) -> Array:

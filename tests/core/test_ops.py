@@ -135,15 +135,17 @@ def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
     assert_close(short, unread, 0)
 
 
-@every_gated
-@pytest.mark.parametrize("implementation", ["scan", "xla"])
+@every_function
+@pytest.mark.parametrize("implementation", ["scan", "auto"])
 @pytest.mark.parametrize("reset_at", [0, 2])
 @jax.debug_nans(False)
 def test_a_reset_forgets_what_is_not_finite(name: str, implementation: Any, reset_at: int) -> None:
     """Compare results after a reset, and their gradients, with those after finite numbers."""
     params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
-    reset = np.arange(TIME) == np.full((BATCH, 1), reset_at)
-    options: Any = {"implementation": implementation, "reset": reset}
+    options: Any = {"reset": np.arange(TIME) == np.full((BATCH, 1), reset_at)}
+    if name != "mlstm":
+        is_linear = implementation == "auto" and name == "linear_scan"
+        options["implementation"] = "parallel" if is_linear else implementation
 
     def differentiate(inputs: Any, carry: Any) -> Any:
         def loss_fn(inputs: Any) -> Any:
@@ -158,6 +160,19 @@ def test_a_reset_forgets_what_is_not_finite(name: str, implementation: Any, rese
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), carry)
     assert_close(differentiate(inputs, bad), expected, 0)
     assert_close(differentiate(inputs.at[:, :reset_at].set(jnp.inf), carry), expected)
+
+
+@jax.debug_nans(False)
+def test_a_reset_hides_no_nan_of_its_own_document() -> None:
+    params, inputs, carry = make_params("mlstm"), make_inputs("mlstm"), make_carry("mlstm")
+    reset = np.arange(TIME) == np.full((BATCH, 1), 2)
+    inputs = inputs.at[0, 1].set(jnp.nan).at[1, 4].set(jnp.nan)
+    carry = jax.tree.map(lambda x: x.at[2].set(jnp.inf), carry)
+    last, outputs = ops.mlstm(params, inputs, carry, reset=reset)
+    expected = np.zeros((BATCH, TIME), bool)
+    expected[0, 1], expected[1, 4:], expected[2, :2] = True, True, True
+    assert np.isnan(outputs).any(2).tolist() == expected.tolist()
+    assert np.isnan(last.normalizer).any((1, 2)).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("gate", [45.0, 85.0, 300.0])
