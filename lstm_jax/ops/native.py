@@ -34,6 +34,7 @@ SETS = (
     ("asimd bf16", "-march=armv8.2-a+bf16"),
     ("asimd", ""),
 )
+_TIMEOUT = 60  # Seconds for the compiler, which takes a few.
 
 
 class Library(NamedTuple):
@@ -130,7 +131,11 @@ def _compile(path: Path, flags: list[str]) -> None:
     command = [*make_command(flags), "-shared", "-fPIC", "-o", str(path)]
     env = os.environ | {"LC_ALL": "C"}  # For messages in English.
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=env, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the C compiler cc takes more than {_TIMEOUT} seconds") from None
     except OSError as error:
         raise UserError(
             f"the C compiler cc can't be run ({error.strerror}): install gcc or clang"

@@ -285,6 +285,10 @@ def test_without_a_library_a_warning_says_why(
     compiler.write_bytes(b"#!/bin/sh\n/bin/echo 'erreur: r\xe9sum\xe9, error' >&2; exit 1\n")
     compiler.chmod(0o700)
     assert "erreur: r\ufffdsum\ufffd" in read_warning()
+    compiler.write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_TIMEOUT", 0.2)
+        assert "the C compiler cc takes more than 0.2 seconds" in read_warning()
     assert list(cache.iterdir()) == []
     compiler.unlink()
     assert read_warning() == (
