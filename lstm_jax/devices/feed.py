@@ -34,20 +34,21 @@ def feed_batches(
     devices; with the predictions of teachers (`cut_batch`), they are.
     """
     order = Order(len(ids), batches, seed, (jax.process_index(), jax.process_count()))
-    places = map(order.__getitem__, itertools.count(first_step))
     if on_devices is None:
         fits = predictions is not None or _fits_on_device(ids)
         on_devices = not processes.max_over_processes(not fits)
     cut: Any = functools.partial(cut_batch, window_length=batches.window_length)
-    if not on_devices:
-        yield from (place_local(cut(ids, *place), mesh, DIVIDED) for place in places)
-    text = place_local(ids, mesh, EVERYWHERE)
-    if predictions is not None:
-        again = np.concatenate([predictions, predictions[: batches.window_length]])
-        predictions = place_local(again, mesh, EVERYWHERE)
-    cut = functools.partial(jax.jit(cut), text, predictions=predictions)
-    for begins, reset in places:
-        yield cut(*place_local((begins.astype(np.int32), reset), mesh, DIVIDED))
+    if on_devices:
+        text, cut = place_local(ids, mesh, EVERYWHERE), jax.jit(cut)
+        if predictions is not None:
+            again = np.concatenate([predictions, predictions[: batches.window_length]])
+            predictions = place_local(again, mesh, EVERYWHERE)
+    for begins, reset in map(order.__getitem__, itertools.count(first_step)):
+        if on_devices:
+            place = place_local((begins.astype(np.int32), reset), mesh, DIVIDED)
+            yield cut(text, *place, predictions=predictions)
+        else:
+            yield place_local(cut(ids, begins, reset), mesh, DIVIDED)
 
 
 def _fits_on_device(ids: Ids) -> bool:

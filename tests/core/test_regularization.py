@@ -24,13 +24,6 @@ MODEL = model_lib.LanguageModel(vocabulary_size=40, embedding_size=50, hidden_si
 DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
 
 
-def test_regularization_is_off_by_default() -> None:
-    rates = make_rates()
-    assert train_step.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
-    params = {"embedding": {"embedding": jnp.ones((2, 2))}}
-    assert train_step.drop_parameters(rates, params, jax.random.key(0)) == params
-
-
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_masks_keep_the_expectation(rate: float) -> None:
     rates = make_rates(**dict.fromkeys(DROPOUTS, rate))
