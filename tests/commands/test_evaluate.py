@@ -10,7 +10,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.data.texts import hold_text
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
-from lstm_jax.vocabulary import KINDS, TextSize, Vocabulary
+from lstm_jax.vocabulary import TextSize, Vocabulary
 
 MODEL = LanguageModel(11, 6, 9)
 PARAMS = models.draw_params(MODEL, 0.6)
@@ -59,24 +59,6 @@ def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> N
     assert loss_lib.compute_token_losses(MODEL, PARAMS, ids[:1], context).shape == (0,)
 
 
-def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
-    text = "to be, or not to be\u0301: 日本語"
-    for kind in KINDS:
-        vocabulary = Vocabulary.from_text(text, kind)
-        tokens = len(vocabulary.encode(text)) - 1
-        # The first token is not predicted.
-        first = vocabulary.split(text)[0]
-        characters = len(text) - len(first.lstrip(" ") if kind == "tokens" else first)
-        size = hold_text(text.encode(), kind).measure(vocabulary, vocabulary.encode(text))
-        assert size.tokens == tokens
-        bits = loss_lib.compute_bits_per_character(3.0, size)
-        assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
-    # A first token that is a byte of a character does not count as this character.
-    vocabulary = Vocabulary.from_text("été", "bytes")
-    ids = vocabulary.encode("été")
-    assert hold_text("été".encode(), "bytes").measure(vocabulary, ids) == (4, 3, 0)
-
-
 def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
     text = "a b été b"
@@ -93,3 +75,7 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     assert messages.describe_loss(1.5, "character", TextSize(4, 4, 3)) == (
         "1.5000 nats per character, 8.1640 bits per character, perplexity 4.482"
     )
+    # A first token that is a byte of a character does not count as this character.
+    vocabulary = Vocabulary.from_text("", "bytes")
+    ids = vocabulary.encode("été")
+    assert hold_text("été".encode(), "bytes").measure(vocabulary, ids) == (4, 3, 0)

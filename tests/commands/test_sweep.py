@@ -248,9 +248,7 @@ def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     unopened = "the study can't be opened"
     for location, message in (
-        ("no://thing", unopened),
         ("sqlite:////nowhere/at/all.db", unopened),
-        ("sqlite://", "nothing can resume"),
         ("sqlite:///:memory:", "nothing can resume"),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -258,10 +256,9 @@ def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died(
+def test_a_trial_of_a_dead_worker_resumes_its_directory(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_in: list[Path]
 ) -> None:
-    monkeypatch.setattr(search.retry, "_max_retry", 2)
     survive = training.train
 
     def die(config: Any, directory: Path, watch: Any) -> int:
@@ -297,11 +294,6 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
     # No time has passed, so it seems to be alive.
     assert [trial.state for trial in run_worker(survive)][1:] == [TrialState.RUNNING]
     assert "of other workers: 1. The last" in search.describe_results(sweep.study, "")
-
-    monkeypatch.setattr(time, "sleep", pass_hour)
-    states = [run_worker(die)[-1].state for _ in range(3)][-1:]
-    assert states == [TrialState.FAIL]
-    assert trained_in[3:] == [tmp_path / "trials" / "0003"] * 3
 
 
 @pytest.mark.parametrize(
