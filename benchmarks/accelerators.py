@@ -120,7 +120,6 @@ def list_programs(
         name: functools.partial(trace_step, complete_config(config, fields), vocabulary_size, mesh)
         for name, fields in STEPS.items()
     }
-    programs["10 steps a call"] = functools.partial(trace_step, config, vocabulary_size, mesh, 10)
     for kind, gating in GATINGS.items():
         sizes = config.batches.batch_size, config.batches.window_length, config.model.hidden_size
         programs[f"layer {gating.name}"] = functools.partial(
@@ -140,8 +139,8 @@ def place_all(get_sharding: Callable[[Any], Any], tree: Any) -> Any:
     )
 
 
-def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) -> Any:
-    """Trace a training step, or several in one call."""
+def trace_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
+    """Trace a training step."""
     lstm = model.make_model(config.model, vocabulary_size)
     updates = optimizer.make_optimizer(config.optimizer, 1000)
     batch_size, length = config.batches.batch_size, config.batches.window_length
@@ -154,10 +153,8 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1)
 
     carry = place(DIVIDED, state.carry)
     stored = place(EVERYWHERE, state._replace(carry=()))
-    leading = (steps,) if steps > 1 else ()
-    rows = PartitionSpec(*[None] * len(leading), *DIVIDED)
-    ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))
-    reset = place(rows, jax.ShapeDtypeStruct((*leading, batch_size), jnp.bool_))
+    ids = place(DIVIDED, jax.ShapeDtypeStruct((batch_size, length), jnp.int32))
+    reset = place(DIVIDED, jax.ShapeDtypeStruct((batch_size,), jnp.bool_))
     step: Any = train_step.make_train_step(lstm, updates, config, mesh)
     return step.trace(stored._replace(carry=carry), batches.Batch(ids, ids, reset))
 
@@ -193,7 +190,7 @@ def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], tex
     controls = make_control_arrays(DEFAULT_CONTROLS)
     scalar = np.int32(0)
     arguments = arrays, state, jax.random.key(0), controls, scalar, scalar
-    return generation._generate.trace(lstm, *place(arguments), size=1024)
+    return generation._generate.trace(lstm, *place(arguments))
 
 
 def describe(traced: Any, platform: str) -> list[str]:

@@ -23,6 +23,7 @@ from lstm_jax.ops.gates import (
     LSTM,
     PEEPHOLE_LSTM,
     RNN,
+    GatedParams,
     Gating,
     GRUParams,
     HiddenCarry,
@@ -303,14 +304,12 @@ class PreparedLayer:
             terms = terms[x]
         else:
             rows = jnp.concatenate([x, rows], axis=1)
+        arrays = rows, terms, before, params.peepholes
         if self.runs_in_c:
-            after = in_c.run_step(gating, self.kernel, rows, terms, before, params.peepholes)
-        else:  # Feature-major.
-            sums = multiply_columns(self.kernel, round_factor(rows.T, self.dtype)) + terms.T
-            peepholes = None if params.peepholes is None else params.peepholes[:, :, None]
-            state = jax.tree.map(jnp.transpose, before)
-            after, _ = gating.activate(tuple(jnp.split(sums, gating.num_sums)), state, peepholes)
-            after = jax.tree.map(jnp.transpose, after)
+            kernel = _join_kernels(gating, params, self.is_one_hot)
+            after = _run_in_c(gating, self.dtype, self.kernel, kernel, *arrays)
+        else:
+            after = _run_in_xla(gating, self.dtype, self.kernel, *arrays)
         after = jax.tree.map(lambda x, y: x.astype(y.dtype), after, first)
         return after, after.hidden
 
@@ -320,9 +319,9 @@ def prepare(
 ) -> PreparedLayer:
     """Compute what is the same at all steps of the layer with these parameters.
 
-    `layer.step(inputs, carry)` then is `ops.step(params, inputs, carry)`, but faster, and in C not
-    differentiable. With `is_one_hot`, inputs are integers, each the place of the 1. `dtype` is as
-    in `lstm`, by default that of the recurrent kernel.
+    `layer.step(inputs, carry)` then is `ops.step(params, inputs, carry)`, but faster. With
+    `is_one_hot`, inputs are integers, each the place of the 1. `dtype` is as in `lstm`, by default
+    that of the recurrent kernel.
 
     Raises:
       ValueError: if a shape or dtype does not fit.
@@ -331,16 +330,49 @@ def prepare(
     (params,) = check(params=(params, gating.params))
     low, wide = choose_dtypes(dtype, params.recurrent_kernel, params)
     gated, size = expand(params), len(params.recurrent_kernel)
-    kernel, terms = gating.spread(gated.recurrent_kernel, gating.of_hidden), gated.bias[None]
-    input_kernel = gating.spread(gated.input_kernel, gating.of_inputs)
+    kernel, terms = _join_kernels(gating, gated, is_one_hot).astype(wide), gated.bias[None]
     if is_one_hot:
-        terms = input_kernel + terms
-    else:
-        kernel = jnp.concatenate([input_kernel, kernel])
-    kernel, terms = kernel.astype(wide), terms.astype(wide)
+        terms = gating.spread(gated.input_kernel, gating.of_inputs) + terms
     runs_in_c = wide == jnp.float32 and choice.runs_in_c("steps", low, size, gating.name)
-    if runs_in_c:
-        kernel = in_c.pack_gates(gating, kernel.astype(low))
+    if runs_in_c:  # `_run_in_c` is differentiated by the parameters.
+        kernel = in_c.pack_gates(gating, jax.lax.stop_gradient(kernel).astype(low))
     else:
         kernel = round_factor(kernel.T, low)
-    return PreparedLayer(params, kernel, terms, is_one_hot, low, runs_in_c)
+    return PreparedLayer(params, kernel, terms.astype(wide), is_one_hot, low, runs_in_c)
+
+
+def _join_kernels(gating: Gating, params: GatedParams, is_one_hot: bool) -> Array:
+    """Return what multiplies the inputs, unless they are one-hot, and the hidden state."""
+    kernel = gating.spread(params.recurrent_kernel, gating.of_hidden)
+    if is_one_hot:
+        return kernel
+    return jnp.concatenate([gating.spread(params.input_kernel, gating.of_inputs), kernel])
+
+
+def _run_in_xla(gating: Gating, dtype: str, kernel: Array, *arrays: Any) -> Any:
+    """Return the next carry, computed feature-major.
+
+    `arrays` are what the kernel multiplies [batch, depth], terms [batch or 1, sums], the carry, and
+    peepholes or None.
+    """
+    rows, terms, carry, peepholes = arrays
+    sums = multiply_columns(kernel, round_factor(rows.T, dtype)) + terms.T
+    weights = None if peepholes is None else peepholes[:, :, None]
+    state = jax.tree.map(jnp.transpose, carry)
+    after, _ = gating.activate(tuple(jnp.split(sums, gating.num_sums)), state, weights)
+    return jax.tree.map(jnp.transpose, after)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _run_in_c(gating: Gating, dtype: str, packed: Array, kernel: Array, *others: Any) -> Any:
+    return in_c.run_step(gating, packed, *others)
+
+
+@_run_in_c.defjvp
+def _differentiate(gating: Gating, dtype: str, primals: Any, tangents: Any) -> Any:
+    """Differentiate the same step in XLA."""
+
+    def run(kernel: Array, *others: Any) -> Any:
+        return _run_in_xla(gating, dtype, round_factor(kernel.T, dtype), *others)
+
+    return jax.jvp(run, primals[1:], tangents[1:])

@@ -295,3 +295,25 @@ def test_without_a_library_a_warning_says_why(
         "warning: LSTMs run without the library in C, which is faster: "
         "the C compiler cc can't be run (No such file or directory): install gcc or clang\n"
     )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_steps_are_differentiated(dtype: str, tolerance: float) -> None:
+    lstm = model.LanguageModel(9, 16, 32, 2, dtype=dtype)
+    params = models.draw_params(lstm)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 5)))
+
+    def sum_logits(params: Any, carry: Any) -> jax.Array:
+        arrays, total = lstm.prepare_step(params), jnp.zeros(())
+        for t in range(5):
+            logits, carry = lstm.apply_step(arrays, ids[:, t], carry)
+            total += jnp.sin(logits).sum()
+        return total
+
+    def differentiate() -> Any:
+        gradients = jax.jit(jax.grad(lambda *a: sum_logits(*a), argnums=(0, 1)))
+        return gradients(params, lstm.initial_carry(3))
+
+    assert uses_library(sum_logits, params, lstm.initial_carry(3))
+    found, expected = differentiate(), without_library(differentiate)()
+    assert_close(found, expected, tolerance)
