@@ -38,6 +38,7 @@ from lstm_jax.vocabulary import (
     TextSize,
     Vocabulary,
     count_tokens,
+    split_text,
 )
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
@@ -45,7 +46,6 @@ _MOST_CHARACTERS = 1000  # Different ones, of which each has an embedding.
 _BLOCK_BYTES = 2**20  # That are read at a time.
 _MOST_EVALUATED = 500_000  # Bytes of the validation split and of the test split of a long text.
 _BLOCK = 2**24  # Ids that are counted at a time.
-_LONGEST = 2**10  # Characters of a token.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
 _FILE_END = FILE_END.encode()
 
@@ -141,7 +141,9 @@ class Text(NamedTuple):
         Nothing predicts that.
         """
         start, counts = next(self.read_blocks()), Counter[str]()
-        first = vocabulary.split(start[:_LONGEST])[0]
+        first = vocabulary.tokens[ids[0]]
+        if ids[0] == UNKNOWN_ID:
+            first = next(split_text(start, self.units, self.stop))
         if UNKNOWN_ID in ids:
             counts = count_tokens(self.read_blocks(), self.units, self.stop) - Counter([first])
         if self.units == "tokens":  # The text may begin without the space of a token.

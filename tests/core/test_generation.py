@@ -2,6 +2,7 @@
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def test_a_sample_does_not_depend_on_the_batch_size() -> None:
     assert all(len(text) == 23 and text.startswith("abc") for text in three)
 
 
-def test_pieces_join_to_the_same_text() -> None:
+def test_pieces_join_to_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     options: Any = {"prompt": "ab", "length": 300, "stop_token": False, "num_samples": 2}
     key = jax.random.key(0)
     lengths = []
@@ -116,6 +117,11 @@ def test_pieces_join_to_the_same_text() -> None:
         lengths.append([len(piece[0]) for piece in pieces])
         assert ["ab" + "".join(text) for text in zip(*pieces, strict=True)] == generate(**options)
     assert lengths == [[16, 64, 220, 0], [100, 100, 100, 0]]
+    generate_some = mock.Mock(wraps=generation._generate)
+    monkeypatch.setattr(generation, "_generate", generate_some)
+    next(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
+    *_, count = generate_some.call_args.args
+    assert generate_some.call_count == 1 and count == 100, "no text is generated ahead"
 
 
 def test_a_text_ends_at_the_stop_token() -> None:
