@@ -30,7 +30,8 @@ def main() -> None:
         __doc__, out=Path("runs/budget"), texts="", minutes="1,4", seeds=3, trials=20
     )
     experiments = frame.ROOT / "experiments"
-    quick = dict(config_lib.flatten(config_lib.load(str(experiments / "quick.py"))))
+    loaded = config_lib.load(str(experiments / "quick.py"))
+    quick = dict(config_lib.flatten(config_lib.complete_config(loaded)))
     as_quick = [
         f"--config.{name}={quick[name]}" for name in budget.FIELDS if name.startswith(_OF_MODEL)
     ]
@@ -47,7 +48,7 @@ def main() -> None:
                 runs.append(directory / f"dial_{seed}")
                 others.append(directory / f"quick_{seed}")
                 taken = frame.train(runs[-1], *of_seed)
-                frame.train(others[-1], *of_seed, *as_quick)
+                frame.train(others[-1], *of_seed, *as_quick, "--config.validate_every_steps=0")
             trials: list[Path] = []
             if options.trials:
                 search = "--workdir", directory / "sweep", "--trials", options.trials, *_SEARCH

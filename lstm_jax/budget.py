@@ -52,8 +52,8 @@ _DROPOUT = {
     "recurrent": (0.0, 0.1, 0.25, 0.5, 0.6),
 }
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
-_SHARE = 0.95  # Of the time that is left; the speed may fall.
-_SECONDS_OF_EVALUATION = 6.0  # To compile it, generation, and to write the last files.
+_SHARE = 0.97  # Of the time that is left; the speed may fall.
+_SECONDS_OF_EVALUATION = 4.0  # To compile it, generation, and to write the last files.
 _EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
 _VALIDATIONS, _SHARE_OF_VALIDATIONS = 8, 0.1  # At most, in this share of the time.
 
@@ -105,12 +105,18 @@ def choose_fields(
     def predict(size: int) -> float:
         """Return the tokens that a model of this size reads in the time."""
         last = next(reversed(speeds.values()))
-        near = min(reversed(speeds), key=lambda x: abs(math.log(x[0] / size)))
+        # Of the nearest size, and with dropout, if that was measured.
+        near = min(speeds, key=lambda x: (abs(math.log(x[0] / size)), not x[1]))
         speed, ratio = speeds[near], size / near[0]
         rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
         left = _SHARE * last.seconds_left - speed.compile_seconds - _SECONDS_OF_EVALUATION
-        once = (lengths["validation"] + lengths["test"]) / _EVALUATION
-        return max(left * rate * (1 - _SHARE_OF_VALIDATIONS) - once, 0.0)
+        tokens, once = left * rate, lengths["validation"] + lengths["test"]
+        evaluated = once + count_validations(tokens) * lengths["validation"]
+        return max(tokens - evaluated / _EVALUATION, 0.0)
+
+    def count_validations(tokens: float) -> int:
+        most = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / lengths["validation"]
+        return min(max(int(most), 1), _VALIDATIONS)
 
     def has_enough(size: int) -> bool:
         return predict(size) >= min(_TOKENS_PER_WEIGHT * count_weights(size), _EPOCHS * length)
@@ -123,8 +129,6 @@ def choose_fields(
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
-    validations = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / lengths["validation"]
-    validations = min(max(int(validations), 1), _VALIDATIONS)
     rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _LARGEST_BATCH)
     config = fill(
         config,
@@ -134,7 +138,7 @@ def choose_fields(
             "optimizer.weight_decay": 0.15,
             "num_epochs": math.ceil(tokens / length),
             "max_steps": steps,
-            "validate_every_steps": math.ceil(steps / validations),
+            "validate_every_steps": math.ceil(steps / count_validations(tokens)),
             "log_every_steps": max(min(steps // 20, 50), 1),
         },
     )

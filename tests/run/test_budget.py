@@ -43,7 +43,7 @@ def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> 
     step = measure(chosen).step_seconds
     validations = math.ceil(chosen.max_steps / chosen.validate_every_steps)
     evaluated = (validations + 1) * lengths["validation"] / 2.5 / (64 * 48) * ms / 1000
-    assert 0.7 * seconds < chosen.max_steps * step + evaluated + 14 < 1.05 * seconds
+    assert 0.7 * seconds < chosen.max_steps * step + evaluated + 12 < 1.05 * seconds
     return chosen
 
 
