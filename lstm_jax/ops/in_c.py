@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lstm_jax.matmul import matmul_rounded
 from lstm_jax.ops import native, vjp
 from lstm_jax.ops.gates import GatedParams, Gating, Layer, LSTMCarry, Marks, Outputs, Sums, align
 
@@ -39,23 +38,31 @@ def count_lanes() -> int:
 def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Saved]:
     """Return the last carry and the outputs, and what the derivatives need.
 
-    Among it are `rows` [time, batch, depth], what the kernel multiplies, rounded: the hidden state,
-    the inputs, and 1 for the bias. `differentiable` has no effect: the library always stores them.
+    Among it are `rows` [time, batch, depth], what the loop multiplies, rounded: the hidden state,
+    the inputs in bfloat16, and 1 for the bias. In float32, one matmul multiplies all inputs before:
+    each step then reads a kernel of half the size. `differentiable` has no effect: the library
+    always stores them.
     """
     gating, dtype, params, inputs, carry, marks = layer
-    time, batch, features = inputs.shape
+    (time, batch, features), input_kernel = inputs.shape, params.input_kernel
+    added = jnp.zeros((time, batch, 0))
+    if dtype == "float32":
+        added = matmul(inputs.reshape(time * batch, features), input_kernel)
+        added = added.reshape(time, batch, input_kernel.shape[1])
+        inputs, input_kernel = inputs[..., :0], input_kernel[:0]
     recurrent_kernel = gating.spread(params.recurrent_kernel, gating.of_hidden)
-    input_kernel = gating.spread(params.input_kernel, gating.of_inputs)
-    parts = recurrent_kernel, input_kernel, params.bias[None]
+    parts = recurrent_kernel, gating.spread(input_kernel, gating.of_inputs), params.bias[None]
     packed = pack_gates(gating, jnp.concatenate([part.astype(dtype) for part in parts]))
+    width = 0 if gating.num_sums == 1 else len(params.bias)
     gates, cells, outputs, rows = _call(
         "forward",
-        (inputs, packed, *carry, params.peepholes, _join_marks(marks, batch)),
-        _floats(time, batch, 0 if gating.num_sums == 1 else len(params.bias)),
+        (inputs, packed, *carry, params.peepholes, _join_marks(marks, batch), added),
+        _floats(time, batch, width),
         *(_floats(time, *x.shape) for x in carry),
         _floats(time, batch, packed.shape[1] * _NUMBERS_IN_WORD[dtype], dtype=dtype),
+        aliases={6: 0} if added.shape[2] == width else None,
         kind=_KINDS.index(gating.name),
-        features=features,
+        features=inputs.shape[2],
     )
     return (LSTMCarry(cells[-1], outputs[-1]), outputs), (gates, cells, rows, outputs)
 
@@ -94,18 +101,24 @@ def differentiate_params(
     """Return the cotangents of the parameters and of the inputs, from those of the sums."""
     gating, dtype, params, inputs, *_ = layer
     _, cells, rows, outputs = saved
-    time, batch, hidden = outputs.shape
-    flat, read = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows))
-    d_kernel, bias = matmul(read, flat, transpose_a=True), hidden + inputs.shape[2]
+    (time, batch, hidden), features = outputs.shape, inputs.shape[2]
+    flat, read, x = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows, inputs))
+    d_kernel = matmul(read, flat, transpose_a=True)
+    by_inputs = gating.take(flat, gating.of_inputs)
+    if dtype == "float32":
+        d_input_kernel, bias = matmul(x, by_inputs, transpose_a=True), hidden
+    else:
+        bias = hidden + features
+        d_input_kernel = gating.take(d_kernel[hidden:bias], gating.of_inputs)
     d_params = GatedParams(
-        gating.take(d_kernel[hidden:bias], gating.of_inputs),
+        d_input_kernel,
         gating.take(d_kernel[:hidden], gating.of_hidden),
         d_kernel[bias],
         layer.differentiate_peepholes(d_sums, cells),
     )
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    by_inputs, kernel = gating.take(flat, gating.of_inputs), params.input_kernel.astype(dtype)
-    return d_params, matmul(by_inputs, kernel, transpose_b=True).reshape(inputs.shape)
+    d_inputs = matmul(by_inputs, params.input_kernel.astype(dtype), transpose_b=True)
+    return d_params, d_inputs.reshape(inputs.shape)
 
 
 _IMPLEMENTATION = vjp.Implementation(forward, backward, differentiate_params, batch_axis=1)
@@ -203,11 +216,10 @@ def run_step(
 
 def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
     """Return a @ b in float32, for matrices of one dtype, each of which may be transposed first."""
-    if a.dtype != jnp.bfloat16:  # XLA is as fast.
-        return matmul_rounded(a.T if transpose_a else a, b.T if transpose_b else b)
+    numbers = _NUMBERS_IN_WORD[a.dtype.name]
     rows, depth = a.shape[::-1] if transpose_a else a.shape
     width, tile = len(b) if transpose_b else b.shape[1], _VECTORS * count_lanes()
-    words, threads = -(-depth // 2), native.count_threads()
+    words, threads = -(-depth // numbers), native.count_threads()
     # The smaller factor is packed, and each thread packs a block of the other one at a time.
     packed, block = rows * words, words * tile
     if rows > width:

@@ -407,6 +407,9 @@ INLINE int has_cell(int kind) { return kind == LSTM || kind == PEEPHOLE_LSTM; }
 // of 4 vectors.
 INLINE size_t count_sums(int kind) { return kind == RNN ? 1 : 4; }
 
+// Return the number of sums that read the inputs.
+INLINE size_t count_inputs(int kind) { return kind == GRU ? 3 : count_sums(kind); }
+
 INLINE size_t count_units(int kind) { return TILE / count_sums(kind); }
 
 // Steps that do not simply read the carry: a reset step reads zeros, a frozen one leaves it as it is.
@@ -569,8 +572,9 @@ typedef struct {
   size_t time, batch, features, hidden, depth;
   const uint8_t *marks;  // [time, batch], or NULL.
   const float *inputs, *first_cell, *first_hidden, *peepholes;
+  const float *added;      // To the sums that read inputs, [time, batch, sums * hidden], or NULL.
   const word *packed;      // The kernel, [depth, sums * hidden], by tiles.
-  float *gates;            // Of kinds with four sums, [time, batch, 4 * hidden].
+  float *gates;            // Of kinds with four sums, [time, batch, 4 * hidden]; may be `added`.
   float *cells, *outputs;  // [time, batch, hidden].
   word *rows;              // Of numbers [time, batch, depth].
 } Forward;
@@ -606,6 +610,16 @@ static void begin_forward(const void *work, size_t part, size_t parts) {
   store_inputs(l, 0, part, parts);
 }
 
+// Add to the sums of a vector of hidden units; the third of a GRU does not read inputs.
+INLINE void add_to_sums(int kind, Forward l, size_t row, size_t unit, Floats *z) {
+  const float *x = l.added + row * count_inputs(kind) * l.hidden + unit;
+  for (size_t k = 0; k < count_sums(kind); k++) {
+    if (kind == GRU && k == 2) continue;
+    z[k] += load(x);
+    x += l.hidden;
+  }
+}
+
 INLINE void forward_of(int kind, Forward l, size_t t, size_t part, size_t parts) {
   size_t words = l.depth / l.numbers, bias = l.hidden + l.features;
   size_t num_sums = count_sums(kind), units = count_units(kind);
@@ -626,6 +640,7 @@ INLINE void forward_of(int kind, Forward l, size_t t, size_t part, size_t parts)
         size_t row = t * l.batch + block.row + r;
         int mark = get_mark(l.marks, row);
         State before = load_state(kind, mark, cells, hidden, (block.row + r) * l.hidden + unit);
+        if (l.added) add_to_sums(kind, l, row, unit, sum[r] + v);
         State after = activate(kind, sum[r] + v, before, l.peepholes + unit, l.hidden);
         for (size_t k = 0; num_sums > 1 && k < num_sums; k++)
           store(l.gates + (row * num_sums + k) * l.hidden + unit, sum[r][v + k]);
@@ -902,7 +917,7 @@ static int check_kind(int64_t kind, size_t hidden) {
 }
 
 // An array that a call does not need is empty: cell states and peepholes of kinds without them, gates
-// of a simple RNN, and marks if there are none.
+// of a simple RNN, marks if there are none, and what is added if the loop multiplies the inputs.
 
 static Factor factor(void **in, int i, int is_transposed) {
   return (Factor){numbers(in, i), is_transposed, size(in, i, is_transposed),
@@ -911,8 +926,8 @@ static Factor factor(void **in, int i, int is_transposed) {
 
 // Return whether parts are ranges of texts, not of blocks. Each thread then reads the whole kernel at
 // every step; otherwise it reads a part of it, and what other threads computed for all texts. The
-// latter was faster from 32 hidden units for each text, on two cores of Zen 5.
-static int divides_texts(size_t batch, size_t hidden) { return hidden < 32 * batch; }
+// latter was faster for larger kernels and fewer texts, on two cores of Zen 5 and of a Xeon.
+static int divides_texts(size_t batch, size_t hidden) { return hidden * hidden < 6000 * batch; }
 
 static size_t count_tile_columns(size_t width) { return (width + TILE - 1) / TILE * TILE; }
 
@@ -980,18 +995,20 @@ HANDLER(step, 6, 2) {
   return 1;
 }
 
-HANDLER(forward, 6, 4) {
+HANDLER(forward, 7, 4) {
   int64_t kind = get_attribute(frame, "kind");
   int number = numbers(out, 3), dtype = get_dtype(number);
   size_t time = size(in, 0, 0), batch = size(in, 0, 1), features = get_attribute(frame, "features");
   size_t hidden = size(in, 3, 1), units = count_units(kind);
   size_t words = (hidden + features + 1 + number - 1) / number, depth = words * number;
   size_t cell = has_cell(kind) ? hidden : 0, num_marks = size(in, 5, 0) ? time : 0;
+  size_t added = size(in, 6, 2) ? count_inputs(kind) * hidden : 0;
   const Array arrays[] = {
       {F32, 3, {time, batch, features}},
       {dtype, 5, {(hidden + units - 1) / units, words, VECTORS, LANES, number}},
       {F32, 2, {batch, cell}}, {F32, 2, {batch, hidden}},
       {F32, 2, {kind == PEEPHOLE_LSTM ? 3 : 0, hidden}}, {U8, 2, {num_marks, batch}},
+      {F32, 3, {time, batch, added}},
       {F32, 3, {time, batch, kind == RNN ? 0 : 4 * hidden}},
       {F32, 3, {time, batch, cell}}, {F32, 3, {time, batch, hidden}},
       {dtype, 3, {time, batch, depth}}};
@@ -1000,7 +1017,8 @@ HANDLER(forward, 6, 4) {
   const Forward work = {
       kind, number, divides_texts(batch, hidden), time, batch, features, hidden, depth,
       num_marks ? data(in, 5) : NULL, data(in, 0), data(in, 2), data(in, 3), data(in, 4),
-      data(in, 1), data(out, 0), data(out, 1), data(out, 2), data(out, 3)};
+      added ? data(in, 6) : NULL, data(in, 1), data(out, 0), data(out, 1), data(out, 2),
+      data(out, 3)};
   if (time) run(frame, begin_forward, &work);
   run_steps(frame, forward, &work, time, work.by_texts);
   return 1;

@@ -418,12 +418,12 @@ def check_gradients_on_two_devices() -> None:
         for name in GATED if is_short else NAMES:
             for implementation in [{}] if is_short else IMPLEMENTATIONS[name]:
                 check_gradients(name, transform, **implementation)
-    # On explicit axes, the library computes a batch where it lies.
+    # On explicit axes, the library computes a batch where it lies. The loop reads no inputs.
     mesh = jax.make_mesh((2,), ("data",))
     inputs = jax.device_put(make_inputs("lstm"), NamedSharding(mesh, P("data")))
     text = jax.jit(functools.partial(call, "lstm")).lower(make_params("lstm"), inputs).as_text()
     calls = re.findall(r'custom_call @"lstm-.*-forward".* : \(tensor<(\w+)xf32>', text)
-    assert calls in ([], [f"{TIME}x{BATCH // 2}x{FEATURES}"])
+    assert calls in ([], [f"{TIME}x{BATCH // 2}x0"])
 
 
 @pytest.mark.parametrize("implementation", ["xla", "auto"])
@@ -432,7 +432,8 @@ def test_a_vmap_over_examples_is_one_batch(implementation: str) -> None:
     run = functools.partial(compute_loss, "gru", implementation=implementation)
     differentiate = jax.jit(functools.partial(use_vmap, run))
     text = differentiate.lower(make_params("gru"), make_inputs("gru")).as_text()
-    assert text.count("stablehlo.while") + text.count('custom_call @"lstm-') == 2
+    calls = re.findall(r'custom_call @"lstm-.*-(?:for|back)ward"', text)
+    assert len(calls or re.findall("stablehlo.while", text)) == 2
 
 
 @every_gated
