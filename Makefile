@@ -6,6 +6,8 @@ MINUTES ?= 10
 CONFIG ?= $(if $(TEXT),experiments/minutes.py:$(MINUTES),experiments/quick.py)
 OF_TEXT = $(if $(TEXT), --config.data.path=$(TEXT) --workdir runs/$(basename $(notdir $(TEXT)))_$(MINUTES))
 ROWS ?= quick.py
+# A checkout of github.com/karpathy/nanoGPT, for the leaderboard.
+NANOGPT ?= ../nanoGPT
 # A file with exact versions, such as constraints/oldest.txt; without one, the newest are installed.
 CONSTRAINTS :=
 VENV := .venv$(addprefix -,$(basename $(notdir $(CONSTRAINTS))))
@@ -14,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS)) --editable
 
-.PHONY: env train results pretrained check test thorough lint clean
+.PHONY: env train results leaderboard pretrained check test thorough lint clean
 
 env: $(VENV)/installed
 
@@ -24,6 +26,11 @@ train: env
 # Trains rows of docs/results.md again, and compares their losses with those stated.
 results: env
 	$(BIN)/python benchmarks/results.py --rows "$(ROWS)"
+
+# Compares this project, an LSTM in PyTorch and nanoGPT after equal minutes; it takes a day.
+leaderboard: env
+	$(INSTALL) '.[bench]'
+	$(BIN)/python benchmarks/leaderboard.py --nanogpt $(NANOGPT)
 
 # Trains the model in the package anew.
 pretrained: env

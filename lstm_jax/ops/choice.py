@@ -30,11 +30,15 @@ TABLE = (
     Row("AMD NEON", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
     Row("AMD AVX2 NEON", "windows steps", "float32", "lstm peephole_lstm rnn", 1280),
     Row("AMD AVX2 NEON", "windows", "float32", "gru", 512),
-    Row("AMX", "windows steps", "bfloat16", "lstm"),
+    Row("AMX", "windows", "bfloat16", "lstm peephole_lstm gru rnn"),
+    Row("AMX", "windows", "float32", "lstm peephole_lstm gru rnn", 1024),
+    Row("AMX", "steps", "bfloat16", "lstm"),
+    Row("AMX", "steps", "float32", "lstm", 1024),
     Row("Intel", "windows", "bfloat16", "lstm", 256),
     Row("Intel", "steps", "bfloat16", "lstm"),
-    Row("Intel AMX", "windows steps", "float32", "lstm", 1024),
+    Row("Intel", "windows steps", "float32", "lstm", 1024),
     Row("AMD AMX", "losses", "bfloat16", "lstm"),
+    Row("AMX", "losses", "float32", "lstm"),
 )
 
 
