@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax.config import BatchesConfig
@@ -20,7 +18,7 @@ class Batch(NamedTuple):
     inputs: Any  # int32 [batch, time].
     targets: Any  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
     reset: Any  # bool [batch], whether a row reads the initial carry.
-    soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
+    soft_targets: Any = None  # float16 [batch, time, vocabulary], of teachers.
 
 
 class Order:
@@ -85,39 +83,34 @@ class Order:
         return int(rng.integers(self._length)), first, before
 
 
-def cut_batch(
-    ids: Ids | jax.Array,
-    begins: Any,
-    reset: Any,
-    window_length: int,
-    predictions: jax.Array | None = None,
-) -> Batch:
-    """Return the batch whose windows begin at `begins` [batch], on the host or on the device.
-
-    After the last token of the text comes the first one. `predictions` are the probabilities that
-    teachers give to each token of the text, and to the first `window_length` ones again, [n,
-    vocabulary].
-    """
-    positions = begins[..., None] + np.arange(window_length + 1, dtype=np.int32)
-    windows: Any = ids[positions % len(ids)]
-    windows = windows.astype(np.int32, copy=False)
-    soft_targets = None
-    if predictions is not None:  # Slices: to gather rows, a TPU would copy the whole array.
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
-        soft_targets = jnp.vectorize(cut, signature="()->(t,v)")(begins + 1)
-    return Batch(windows[..., :-1], windows[..., 1:], reset, soft_targets)
-
-
 def make_batches(
-    ids: Ids, batches: BatchesConfig, seed: int, part: tuple[int, int] = (0, 1), first_step: int = 0
+    ids: Ids,
+    batches: BatchesConfig,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+    first_step: int = 0,
+    predictions: np.ndarray | None = None,
 ) -> tuple[Iterator[Batch], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
-    `seed` determines the order; `part` is (k, n) for the k-th of n equal parts of each batch, and
-    only this part is read; `first_step` is that of the first batch. Raise `UserError` if the text
-    is shorter than one batch.
+    After the last token of the text comes the first one. Raise `UserError` if the text is shorter
+    than one batch.
+
+    Args:
+      ids: the text.
+      batches: the size and kind of batches.
+      seed: determines the order.
+      part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
+      first_step: the step of the first batch.
+      predictions: the probabilities that teachers give to each token of the text, [n, vocabulary].
     """
     order = Order(len(ids), batches, seed, part)
-    places = map(order.__getitem__, itertools.count(first_step))
-    cut = (cut_batch(ids, *place, batches.window_length) for place in places)
-    return cut, order.steps_per_epoch
+    offsets = np.arange(batches.window_length + 1)
+
+    def cut(begins: np.ndarray, reset: np.ndarray) -> Batch:
+        positions = (begins[:, None] + offsets) % len(ids)
+        windows = ids[positions].astype(np.int32, copy=False)
+        soft_targets = None if predictions is None else predictions[positions[:, 1:]]
+        return Batch(windows[:, :-1], windows[:, 1:], reset, soft_targets)
+
+    return (cut(*order[step]) for step in itertools.count(first_step)), order.steps_per_epoch

@@ -26,7 +26,6 @@ from lstm_jax.config import CHANGEABLE, Config
 from lstm_jax.data import texts
 from lstm_jax.devices import mesh as mesh_lib
 from lstm_jax.devices import processes
-from lstm_jax.devices.feed import feed_batches
 from lstm_jax.errors import NotFiniteError, UserError, make_command
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
@@ -201,7 +200,7 @@ def train(
                 teachers = distillation.load_teachers(config, vocabulary)
                 predictions = distillation.predict_text(teachers, ids["train"])
                 del teachers  # Their parameters take memory of the device.
-            feed = feed_batches(ids["train"], config.batches, config.seed, mesh, step, predictions)
+            feed = mesh_lib.feed_batches(ids["train"], config, mesh, step, predictions)
             meter = messages.Progress(plan, show)
             if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
@@ -306,7 +305,7 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
     state = init_state(model, optimizer, key, batch_size).place(mesh)
     train_step = make_train_step(model, optimizer, config, mesh)
-    feed = feed_batches(ids, config.batches, config.seed, mesh)
+    feed = mesh_lib.feed_batches(ids, config, mesh)
     times = list[float]()
     while len(times) < 4 or sum(times[2:]) < 1:
         began = time.monotonic()

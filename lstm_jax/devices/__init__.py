@@ -1,1 +1,1 @@
-"""Use the devices: mesh, processes, batches on the device, and what a command sets up."""
+"""Use the devices: mesh, processes, and what a command sets up."""

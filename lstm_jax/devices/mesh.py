@@ -1,19 +1,22 @@
-"""Make the mesh of the devices that train, and place arrays on it.
+"""Make the mesh of the devices that train, and place arrays and batches on it.
 
 Devices share the batch, and each holds all parameters. This suits recurrent layers of any kind:
 with tensor parallelism, devices would have to exchange the hidden state at every position of the
 window.
 """
 
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lstm_jax.batches import Batch, make_batches
 from lstm_jax.config import Config
 from lstm_jax.devices import setup
 from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import Ids
 
 T = TypeVar("T")
 
@@ -64,10 +67,17 @@ def place(tree: T, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> T:
     return jax.tree.map(put, tree)
 
 
-def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Place arrays on the devices of a mesh, from the part that each process holds."""
-    parts = jax.tree.map(np.asarray, tree)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
+def feed_batches(
+    ids: Ids, config: Config, mesh: Mesh, first_step: int = 0, predictions: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of `make_batches`, on the devices of a mesh.
+
+    Each process makes the part of its devices. JAX dispatches steps asynchronously, so a batch is
+    copied while the devices still compute the steps before it.
+    """
+    part, sharding = (jax.process_index(), jax.process_count()), NamedSharding(mesh, DIVIDED)
+    feed, _ = make_batches(ids, config.batches, config.seed, part, first_step, predictions)
+    return (jax.make_array_from_process_local_data(sharding, batch) for batch in feed)
 
 
 def get_local_copy(tree: T) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -17,7 +18,8 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
-from lstm_jax.batches import Batch
+from lstm_jax.batches import Batch, make_batches
+from lstm_jax.devices import mesh
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.run.messages import Progress, describe_validation
 from lstm_jax.run.plan import Plan
@@ -153,7 +155,7 @@ def test_at_most_16_steps_are_ahead_of_the_devices(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits, batches = list[int](), list[Batch]()
-    wait, feed = jax.block_until_ready, training.feed_batches
+    wait, feed = jax.block_until_ready, mesh.feed_batches
 
     def note_wait(array: jax.Array) -> jax.Array:
         waits.append(len(batches))
@@ -164,11 +166,21 @@ def test_at_most_16_steps_are_ahead_of_the_devices(
             batches.append(batch)
             yield batch
 
-    monkeypatch.setattr(training, "feed_batches", note_batches)
+    monkeypatch.setattr(mesh, "feed_batches", note_batches)
     tiny_config.max_steps, tiny_config.log_every_steps = 45, 40
     monkeypatch.setattr(jax, "block_until_ready", note_wait)
     training.train(tiny_config, tmp_path)
     assert {*waits} - {0} == {1, 16, 32, 40, 45}, "the first one starts the clock"
+
+
+def test_an_implicit_transfer_to_the_device_raises_an_error(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = config_lib.complete_config(tiny_config)
+    on_host, _ = make_batches(np.zeros(20_000, np.uint8), complete.batches, 0)
+    monkeypatch.setattr(mesh, "feed_batches", lambda *args: on_host)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        training.train(tiny_config, tmp_path)
 
 
 @pytest.mark.slow
