@@ -1,7 +1,4 @@
-"""Choose how layers run over time, and the dtype of their matmuls, on this machine.
-
-`python -m lstm_jax.ops` prints what is chosen here.
-"""
+"""Choose how layers run over time, and the dtype of their matmuls, on this machine."""
 
 from typing import NamedTuple
 
