@@ -125,7 +125,6 @@ class LSTM(Stack, nn.Module):
     - Outputs of `reverse` stay at the place of their inputs, as with Flax's `keep_order`.
     - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
       uniform input kernels, orthogonal recurrent ones, 1 as the bias of the forget gate.
-      `lstm_jax.ops.weights` converts Flax's.
     - `reset` [batch, time] is true at the first step of a document or an episode, which reads a
       carry of zeros. A layer that runs backwards reads one at the last step of each document.
     - `dtype` is that of the matmuls' operands only.
