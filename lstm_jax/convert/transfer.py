@@ -51,7 +51,7 @@ def import_weights(
         fields = json.loads(content)
         # A slice, which an object has not: its keys would be read as tokens.
         tokens, kind, stop = fields["units"][:], fields["kind"], fields["stop"]
-        separators = {texts.find_stop_text(s, [stop]): s for s in SEPARATORS}
+        separators = {text: name for name, text in SEPARATORS.items()}
         config.data.units, config.data.document_separator = kind, separators[stop]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(

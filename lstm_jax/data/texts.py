@@ -72,7 +72,6 @@ class Text(NamedTuple):
     begin: int
     end: int
     units: str  # The kind of tokens.
-    stop: str  # The stop token, or "".
     name: str = ""
     checksum: str = ""  # With the name, determines the bytes; "" for a text in memory.
 
@@ -108,7 +107,8 @@ class Text(NamedTuple):
 
     def make_vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
-        options = self.units, data.min_count, self.stop, data.vocabulary_size
+        stop = SEPARATORS[data.document_separator]
+        options = self.units, data.min_count, stop, data.vocabulary_size
         return Vocabulary.from_text(self.read_blocks(), *options)
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
@@ -140,12 +140,12 @@ class Text(NamedTuple):
 
         Nothing predicts that.
         """
-        start, counts = next(self.read_blocks()), Counter[str]()
+        start, counts, stop = next(self.read_blocks()), Counter[str](), vocabulary.stop
         first = vocabulary.tokens[ids[0]]
         if ids[0] == UNKNOWN_ID:
-            first = next(split_text(start, self.units, self.stop))
+            first = next(split_text(start, self.units, stop))
         if UNKNOWN_ID in ids:
-            counts = count_tokens(self.read_blocks(), self.units, self.stop) - Counter([first])
+            counts = count_tokens(self.read_blocks(), self.units, stop) - Counter([first])
         if self.units == "tokens":  # The text may begin without the space of a token.
             first = start[: start.index(first.strip(" ")) + len(first.strip(" "))]
         # A token of bytes may end within a character, which then counts as a later one.
@@ -191,10 +191,8 @@ def load_texts(data: DataConfig) -> dict[str, Text]:
             f"and bytes of each split: {data.sha256} at that time, {checksum} now): restore that "
             "text, or train a new run on this one"
         )
-    train_blocks = Text(sources, *bounds[0], data.units, "").read_blocks()
-    stop = find_stop_text(data.document_separator, train_blocks)
     return {
-        name: Text(sources, *of_split, data.units, stop, name, checksum)
+        name: Text(sources, *of_split, data.units, name, checksum)
         for name, of_split in zip(SPLITS, bounds, strict=True)
     }
 
@@ -245,9 +243,9 @@ def read_splits(data: DataConfig) -> dict[str, str]:
     return {name: text.read() for name, text in load_texts(data).items()}
 
 
-def hold_text(content: bytes, units: str, stop: str = "", name: str = "the text") -> Text:
+def hold_text(content: bytes, units: str, name: str = "the text") -> Text:
     """Return a text in memory, with the kind of its tokens, and its name in messages."""
-    return Text([_hold(content, name)], 0, len(content), units, stop)
+    return Text([_hold(content, name)], 0, len(content), units)
 
 
 def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
@@ -260,21 +258,7 @@ def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
     end = _FILE_END if stop == FILE_END else b""
     if units != "bytes":
         content = content.removeprefix(codecs.BOM_UTF8)
-    return hold_text(content + end, units, stop, f"{path} ({flag})")
-
-
-def find_stop_text(separator: str, blocks: Iterable[str]) -> str:
-    """Return the stop token of a text in blocks, for a name in `SEPARATORS`.
-
-    It is that of Windows if the text has no other.
-    """
-    stop = SEPARATORS[separator]
-    windows, found = stop.replace("\n", "\r\n"), stop
-    for block in blocks if windows != stop else ():
-        if re.search(f"(?<!\r){stop}", block):
-            return stop
-        found = windows if windows in block else found
-    return found
+    return hold_text(content + end, units, f"{path} ({flag})")
 
 
 def choose_fields(data: DataConfig) -> dict[str, Any]:
@@ -287,7 +271,7 @@ def choose_fields(data: DataConfig) -> dict[str, Any]:
         return {"data.units": "characters", "data.fractions": data.fractions}
     sources = _list_sources(itertools.chain(*find_files(data.path)), data)
     try:
-        start = next(Text(sources, 0, sources[0].stop, "characters", "").read_blocks(), "")
+        start = next(Text(sources, 0, sources[0].stop, "characters").read_blocks(), "")
     except UserError:  # It is not UTF-8.
         start = ""
     is_text = 0 < len(set(start)) <= _MOST_CHARACTERS

@@ -19,7 +19,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.vocabulary import FILE_END, KINDS, TextSize, Vocabulary, split_text
+from lstm_jax.vocabulary import FILE_END, KINDS, SEPARATORS, TextSize, Vocabulary, split_text
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Characters of 2, 3 and 4 bytes, combining marks, joined emoji, flags and both line breaks.
@@ -245,15 +245,13 @@ def assert_same(data: ConfigDict) -> None:
     """Assert that vocabulary, ids and sizes are those of the text as a whole."""
     splits = texts.load_texts(data)
     whole = texts.read_splits(data)
-    train = splits["train"]
+    train, stop = splits["train"], SEPARATORS[data.document_separator]
     vocabulary = Vocabulary.from_text(
-        whole["train"], data.units, data.min_count, train.stop, data.vocabulary_size
+        whole["train"], data.units, data.min_count, stop, data.vocabulary_size
     )
     assert train.make_vocabulary(data).to_fields() == vocabulary.to_fields()
     # The vocabulary of an earlier model, with tokens that are too rare in this text.
-    known = Vocabulary.from_text(
-        "日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + train.stop, data.units
-    )
+    known = Vocabulary.from_text("日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + stop, data.units)
     for encoder in (vocabulary, known.extend(vocabulary)):
         for name, text in splits.items():
             ids = text.encode(encoder)
@@ -289,19 +287,11 @@ def test_ids_are_those_of_the_whole_text(
     assert_same(data)
 
 
-def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> None:
+def test_any_bytes(data: ConfigDict, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8).tobytes()
     (tmp_path / "text" / "b.txt").write_bytes(b"\x80" * 5000 + noise + b"\xe2\x82")
     data.units = "bytes"
     assert_same(data)
-    (tmp_path / "text" / "b.txt").write_bytes(b"one\r\ntwo\r\n\r\n" * 400)
-    data.units, data.document_separator = "characters", "blank_line"
-    data.path = f"{tmp_path}/text/b.txt"
-    assert_same(data)
-    data.document_separator = "line"
-    assert_same(data)
-    vocabulary = texts.load_texts(data)["train"].make_vocabulary(data)
-    assert vocabulary.stop == "\r\n" and "\r" not in vocabulary
 
 
 def test_a_text_is_encoded_once_for_each_vocabulary(
@@ -358,7 +348,7 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
     whole = "".join(pieces)
     # A source is read as one piece.
     content = whole.encode()
-    held = texts.hold_text(content, kind, stop)
+    held = texts.hold_text(content, kind)
     places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
     bounds = itertools.pairwise([*places[::size], len(content)])
     opener = held.sources[0].open

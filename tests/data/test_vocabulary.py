@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import draws
 from lstm_jax.data import files
-from lstm_jax.data.texts import find_stop_text
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.messages import make_printable
@@ -155,10 +154,6 @@ def test_documents_end_with_the_stop_token() -> None:
     # A stop token of one character is that character.
     assert Vocabulary.from_text(text, stop="\n").tokens == ("", "[UNK]", "\n", "a", "b", "c", "d")
     assert Vocabulary.from_text(text).stop_id is None
-    for separator, stop in {"line": "\n", "blank_line": "\n\n"}.items():
-        windows = stop.replace("\n", "\r\n")
-        for pieces, expected in ((["a", f"b{windows}"], windows), ([f"a{windows}b{stop}"], stop)):
-            assert find_stop_text(separator, pieces) == expected
     # A stop token of several characters is no character.
     for (kind, stop), name in {
         ("words", ""): "word",
