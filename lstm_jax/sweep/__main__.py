@@ -40,8 +40,11 @@ _PRUNER = flags.DEFINE_enum(
 )
 
 
-def main() -> None:
-    """Run one worker of the sweep that the flags describe, and print the results."""
+def main() -> int:
+    """Run one worker of the sweep that the flags describe, and print the results.
+
+    Return the exit code, 1 if other workers have not finished their trials.
+    """
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
     try:
@@ -73,7 +76,7 @@ def main() -> None:
     given = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
     fields = [f"--{flag.name}={flag.value}" for flag in given if flag.value is not None]
     try:
-        search.run_worker(sweep)
+        return 1 if search.run_worker(sweep) else 0
     finally:
         print(search.describe_results(sweep.study, make_command("main", *fields)))
 

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import random
-import re
 import runpy
 import time
 import warnings
@@ -130,8 +129,6 @@ def open_sweep(
 
 def open_study(name: str, location: str, **options: Any) -> Study:
     """Open or create a study in the database of a URL, or in a journal file."""
-    if re.fullmatch(r"sqlite[+\w]*:/+(:memory:)?", location):
-        raise UserError("--study: nothing can resume SQLite in memory: use sqlite:///study.db")
     # By default, SQLite waits 5 seconds for other workers.
     settings = {"timeout": 60} if location.startswith("sqlite") else {}
     for _ in range(4):
@@ -183,34 +180,22 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return sorted(by_loss, key=lambda trial: trial.state != TrialState.COMPLETE)
 
 
-def run_worker(sweep: Sweep) -> None:
+def run_worker(sweep: Sweep) -> int:
     """Train trials until all workers together have started `sweep.trials`.
 
-    Then wait for the others until they end, are resumed here, or must be those of living workers.
+    Return the number of trials that are unfinished: their workers still train them, or are dead.
     """
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
         note(make_row(trial))
         jax.clear_caches()  # Each trial compiles its own functions.
 
-    seconds, waited = STALE_SECONDS + BEAT_SECONDS, 0
-    while waited <= seconds:
+    while True:
         fail_stale_trials(sweep.study)  # Queues them again.
         states = [trial.state for trial in list_trials(sweep.study)]
-        running = states.count(TrialState.RUNNING)
-        if len(states) < sweep.trials or TrialState.WAITING in states:
-            waited = 0
-            sweep.study.optimize(functools.partial(_run_trial, sweep), 1, callbacks=[end_trial])
-        elif running:
-            if not waited:
-                note(
-                    f"Unfinished trials of other workers: {running}. Waiting at most {seconds} "
-                    "seconds, to resume those of dead workers"
-                )
-            waited += 1
-            time.sleep(1)
-        else:
-            return
+        if len(states) >= sweep.trials and TrialState.WAITING not in states:
+            return states.count(TrialState.RUNNING)
+        sweep.study.optimize(functools.partial(_run_trial, sweep), 1, callbacks=[end_trial])
 
 
 def _run_trial(sweep: Sweep, trial: Trial) -> float:
@@ -293,7 +278,8 @@ def describe_results(study: Study, command: str) -> str:
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if running := sum(trial.state == TrialState.RUNNING for trial in trials):
         unfinished = f"Unfinished trials of other workers: {running}."
-        lines += ["", f"{unfinished} The last worker prints all results"]
+        resume = f"If these have ended, the same command resumes them after {STALE_SECONDS} seconds"
+        lines += ["", f"{unfinished} {resume}"]
     if len(complete) > 1 and all(set(trial.params) == {"seed"} for trial in complete):
         losses = [(trial.values[0], trial.user_attrs[TEST_LOSS]) for trial in complete]
         means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]
