@@ -11,7 +11,6 @@ import numpy as np
 from jax.test_util import check_grads
 
 from lstm_jax.cells import base
-from lstm_jax.errors import UserError, make_visible
 
 # Two parts of one length need one compiled program.
 _BATCH, _TIME, _CUT = 3, 6, 3
@@ -52,7 +51,7 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
     A scan checks the shapes and dtypes of the next carry.
     """
     if not all(x.shape[:1] == (_BATCH,) for x in jax.tree.leaves(carry)):
-        raise _failure(cell, "the first axis of every array of initial_carry must be the batch")
+        raise ValueError("the first axis of every array of initial_carry must be the batch")
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         after, outputs = cell(carry, inputs)
@@ -62,9 +61,9 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
     for name, x in zip(("outputs", "activation"), found, strict=True):
         if x.shape != (_BATCH, cell.hidden_size) or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats [batch, hidden_size], here {[_BATCH, cell.hidden_size]}"
-            raise _failure(cell, f"{name} is {x.dtype}{list(x.shape)}: it must be {wanted}")
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}: it must be {wanted}")
     if (abs(found[1]) > 1 + _TOLERANCE).any():
-        raise _failure(cell, "activation is not in [-1, 1]")
+        raise ValueError("activation is not in [-1, 1]")
 
 
 def _check_values(cell: Any) -> Any:
@@ -86,21 +85,21 @@ def _check_values(cell: Any) -> Any:
     reset = rng.random((_BATCH, _TIME)) < 0.3
     whole, documents = (run(carry, inputs, mask, implementation="scan") for mask in (None, reset))
     if hasattr(cell, "run_parallel"):
-        _compare(cell, "the parallel form differs from a scan", run(carry, inputs), whole)
+        _compare("the parallel form differs from a scan", run(carry, inputs), whole)
         between, first = run(carry, inputs[:, :_CUT], reset[:, :_CUT])
         last, second = run(between, inputs[:, _CUT:], reset[:, _CUT:])
         parts = last, np.concatenate([first, second], axis=1)
         message = "with documents, two parts of the parallel form differ from a scan"
-        _compare(cell, message, parts, documents)
+        _compare(message, parts, documents)
     for name in _list_forms(cell) if hasattr(cell, "dtype") else ():
         run_low = _compile(cell.clone(dtype="bfloat16"))
         low = run_low(variables, carry, inputs, implementation=name)
         low = jax.tree.map(lambda x, y: x.astype(y.dtype), low, whole)
         message = f"its results in bfloat16 ({name}) differ from those in float32"
-        _compare(cell, message, low, whole, tolerance=0.1)
+        _compare(message, low, whole, tolerance=0.1)
     one, expected = jax.tree.map(lambda x: x[:1], ((carry, inputs), whole))
     message = "the results of a text depend on the other texts of its batch"
-    _compare(cell, message, run(*one, implementation="scan"), expected)
+    _compare(message, run(*one, implementation="scan"), expected)
     return variables
 
 
@@ -134,22 +133,12 @@ def _check_gradients(cell: Any, variables: Any) -> None:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
             message = f"its gradient ({name}) differs from finite differences"
-            raise _failure(cell, f"{message}: {make_visible(str(error))[:300]}") from None
+            raise ValueError(f"{message}: {error}") from None
 
 
-def _compare(
-    cell: Any, message: str, actual: Any, expected: Any, tolerance: float = _TOLERANCE
-) -> None:
+def _compare(message: str, actual: Any, expected: Any, tolerance: float = _TOLERANCE) -> None:
     """Raise an error with this message if two pytrees differ in a shape, dtype or value."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if (a.shape, a.dtype) != (e.shape, e.dtype):
-            raise _failure(cell, f"{message} in shapes or dtypes")
-        # In float64: booleans can't be subtracted, and unsigned integers wrap.
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        difference, scale = (float(abs(x).max(initial=0)) for x in (a - e, e))
-        if not difference <= tolerance * max(scale, 1):
-            raise _failure(cell, f"{message}: by {difference:.2g}, of values up to {scale:.2g}")
-
-
-def _failure(cell: Any, message: str) -> UserError:
-    return UserError(f"{base.describe_cell(type(cell))}: {message}")
+        atol = tolerance * max(1, abs(np.asarray(e, np.float64)).max(initial=0))
+        options: Any = {"equal_nan": False, "verbose": False, "strict": True}
+        np.testing.assert_allclose(a, e, rtol=0, atol=atol, err_msg=message, **options)
