@@ -29,15 +29,10 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> StreamingResponse:
-        """Stream the continuation of a prompt, eight tokens at a time."""
+        """Stream the continuation of a prompt."""
         try:
             pieces = run.stream(
-                prompt,
-                piece_length=8,
-                length=length,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
+                prompt, length=length, temperature=temperature, top_p=top_p, seed=seed
             )
         except lstm_jax.UserError as error:  # Such as a temperature that is not allowed.
             raise fastapi.HTTPException(400, str(error)) from None

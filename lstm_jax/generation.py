@@ -51,7 +51,6 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "top_p": (float, "0 < x <= 1"),
     "min_p": (float, "0 <= x <= 1"),
     "length": (int, "1 <= x <= 10**6"),
-    "piece_length": (int, "1 <= x <= 1024"),
     "seed": (int, "0 <= x < 2**32"),
     "num_samples": (int, "1 <= x <= 10**5"),
     "n": (int, "x >= 1"),
@@ -240,14 +239,13 @@ def generate_chunks(
     length: int,
     stop_id: int | None = None,
     num_samples: int = 1,
-    chunk: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue prompts chunk by chunk, by up to `length` tokens each, or up to a stop token.
 
     With several samples, the only prompt has that number of continuations. The tokens of text b
     depend on `key`, b and the position in the text, but not on the size of the batch or the chunks.
     A chunk has 16 tokens at first, so that text appears soon, and then four times as many each
-    time, up to 1,024; or always `chunk` tokens.
+    time, up to 1,024.
 
     Yields:
       The ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
@@ -260,7 +258,7 @@ def generate_chunks(
     state = read_tokens(model, prepared, initial_state(model, prepared, len(prompts)), prompts)
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
-    stop, size = np.int32(-1 if stop_id is None else stop_id), chunk or 16
+    stop, size = np.int32(-1 if stop_id is None else stop_id), 16
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -273,7 +271,7 @@ def generate_chunks(
         if np.array(state.ended).all():
             return
         length -= int(number)
-        size = chunk or min(4 * size, _CHUNK)
+        size = min(4 * size, _CHUNK)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> Int[np.ndarray, " n"]:
@@ -302,15 +300,14 @@ def stream_texts(
     controls: Controls = DEFAULT_CONTROLS,
     num_samples: int = 1,
     stop_token: bool = True,
-    piece_length: int | None = None,
 ) -> Iterator[list[str]]:
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.
 
     A text ends before the stop token, unless `stop_token` is false.
 
     Yields:
-      The next piece of each text, of `piece_length` tokens; by default, pieces get longer. The last
-      may be empty. No other piece ends within a character.
+      The next piece of each text, of more and more tokens. The last may be empty. No other piece
+      ends within a character.
 
     Raises:
       UserError: if a control is outside its range.
@@ -322,7 +319,6 @@ def stream_texts(
         length=length,
         stop_id=stop_id,
         num_samples=num_samples,
-        chunk=piece_length,
     ):
         rows = [[i for i in row if i != stop_id] for row in piece]
         yield [decode(row, False) for decode, row in zip(decoders, rows, strict=True)]

@@ -79,13 +79,12 @@ class Run:
 
     def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
-        return prompt + "".join(self.stream(prompt, piece_length=None, **options))
+        return prompt + "".join(self.stream(prompt, **options))
 
     def stream(
         self,
         prompt: str = "",
         *,
-        piece_length: int | None = 16,
         length: int = 500,
         seed: int = 0,
         stop_token: bool = True,
@@ -94,13 +93,12 @@ class Run:
         top_p: float = 1.0,
         min_p: float = 0.0,
     ) -> Iterator[str]:
-        """Continue a prompt, and yield the generated text piece by piece.
+        """Continue a prompt, and yield the generated text in pieces of more and more tokens.
 
         No piece is empty, and none but the last ends within a character.
 
         Args:
           prompt: the text to continue.
-          piece_length: the number of tokens of a piece, at most 1,024; None: pieces get longer.
           length: the maximum number of tokens.
           seed: the random seed; the same seed generates the same text.
           stop_token: whether the stop token of a model of documents ends the text.
@@ -115,8 +113,6 @@ class Run:
         self._warn_of_unknown(prompt)
         controls = generation.Controls(temperature, top_k, top_p, min_p)
         generation.make_control_arrays(controls)  # At once, not with the first piece.
-        if piece_length is not None:
-            generation.check_number("piece_length", piece_length)
         pieces = generation.stream_texts(
             self.model,
             self.params,
@@ -126,7 +122,6 @@ class Run:
             length=generation.check_number("length", length),
             controls=controls,
             stop_token=stop_token,
-            piece_length=piece_length,
         )
         return (piece for (piece,) in pieces if piece)
 

@@ -110,18 +110,14 @@ def test_a_sample_does_not_depend_on_the_batch_size() -> None:
 def test_pieces_join_to_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     options: Any = {"prompt": "ab", "length": 300, "stop_token": False, "num_samples": 2}
     key = jax.random.key(0)
-    lengths = []
-    for piece_length in (None, 100):
-        options["piece_length"] = piece_length
-        pieces = list(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
-        lengths.append([len(piece[0]) for piece in pieces])
-        assert ["ab" + "".join(text) for text in zip(*pieces, strict=True)] == generate(**options)
-    assert lengths == [[16, 64, 220, 0], [100, 100, 100, 0]]
+    pieces = list(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
+    assert [len(piece[0]) for piece in pieces] == [16, 64, 220, 0]
+    assert ["ab" + "".join(text) for text in zip(*pieces, strict=True)] == generate(**options)
     generate_some = mock.Mock(wraps=generation._generate)
     monkeypatch.setattr(generation, "_generate", generate_some)
     next(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
     *_, count = generate_some.call_args.args
-    assert generate_some.call_count == 1 and count == 100, "no text is generated ahead"
+    assert generate_some.call_count == 1 and count == 16, "no text is generated ahead"
 
 
 def test_a_text_ends_at_the_stop_token() -> None:
@@ -136,13 +132,10 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     # Of a lead byte and a continuation byte, in any order.
     params["dense"]["bias"] = params["dense"]["bias"].at[vocabulary.encode("é")].add(1000)
-    texts = []
-    for piece_length in (None, 1):
-        options: Any = {"prompt": "x", "length": 400, "piece_length": piece_length}
-        pieces = generation.stream_texts(model, params, vocabulary, jax.random.key(0), **options)
-        texts.append("".join(piece for (piece,) in pieces))
-    assert "é" in texts[0] and len(texts[0].encode("utf-8", "surrogateescape")) == 400
-    assert texts[0] == texts[1]
+    options: Any = {"prompt": "x", "length": 400}
+    pieces = generation.stream_texts(model, params, vocabulary, jax.random.key(0), **options)
+    text = "".join(piece for (piece,) in pieces)
+    assert "é" in text and len(text.encode("utf-8", "surrogateescape")) == 400
 
 
 def test_a_prompt_begins_a_text() -> None:

@@ -273,7 +273,6 @@ def test_an_error_names_the_argument() -> None:
         (run.generate, {"length": 1.0}, "length is 1.0: it must be of type int"),
         (run.stream, {"seed": 2**32}, "seed is 4294967296: it needs 0 <= seed < "),  # At once.
         (run.stream, {"top_k": 1.5}, "top_k is 1.5"),
-        (run.stream, {"piece_length": 0}, "piece_length is 0: it needs 1 <= piece_length <= 1024"),
         (run.next, {"text": "a", "n": -1}, "n is -1: it needs n >= 1"),
         (run.read, {"ids": np.array([[2, 999]])}, r"ids must be \[batch, time\], from 0 to 4"),
         (run.read, {"ids": np.array([2, 3])}, r"ids must be \[batch, time\], from 0 to 4"),
@@ -299,17 +298,6 @@ def test_a_warning_names_what_the_model_does_not_know(capsys: pytest.CaptureFixt
     for call in (run.generate, run.stream, run.next):
         call("¿")
         assert "warning: the model does not know '¿'" in capsys.readouterr().err
-
-
-def test_no_piece_is_empty_and_their_length_can_be_chosen() -> None:
-    run = make_run("abcdefgh")
-    whole = run.generate(length=200)
-    for piece_length, lengths in ((16, [16] * 12 + [8]), (1, [1] * 200), (150, [150, 50])):
-        pieces = [*run.stream(length=200, piece_length=piece_length)]
-        assert [len(piece) for piece in pieces] == lengths and "".join(pieces) == whole
-    assert [len(piece) for piece in run.stream(length=40)] == [16, 16, 8]
-    ended = make_run("ab.ab.", stop=".")
-    assert "" not in [*ended.stream(length=500, piece_length=1)]
 
 
 def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
