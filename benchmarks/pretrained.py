@@ -41,13 +41,13 @@ def main() -> None:
         f"{split} {evaluate(FOLDER, '--split', split):.4f}" for split in ("validation", "test")
     ]
     command = "    python -m lstm_jax.main"
-    with (FOLDER / "README.md").open("a") as card:
-        card.write(
-            f"\nLosses as stored, in bfloat16: {', '.join(stored)} nats per character.\n\n"
-            "It learned from three teachers, seeds 0 to 2. `make pretrained` trained all at commit "
-            f"{commit}:\n\n{command} {' '.join(TEACHER)} --config.seed=SEED\n"
-            f"{command} {' '.join(student)}\n"
-        )
+    (FOLDER / "README.md").write_text(
+        f"---\nlibrary_name: lstm-jax\npipeline_tag: text-generation\n---\n\n# {FOLDER.name}\n\n"
+        f"Losses as stored, in bfloat16: {', '.join(stored)} nats per character.\n\n"
+        "It learned from three teachers, seeds 0 to 2. `make pretrained` trained all at commit "
+        f"{commit}:\n\n{command} {' '.join(TEACHER)} --config.seed=SEED\n"
+        f"{command} {' '.join(student)}\n"
+    )
     print(f"Wrote {FOLDER}: {', '.join(stored)}")
 
 

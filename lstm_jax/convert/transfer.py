@@ -9,23 +9,11 @@ from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, make_command, make_visible, name_failure, print_line
+from lstm_jax.errors import UserError, make_command, name_failure, print_line
 from lstm_jax.model import Params
 from lstm_jax.run import messages, model_file, workdir
 from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
-
-_CARD = """---
-library_name: lstm-jax
-pipeline_tag: text-generation
----
-
-# {name}
-
-A language model of lstm-jax, with its parameters at step {step} in {dtype}.
-
-    python -m lstm_jax.sample --workdir {name} --prompt "A"
-"""
 
 
 def import_weights(
@@ -114,7 +102,6 @@ def make_folder(
     dtype: str = "float32",
 ) -> None:
     """Make the folder of a model, complete or not at all; raise `UserError` if that fails."""
-    card = _CARD.format(name=make_visible(directory.name), step=step, dtype=dtype)
     with name_failure(f"can't write to {directory}"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as unfinished:
@@ -122,5 +109,4 @@ def make_folder(
             made.mkdir()
             workdir.save_fields(made, config, vocabulary)
             model_file.write_params(made / workdir.MODEL, params, step, dtype)
-            files.write_file(made / "README.md", card.encode())
             made.rename(directory)

@@ -47,9 +47,8 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     assert (after.config, after.step) == (before.config, before.step)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
+    names = {workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
     assert {path.name for path in folder.iterdir()} == names
-    assert "# tiny\n" in (folder / "README.md").read_text()
     small = tmp_path / "small"
     transfer.export_folder(folder, small, "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
