@@ -3,7 +3,7 @@
     make pretrained
 
 Three seeds of experiments/shakespeare_best.py are teachers: the model of experiments/quick.py
-learns the mean of their probabilities. It is written in bfloat16; its card also gets the losses as
+learns the mean of their probabilities. It is written in bfloat16; its card has the losses as
 stored, the commands and the commit. The same command resumes. `tests/run/test_pretrained.py` holds
 the checksum and a sample of the result: change them with it.
 """

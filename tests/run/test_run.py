@@ -247,25 +247,6 @@ def test_training_in_a_thread_is_silent_while_others_print(
     assert not (tmp_path / "other").exists()
 
 
-def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
-    def call(*arguments: str) -> commands.Done:
-        return commands.run("__main__", *arguments, cwd=tmp_path)
-
-    assert "python -m lstm_jax.export    make a web page" in call().stdout
-    assert call("--version").stdout.startswith("lstm-jax 0")
-    unknown = call("trian")
-    assert unknown.returncode == 2 and unknown.stdout == ""
-    assert unknown.stderr.startswith("error: there is no command 'trian': use main, evaluate, ")
-    train = call("train", "--workdir=x")
-    assert train.returncode == 2 and train.stderr.startswith(
-        "error: specify an experiment: --config"
-    )
-    evaluate = call("evaluate", "--workdir=x")
-    assert evaluate.returncode == 2 and "no trained model in 'x'" in evaluate.stderr
-    scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '\nlstm-jax = "lstm_jax.__main__:main"\n' in scripts
-
-
 def test_an_error_names_the_argument() -> None:
     run = make_run()
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
