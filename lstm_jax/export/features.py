@@ -5,10 +5,10 @@ feature if the two are correlated. Of a thousand hidden units, some are correlat
 by chance, so they are selected on the first half of a text and evaluated on the second.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
 from lstm_jax.vocabulary import Vocabulary
 
@@ -23,6 +23,7 @@ _INSIDE = {
     "a space": r"( )",
     "a line break": r"(\n)",
     "a punctuation mark": rf"([{_PUNCTUATION}])",
+    "a capital letter": r"(\p{Lu})",
 }
 # Patterns of lines and words, in which characters are counted from 1.
 _POSITIONS = {
@@ -54,18 +55,13 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     All depend on the text up to and including the character, except for the names of speakers,
     which end in a colon.
     """
-    names = [*_INSIDE, *_POSITIONS, "a capital letter", "depth of braces"]
-    features = {name: np.zeros(len(text), np.float32) for name in names}
+    features = {name: np.zeros(len(text), np.float32) for name in [*_INSIDE, *_POSITIONS]}
     for name, pattern in _INSIDE.items():
-        for match in re.finditer(pattern, text):
+        for match in regex.finditer(pattern, text):
             features[name][slice(*match.span(1))] = 1
     for name, pattern in _POSITIONS.items():
-        for match in re.finditer(pattern, text):
+        for match in regex.finditer(pattern, text):
             features[name][slice(*match.span())] = np.arange(1, len(match[0]) + 1)
-    features["a capital letter"][:] = [character.isupper() for character in text]
-    total = np.cumsum([(x == "{") - (x == "}") for x in text])
-    # A brace that closes nothing is ignored.
-    features["depth of braces"][:] = total - np.minimum(np.minimum.accumulate(total), 0)
     return features
 
 

@@ -21,7 +21,6 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
         ("a digit", "a12", "011"),
         ("a space", "a b\n", "0100"),
         ("a line break", "a b\n", "0001"),
-        ("depth of braces", "}{a{b\n\n}c}d", "01122221100"),
         ("position in the line", "ab\nc", "1231"),
         ("position in the word", "ab c,d", "120101"),
     ],
