@@ -121,7 +121,7 @@ def train(
         state, step, history = restore_state(directory, state, plan.total_steps)
 
         every = config.checkpoint_every_seconds
-        checkpoints = stack.enter_context(CheckpointWriter(directory / workdir.CHECKPOINTS, every))
+        checkpoints = CheckpointWriter(directory / workdir.CHECKPOINTS, every)
         metrics_path = directory / workdir.METRICS
         writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
 
@@ -150,7 +150,7 @@ def train(
             return messages.make_printable("".join(text for (text,) in pieces))
 
         def save(state: TrainState, step: int) -> None:
-            """Start saving a checkpoint."""
+            """Save a checkpoint."""
             history = workdir.measure_history(directory)
             checkpoints.save(step, state.params, state.rest, history)
 
@@ -160,7 +160,6 @@ def train(
             loss = loss_lib.compute_loss(model, params, ids["validation"])
             key = jax.random.fold_in(key, step)
             sample = generate_sample(params, key)
-            checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
             if processes.is_first():
                 record(step, "validation", loss, sample=sample)
                 workdir.append_sample(directory, step, config.sample.temperature, sample)
@@ -244,7 +243,6 @@ def train(
                         f"has not improved for {config.patience} validations"
                     )
                 if code := processes.max_over_processes(stop.code):
-                    checkpoints.wait()
                     plot_curves(directory)
                     show(
                         f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
@@ -253,7 +251,6 @@ def train(
                     raise Stopped(code)
 
         # The test loss of the best checkpoint.
-        checkpoints.wait()
         processes.wait_for_all("all is saved")
         run = load(directory)
         step, losses = run.step, read_losses(directory, "test", run.step)
@@ -427,7 +424,6 @@ def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: 
     """Raise `NotFiniteError` if a parameter, or a loss or gradient since the last row, is not."""
     numbers = {"params": state.params, "loss": state.loss_sum, "norm": state.norm_sum}
     if not jax.jit(model_lib.is_finite)(numbers):
-        checkpoints.wait()
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
             f"last good checkpoint, that of step {checkpoints.last_step}, with a lower "

@@ -1,4 +1,4 @@
-"""Save and restore checkpoints: written in the background, atomic, sealed with checksums.
+"""Save and restore checkpoints: atomic, sealed with checksums.
 
 A checkpoint is a directory named by its step. Orbax writes its arrays; SHA256SUMS holds the
 checksum of each file (`sha256sum -c SHA256SUMS` verifies them too).
@@ -9,7 +9,6 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ SEAL = "SHA256SUMS"
 VALIDATION = "validation.json"
 # If Orbax made directories in the background, threads of runs in one process that save at the same
 # time would wait for those of each other.
-_OPTIONS = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+_OPTIONS = ocp.CompositeOptions(
+    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
+)
 
 
-class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", None]):
+class CheckpointWriter:
     """Saves the checkpoints of a run; keeps the latest two and the best by validation loss.
 
     Only the processes of one run may use it, one of which holds the lock of the working directory.
@@ -51,23 +52,16 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         processes.wait_for_all("checkpoints")
         self.last_step = max(list_steps(self._directory), default=-1)  # Also of earlier processes.
         self._last_time = time.monotonic()  # Of the start, or of the last save.
-        options = ocp.CompositeOptions(async_options=_OPTIONS)
-        handler = ocp.CompositeCheckpointHandler(composite_options=options)
-        self._orbax = ocp.AsyncCheckpointer(handler, async_options=_OPTIONS)
-        self._thread = ThreadPoolExecutor(1)
-        self._saving = Future[None]()
-        self._saving.set_result(None)
 
     def save(
         self, step: int, params: Params, state: Mapping[str, object], history: Mapping[str, int]
     ) -> None:
-        """Start saving a checkpoint after `step` training steps; its arrays may then be donated.
+        """Save a checkpoint after `step` training steps.
 
         `state` is all of the training state but `params`, and `history` holds the sizes of the
-        files that the run appends to. Raise `UnavailableError` if this checkpoint, or the one
-        before, can't be written, or that one is gone.
+        files that the run appends to. Raise `UnavailableError` if it can't be written, or the one
+        before is gone.
         """
-        self.wait()
         if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
             params, state = jax.tree.map(_take_one, (params, state))
         path = self._directory / f"{step}{_UNFINISHED}"
@@ -79,14 +73,14 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         with self._name_failure():
             if processes.is_first() and self.last_step >= 0:
                 (self._directory / str(self.last_step)).stat()  # Orbax would make the directory.
-            self._orbax.save(path, args=items)
+            handler = ocp.CompositeCheckpointHandler(composite_options=_OPTIONS)
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(path, args=items)
+            if processes.is_first():
+                self._finish(path, step)
         self.last_step, self._last_time = step, time.monotonic()
-        self._saving = self._thread.submit(self._finish, path, step)
 
     def _finish(self, path: Path, step: int) -> None:
-        self._orbax.wait_until_finished()
-        if not processes.is_first():
-            return
         seal_checkpoint(path)
         path.rename(self._directory / str(step))
         files.sync_directory(self._directory)
@@ -102,19 +96,13 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
 
         `history` holds the sizes of the files that the run appends to, after the validation.
         """
-        self.wait()
         fields = {"loss": loss, "history": dict(history)}
         files.write_json(self._directory / str(step) / VALIDATION, fields)
 
     def is_due(self) -> bool:
-        """Return whether the last save is finished and `every_seconds` old, in any process."""
+        """Return whether the last save is `every_seconds` old, in any process."""
         is_old = time.monotonic() - self._last_time >= self._every_seconds
-        return bool(processes.max_over_processes(is_old and self._saving.done()))
-
-    def wait(self) -> None:
-        """Wait until the last save is finished; raise `UnavailableError` if it has failed."""
-        with self._name_failure():
-            self._saving.result()
+        return bool(processes.max_over_processes(is_old))
 
     @contextlib.contextmanager
     def _name_failure(self) -> Iterator[None]:
@@ -133,15 +121,6 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
                 f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
                 "make it writable, then resume with the same command"
             ) from None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self.wait()
-        finally:
-            self._thread.shutdown()
-            with contextlib.suppress(Exception):  # `wait` has raised it already.
-                self._orbax.close()
 
 
 def seal_checkpoint(checkpoint: Path) -> None:

@@ -29,20 +29,20 @@ def save(writer: checkpoints.CheckpointWriter, step: int) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return checkpoints of steps 1 and 2; step 1 has a validation loss."""
     directory = tmp_path_factory.mktemp("saved")
-    with checkpoints.CheckpointWriter(directory) as writer:
-        save(writer, 1)
-        writer.record_validation(1, 2.5, {})
-        save(writer, 2)
+    writer = checkpoints.CheckpointWriter(directory)
+    save(writer, 1)
+    writer.record_validation(1, 2.5, {})
+    save(writer, 2)
     return directory
 
 
 def test_the_latest_two_and_the_best_are_kept_and_restored(tmp_path: Path) -> None:
     losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5}
-    with checkpoints.CheckpointWriter(tmp_path) as writer:
-        for step, loss in losses.items():
-            save(writer, step)
-            if loss is not None:
-                writer.record_validation(step, loss, {})
+    writer = checkpoints.CheckpointWriter(tmp_path)
+    for step, loss in losses.items():
+        save(writer, step)
+        if loss is not None:
+            writer.record_validation(step, loss, {})
     assert checkpoints.list_steps(tmp_path) == [2, 5, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
     params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
@@ -77,8 +77,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", check)
-    with checkpoints.CheckpointWriter(tmp_path) as writer:
-        save(writer, 1)
+    writer = checkpoints.CheckpointWriter(tmp_path)
+    save(writer, 1)
     assert (tmp_path / "1").is_dir() and not unflushed
     assert tmp_path.stat().st_ino in flushed, "its name, too"
 
@@ -206,17 +206,16 @@ def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
         except BaseException as error:
             failures.append(error)
 
-    with checkpoints.CheckpointWriter(tmp_path) as writer:
-        save(writer, 1)
-        writer.wait()
-        reader = threading.Thread(target=read)
-        reader.start()
-        for step in range(2, 20):
-            save(writer, step)
-            if step % 3 == 0:
-                writer.record_validation(step, 1 / step, {})
-        done.set()
-        reader.join()
+    writer = checkpoints.CheckpointWriter(tmp_path)
+    save(writer, 1)
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(2, 20):
+        save(writer, step)
+        if step % 3 == 0:
+            writer.record_validation(step, 1 / step, {})
+    done.set()
+    reader.join()
     assert not failures
     assert len(set(seen)) > 3 and seen == sorted(seen)
     assert capsys.readouterr().err == "", "no checkpoint counts as damaged"
@@ -229,8 +228,8 @@ def test_runs_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
     def save_all(directory: Path) -> None:
         try:
             for number in range(8):
-                with checkpoints.CheckpointWriter(directory) as writer:
-                    save(writer, number)
+                writer = checkpoints.CheckpointWriter(directory)
+                save(writer, number)
         except UserError as error:
             errors.append(error)
 
