@@ -21,66 +21,15 @@ class Batch(NamedTuple):
     soft_targets: Any = None  # float16 [batch, time, vocabulary], of teachers.
 
 
-class Order:
-    """The places in the text of the windows of each training step.
-
-    An epoch reads the text as a circle, from a random position on: the first token follows the
-    last one. Less than a batch is left out. Each of the `batch_size` streams reads the same number
-    of windows. At each step, a stream starts another segment of the text with probability
-    `reset_probability`, or always (`windows`), and otherwise continues. The segments are shuffled,
-    so that other parts of the text meet in a batch in each epoch.
-    """
-
-    def __init__(
-        self, length: int, batches: BatchesConfig, seed: int, part: tuple[int, int] = (0, 1)
-    ) -> None:
-        """Prepare the order of a text of `length` tokens, or of a part of each batch.
-
-        `part` is (k, n) for the k-th of n equal parts. Raise `UserError` if the text is shorter
-        than one batch.
-        """
-        size, self._window_length = batches.batch_size, batches.window_length
-        if length < (needed := size * self._window_length):
-            raise UserError(
-                f"the training text is too short: {size} {batches.kind} of {self._window_length} "
-                f"need {needed} tokens, but it has {length}; lower "
-                "--config.batches.batch_size or --config.batches.window_length"
-            )
-        self.steps_per_epoch = length // needed
-        self._length, self._seed = length, seed
-        self._reset_probability = 1 if batches.kind == "windows" else batches.reset_probability
-        # Windows are numbered by stream, then by step: this is the first one of each stream. In the
-        # smallest dtype, the two arrays of an epoch take 80 MB for 10 million windows.
-        self._num_windows = size * self.steps_per_epoch
-        dtype = np.min_scalar_type(-self._num_windows)
-        self._first = np.arange(0, self._num_windows, self.steps_per_epoch, dtype=dtype)
-        self._first_of_part = self._first.reshape(part[1], -1)[part[0]]
-        self._segments = functools.lru_cache(1)(self._draw_segments)
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in the text windows begin, int64 [batch], and which start segments, bool."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        offset, first, before = self._segments(epoch)
-        windows = self._first_of_part + step_in_epoch
-        segments = np.searchsorted(first, windows, side="right") - 1
-        since = windows - first[segments]
-        begins = offset + (before[segments] + since).astype(np.int64) * self._window_length
-        return begins % self._length, since == 0
-
-    def _draw_segments(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return the position that an epoch begins at, and its segments in the order of streams.
-
-        For each segment, return its first window, and the number of windows before it in the text.
-        """
-        rng = np.random.default_rng((self._seed, epoch))
-        is_first = rng.random(self._num_windows, np.float32) < self._reset_probability
-        is_first[self._first] = True
-        first = np.flatnonzero(is_first).astype(self._first.dtype)
-        order = rng.permutation(np.arange(len(first), dtype=first.dtype))
-        lengths = np.diff(first, append=self._num_windows)[order]
-        before = np.empty_like(first)
-        before[order] = np.cumsum(lengths) - lengths
-        return int(rng.integers(self._length)), first, before
+def count_steps(length: int, batches: BatchesConfig) -> int:
+    """Return the steps of an epoch of `length` tokens; raise `UserError` if that is no batch."""
+    if length < (needed := batches.batch_size * batches.window_length):
+        raise UserError(
+            f"the training text is too short: {batches.batch_size} {batches.kind} of "
+            f"{batches.window_length} need {needed} tokens, but it has {length}; lower "
+            "--config.batches.batch_size or --config.batches.window_length"
+        )
+    return length // needed
 
 
 def make_batches(
@@ -93,8 +42,11 @@ def make_batches(
 ) -> tuple[Iterator[Batch], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
-    After the last token of the text comes the first one. Raise `UserError` if the text is shorter
-    than one batch.
+    An epoch reads the text as a circle, from a random position on: the first token follows the
+    last one. Less than a batch is left out. Each of the `batch_size` streams reads the same number
+    of windows. At each step, a stream starts another segment of the text with probability
+    `reset_probability`, or always (`windows`), and otherwise continues. The segments are shuffled,
+    so that other parts of the text meet in a batch in each epoch.
 
     Args:
       ids: the text.
@@ -103,14 +55,50 @@ def make_batches(
       part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
       first_step: the step of the first batch.
       predictions: the probabilities that teachers give to each token of the text, [n, vocabulary].
+
+    Raises:
+      UserError: if the text is shorter than one batch.
     """
-    order = Order(len(ids), batches, seed, part)
+    steps_per_epoch = count_steps(len(ids), batches)
+    # Windows are numbered by stream, then by step.
+    streams = np.arange(batches.batch_size) * steps_per_epoch
+    streams_of_part = streams.reshape(part[1], -1)[part[0]]
     offsets = np.arange(batches.window_length + 1)
+    draw = functools.lru_cache(1)(functools.partial(_draw_segments, len(ids), batches, seed))
 
-    def cut(begins: np.ndarray, reset: np.ndarray) -> Batch:
+    def cut(step: int) -> Batch:
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        start, first, before = draw(epoch)
+        # `searchsorted` would convert all of `first` to another dtype of the windows.
+        windows = (streams_of_part + step_in_epoch).astype(first.dtype)
+        segments = np.searchsorted(first, windows, side="right") - 1
+        since = windows - first[segments]
+        begins = start + (before[segments] + since).astype(np.int64) * batches.window_length
         positions = (begins[:, None] + offsets) % len(ids)
-        windows = ids[positions].astype(np.int32, copy=False)
+        tokens = ids[positions].astype(np.int32, copy=False)
         soft_targets = None if predictions is None else predictions[positions[:, 1:]]
-        return Batch(windows[:, :-1], windows[:, 1:], reset, soft_targets)
+        return Batch(tokens[:, :-1], tokens[:, 1:], since == 0, soft_targets)
 
-    return (cut(*order[step]) for step in itertools.count(first_step)), order.steps_per_epoch
+    return map(cut, itertools.count(first_step)), steps_per_epoch
+
+
+def _draw_segments(
+    length: int, batches: BatchesConfig, seed: int, epoch: int
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return the position that an epoch begins at, and its segments in the order of streams.
+
+    For each segment, return its first window, and the number of windows before it in the text.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    steps_per_epoch = count_steps(length, batches)
+    number = batches.batch_size * steps_per_epoch
+    probability = 1 if batches.kind == "windows" else batches.reset_probability
+    is_first = rng.random(number, np.float32) < probability
+    is_first[::steps_per_epoch] = True  # Of each stream.
+    # In the smallest dtype, the two arrays take 80 MB for 10 million windows.
+    first = np.flatnonzero(is_first).astype(np.min_scalar_type(-number))
+    order = rng.permutation(np.arange(len(first), dtype=first.dtype))
+    lengths = np.diff(first, append=number)[order]
+    before = np.empty_like(first)
+    before[order] = np.cumsum(lengths) - lengths
+    return int(rng.integers(length)), first, before

@@ -12,7 +12,7 @@ class Plan:
 
     def __init__(self, config: Config, length: int) -> None:
         self.config, self.length = config, length
-        self.steps_per_epoch = batches.Order(length, config.batches, config.seed).steps_per_epoch
+        self.steps_per_epoch = batches.count_steps(length, config.batches)
         total_steps = config.num_epochs * self.steps_per_epoch
         # Until the end of the run, unless `patience` ends it earlier.
         self.total_steps = min(total_steps, config.max_steps or total_steps)
