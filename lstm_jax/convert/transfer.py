@@ -11,7 +11,7 @@ from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, make_command, name_failure, print_line
 from lstm_jax.model import Params
-from lstm_jax.run import messages, model_file, workdir
+from lstm_jax.run import messages, workdir
 from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
@@ -108,5 +108,5 @@ def make_folder(
             made = Path(unfinished, directory.name)
             made.mkdir()
             workdir.save_fields(made, config, vocabulary)
-            model_file.write_params(made / workdir.MODEL, params, step, dtype)
+            workdir.write_params(made / workdir.MODEL, params, step, dtype)
             made.rename(directory)

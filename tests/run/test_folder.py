@@ -24,7 +24,7 @@ from lstm_jax.convert import transfer
 from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
-from lstm_jax.run import model_file, workdir
+from lstm_jax.run import workdir
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def name_cell_file(folder: Path) -> None:
 def write_infinity(folder: Path) -> None:
     trained = lstm_jax.load(folder)
     params = jax.tree.map(lambda x: x.at[0].set(float("inf")), trained.params)
-    model_file.write_params(folder / workdir.MODEL, params, 1, "float32")
+    workdir.write_params(folder / workdir.MODEL, params, 1, "float32")
 
 
 NESTED = '{"a":' * 900 + "1" + "}" * 900
