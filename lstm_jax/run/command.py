@@ -69,7 +69,7 @@ def call_main(main: Callable[[], int | None]) -> None:
             "--config.batches.batch_size or the sizes of the model, or read or generate less at a "
             "time"
         )
-    if code:  # A signal stopped training, which has saved and reported this.
+    if code:  # Of a signal that stopped training, or of a sweep; the reason is printed.
         interrupts.exit_now(code)
 
 
