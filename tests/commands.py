@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import pytest
 from absl import flags
@@ -25,28 +25,15 @@ from lstm_jax.run import interrupts
 ROOT = Path(__file__).parents[1]
 
 
-class Done(NamedTuple):
-    """The result of a command.
+def run(
+    program: str, *arguments: object, cwd: Path | None = None, stdin: str | bytes = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m lstm_jax.PROGRAM ARGUMENTS...` here, or a file of the clone, as in a process.
 
-    Attributes:
-      returncode: Its exit code.
-      stdout: The text on standard output, with universal newlines.
-      stderr: The text on standard error.
+    The modules that it imports stay imported, and what it compiles stays compiled. What belongs to
+    a process (signals, descriptors, the end of other threads) needs a process.
     """
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(module: str, *arguments: object, cwd: Path | None = None, given: str | bytes = "") -> Done:
-    """Run `python -m lstm_jax.MODULE ARGUMENTS...` here, with `given` on standard input.
-
-    The modules that the command imports stay imported, and what it compiles stays compiled. What
-    belongs to a process (signals, descriptors, the end of other threads) needs a process.
-    """
-    content = given.encode() if isinstance(given, str) else given
-    stdin = io.TextIOWrapper(io.BytesIO(content), "utf-8")
+    content = stdin.encode() if isinstance(stdin, str) else stdin
     stdout, stderr = (
         io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
         for errors in ("strict", "backslashreplace")
@@ -56,18 +43,30 @@ def run(module: str, *arguments: object, cwd: Path | None = None, given: str | b
         stack.enter_context(keep_process_state())
         stack.enter_context(warnings.catch_warnings())
         patch.chdir(cwd or Path.cwd())
-        patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
-        for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
-            patch.setattr(sys, name, stream)
-        patch.setattr(interrupts, "exit_now", _exit)
+        patch.setattr(sys, "argv", [program, *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(interrupts, "exit_now", sys.exit)
         warnings.filterwarnings("ignore", ".*found in sys.modules")  # By runpy.
         code: Any = 0
         try:
-            runpy.run_module(f"lstm_jax.{module}", run_name="__main__", alter_sys=True)
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(f"lstm_jax.{program}", run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code or 0
     texts = (stream.buffer.getvalue().decode() for stream in (stdout, stderr))
-    return Done(code, *(text.replace("\r\n", "\n") for text in texts))
+    output, errors = (text.replace("\r\n", "\n") for text in texts)
+    return subprocess.CompletedProcess([program, *map(str, arguments)], code, output, errors)
+
+
+def get_output(program: str, *arguments: object, **options: Any) -> str:
+    """Run a command that must succeed, as `run` does, and return its standard output."""
+    result = run(program, *arguments, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def run_python(
@@ -114,7 +113,3 @@ def keep_process_state() -> Any:
         absl_logging.set_verbosity(verbosity)
         logging.root.handlers[:] = log_handlers
         sys.unraisablehook = hook
-
-
-def _exit(code: int) -> NoReturn:
-    sys.exit(code)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 import commands
 import draws
+import lstm_jax
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import errors, training
@@ -148,18 +149,6 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture
-def optimized() -> Iterator[None]:
-    """Compile programs as users do: two of them sum in the same order only then."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.clear_caches()
-    jax.config.update(name, False)
-    yield
-    jax.clear_caches()
-    jax.config.update(name, before)
-
-
 def make_once(
     name: str, tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path], object]
 ) -> Path:
@@ -192,33 +181,28 @@ def shakespeare(data_dir: Path) -> dict[str, str]:
     return splits
 
 
-class _TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS's tiny_shakespeare 1.0.0, whose own builder needs TensorFlow."""
-
-    name = "tiny_shakespeare"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, splits: dict[str, str], **kwargs: Any) -> None:
-        self._texts = splits
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {name: iter([(name, {"text": text})]) for name, text in self._texts.items()}
-
-    def _generate_examples(self, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, str]) -> Path:
     """Return a data directory in which TFDS has prepared Tiny Shakespeare."""
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        """TFDS's tiny_shakespeare 1.0.0, whose own builder needs TensorFlow."""
+
+        name = "tiny_shakespeare"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {name: iter([(name, {"text": text})]) for name, text in shakespeare.items()}
+
+        def _generate_examples(self, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
     directory = tmp_path_factory.mktemp("tfds")
-    options = {"data_dir": directory, "file_format": "array_record"}
-    _TinyShakespeare(splits=shakespeare, **options).download_and_prepare()
+    Builder(data_dir=directory, file_format="array_record").download_and_prepare()
     return directory
 
 
@@ -239,14 +223,9 @@ def make_tiny_config(text_file: Path) -> ConfigDict:
     """Return the config of `tiny_config`."""
     config = config_lib.default()
     config.data.path = str(text_file)
-    config.batches.kind = "streams"
-    config.batches.batch_size = 8
-    config.batches.window_length = 32
-    config.model.embedding_size = 8
-    config.model.hidden_size = 24
-    config.optimizer.learning_rate = 0.02
-    config.optimizer.warmup_steps = 10
-    config.optimizer.schedule = "cosine"
+    config.batches.update(kind="streams", batch_size=8, window_length=32)
+    config.model.update(embedding_size=8, hidden_size=24)
+    config.optimizer.update(learning_rate=0.02, warmup_steps=10, schedule="cosine")
     config.optimizer.max_gradient_norm = 1.0
     config.num_epochs = 2
     config.sample.length = 40
@@ -264,12 +243,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def run(trained: Path) -> lstm_jax.Run:
+    """Return the model of a finished tiny run."""
+    return lstm_jax.load(trained)
+
+
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of `runs.make_arguments`, never interrupted."""
 
     def make(directory: Path) -> None:
-        done = commands.run("main", *runs.make_arguments(text_file, directory))
-        assert done.returncode == 0, done.stderr
+        commands.get_output("main", *runs.make_arguments(text_file, directory))
 
     return make_once("whole", tmp_path_factory, make)
 

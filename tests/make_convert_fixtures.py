@@ -21,21 +21,6 @@ IDS = np.array([[TOKENS.index(character) for character in TEXT]], np.int32)
 HIDDEN, FEATURES = 5, 4
 
 
-class CharacterModel(torch.nn.Module):
-    """An embedding, a recurrent module and a linear layer."""
-
-    def __init__(self, layers: Any) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding(len(TOKENS), FEATURES)
-        self.layers = layers
-        self.linear = torch.nn.Linear(HIDDEN, len(TOKENS))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return logits for ids [batch, time]."""
-        outputs, _ = self.layers(self.embedding(ids))
-        return self.linear(outputs)
-
-
 def main() -> None:
     """Write all files."""
     FIXTURES.mkdir(exist_ok=True)
@@ -46,11 +31,15 @@ def main() -> None:
         "torch_gru.safetensors": torch.nn.GRU(FEATURES, HIDDEN, num_layers=2, batch_first=True),
     }
     for name, layers in torch_layers.items():
-        torch_model = CharacterModel(layers)
+        embedding = torch.nn.Embedding(len(TOKENS), FEATURES)
+        linear = torch.nn.Linear(HIDDEN, len(TOKENS))
+        modules = {"embedding": embedding, "layers": layers, "linear": linear}
+        torch_model = torch.nn.ModuleDict(modules)
         with torch.no_grad():
             for parameter in torch_model.parameters():
                 parameter.copy_(torch.from_numpy(random.normal(size=tuple(parameter.shape))))
-            logits[name] = torch_model(torch.from_numpy(IDS.astype(np.int64))).numpy()
+            outputs, _ = layers(embedding(torch.from_numpy(IDS.astype(np.int64))))
+            logits[name] = linear(outputs).numpy()
         safetensors.torch.save_file(torch_model.state_dict(), FIXTURES / name)
     fields = {"kind": "characters", "stop": "", "units": TOKENS}
     (FIXTURES / "vocabulary.json").write_text(json.dumps(fields) + "\n")

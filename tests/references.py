@@ -111,7 +111,7 @@ def run_equations(
 @jax.numpy_rank_promotion("allow")
 def run_model(
     params: Any, ids: np.ndarray, carry: Any, masks: Any = None, skip: bool = False
-) -> tuple[Array, list[Any]]:
+) -> tuple[Array, tuple[Any, ...]]:
     """Return logits and the last carry of a model of LSTMs, in float64.
 
     Masks, [batch, features], multiply the embeddings and the outputs of each layer.
@@ -127,7 +127,7 @@ def run_model(
             features = outputs + features if skip and i else outputs
             last.append(after)
         features = (features * masks[-1]).swapaxes(0, 1)
-        return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
+        return features @ params["dense"]["kernel"] + params["dense"]["bias"], tuple(last)
 
 
 def run_layer(

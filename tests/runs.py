@@ -12,10 +12,8 @@ import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import commands
-import lstm_jax
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.convert import transfer
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.train_step import init_state
 
@@ -55,11 +53,18 @@ def load_final_state(directory: Path) -> list[Any]:
     return [np.asarray(x) for x in jax.tree.leaves((items.params, items.state))]
 
 
-def make_diverged_run(trained: Path, directory: Path) -> None:
-    """Make a working directory with the model of another one, whose parameters are all NaN."""
-    loaded = lstm_jax.load(trained)
-    params = jax.tree.map(lambda array: array * np.nan, loaded.params)
-    transfer.make_folder(directory, loaded.config, loaded.vocabulary, params)
+class KilledError(Exception):
+    """Ends a run without a checkpoint, as SIGKILL does."""
+
+
+def kill_at(step: int, split: str) -> metrics.Watch:
+    """Return a callback for `training.train` that ends the run after this row."""
+
+    def watch(row: metrics.Row) -> None:
+        if (row["step"], row["split"]) == (step, split):
+            raise KilledError
+
+    return watch
 
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:

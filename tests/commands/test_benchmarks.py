@@ -2,10 +2,11 @@
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 import commands
@@ -25,9 +26,6 @@ SIZES = {
     [("gru", "float32"), ("peephole", "float32"), ("lstm", "bfloat16"), ("rnn", "bfloat16")],
 )
 def test_every_library_runs_the_same_layer(cell: str, dtype: str) -> None:
-    import jax
-    import numpy as np
-
     import layers
     from lstm_jax.ops import choice
 
@@ -60,9 +58,6 @@ def test_every_library_runs_the_same_layer(cell: str, dtype: str) -> None:
 
 @pytest.mark.slow
 def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
-    import jax
-    import numpy as np
-
     import peers
 
     options = argparse.Namespace(**SIZES, dtype="float32")
@@ -77,18 +72,13 @@ def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
 
 @pytest.mark.slow
 def test_a_row_of_results_is_trained_and_compared(
-    tmp_path: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import frame
     import results
 
     def run_python(option: str, module: str, *flags: object) -> str:
-        done = commands.run(module.removeprefix("lstm_jax."), *map(str, flags))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return commands.get_output(module.removeprefix("lstm_jax."), *flags)
 
     page = tmp_path / "page.md"
     rows = "| `quick.py`: tiny | 3.0 ± 1.0 |\n| `quick.py` | 9.0 ± 0.1 |\n"
@@ -97,12 +87,10 @@ def test_a_row_of_results_is_trained_and_compared(
     fields = [
         field for field in runs.make_arguments(text_file, tmp_path) if field.startswith("--config.")
     ]
-    fields += ["--config.max_steps=3", "--rows=quick.py"]
-    monkeypatch.setattr(
-        sys, "argv", ["", "--seeds=2", f"--page={page}", f"--workdir={tmp_path / 'runs'}", *fields]
-    )
-    results.main()
-    head, _, measured, stated, within = capsys.readouterr().out.splitlines()
+    fields += ["--config.max_steps=3", "--rows=quick.py", "--seeds=2", f"--page={page}"]
+    fields.append(f"--workdir={tmp_path / 'runs'}")
+    output = commands.get_output("benchmarks/results.py", *fields)
+    head, _, measured, stated, within = output.splitlines()
     assert head == "| quick.py | test | minutes |"
     assert 2 < float(measured.split("|")[2].split()[0]) < 4.5
     assert stated.startswith("| stated | 3.000 ± 1.000 |")

@@ -1,8 +1,6 @@
 """Test the fields of a config, the messages about mistakes in them, and the experiments."""
 
-import importlib.util
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = config_lib.complete_config(module.get_config())
+    config = config_lib.complete_config(config_lib.load(str(path)))
     assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
 
@@ -35,7 +29,7 @@ def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
 def test_an_experiment_that_no_page_runs_trains_and_resumes(
     name: str, text_file: Path, tmp_path: Path
 ) -> None:
-    config = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))["get_config"]()
+    config = config_lib.load(str(ROOT / "experiments" / f"{name}.py"))
     config.model.hidden_size = config.model.embedding_size = 16
     config.batches.batch_size, config.batches.window_length = 8, 32
     config.data.path, config.sample.length = str(text_file), 20

@@ -16,7 +16,6 @@ import pytest
 import commands
 import lstm_jax
 import models
-import runs
 from lstm_jax import config, training
 from lstm_jax import model as model_lib
 from lstm_jax.convert import torch_weights, transfer
@@ -165,13 +164,10 @@ def test_an_error_names_an_array_that_does_not_fit(
     assert message in str(caught.value) and "--modules" in str(caught.value)
 
 
-def test_numbers_that_are_not_finite_raise_an_error(trained: Path, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_raise_an_error(tmp_path: Path) -> None:
     changed = {**make_arrays(), "linear.bias": np.full(30, np.nan, np.float32)}
     with pytest.raises(UserError, match="linear.bias has numbers that are not finite"):
         torch_weights.read_file(save(changed, tmp_path / "model.safetensors"))
-    runs.make_diverged_run(trained, tmp_path / "run")
-    with pytest.raises(UserError, match="the parameters in .* are not finite"):
-        transfer.export_weights(tmp_path / "run", tmp_path / "diverged.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])

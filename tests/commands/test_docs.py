@@ -23,7 +23,6 @@ Other lines are not run. For `python benchmarks/...`, the flags are looked up in
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,6 @@ def test_every_command_of_a_page_runs(
         if name := re.match(r"# (\w+\.py)\n", block.text):
             (tmp_path / name[1]).write_text(block.text, encoding="utf-8")
     for command in find_commands(page):
-        result: commands.Done | subprocess.CompletedProcess[str]
         module, *arguments = prepare_command(command, tmp_path, text_file, trained)
         # A mesh needs a process of its own, because JAX's devices are fixed when it starts.
         if any(argument.startswith("--config.mesh.") for argument in arguments):
@@ -174,8 +172,14 @@ def test_every_promise_of_reliability_md_names_a_test_that_exists() -> None:
 
 
 @pytest.mark.slow
-def test_the_code_of_layers_md_runs() -> None:
+@pytest.mark.parametrize("name", ["layers", "library"])
+def test_the_code_of_a_page_runs(
+    name: str, trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("equinox")
+    shutil.copytree(trained, tmp_path / "runs" / "quick")
+    shutil.copy(text_file, tmp_path / "my.txt")
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for block in find_blocks(ROOT / "docs" / "layers.md"):
-        exec(compile(block.text, "docs/layers.md", "exec"), namespace)
+    for block in find_blocks(ROOT / "docs" / f"{name}.md"):
+        exec(compile(block.text, f"docs/{name}.md", "exec"), namespace)

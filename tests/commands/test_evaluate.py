@@ -18,12 +18,8 @@ PARAMS = models.draw_params(MODEL, 0.6)
 
 def compute_losses(ids: np.ndarray) -> np.ndarray:
     """Return the loss of each token but the first, from one pass over the text."""
-    # All texts of a thousand tokens have one shape: what follows a token has no effect.
-    padded = np.pad(ids[None, :-1], ((0, 0), (0, -(len(ids) - 1) % 1000)))
-    output, _ = models.apply(MODEL, PARAMS, padded, MODEL.initial_carry(1))
-    logits = np.asarray(output[0], np.float64)
-    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    losses: np.ndarray = -log_probabilities[np.arange(len(ids) - 1), ids[1:]]
+    log_probs = models.compute_log_probs(MODEL, PARAMS, ids[:-1])
+    losses: np.ndarray = -log_probs[np.arange(len(ids) - 1), ids[1:]]
     return losses
 
 

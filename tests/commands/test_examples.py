@@ -3,15 +3,11 @@
 import ast
 import copy
 import http.client
-import io
 import os
 import random
 import re
-import runpy
-import sys
 import threading
 import urllib.parse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-import beam_search
 import classify
 import commands
 import lstm_jax
 import novelty
 import runs
+from commands import get_output
 from lstm_jax import ops
 from lstm_jax.data.standard_texts import SPLITS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = EXAMPLES.parent / "experiments" / "quick.py"
-
-
-@pytest.fixture(scope="module")
-def run(trained: Path) -> lstm_jax.Run:
-    """Return the tiny model."""
-    return lstm_jax.load(trained)
-
-
-@pytest.fixture
-def run_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Return a function that runs an example in this process, and returns its output."""
-
-    def run(name: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with commands.keep_process_state():
-            try:
-                runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-            except SystemExit as end:
-                if end.code:
-                    raise
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -68,12 +39,12 @@ def test_every_example_is_short_and_says_how_to_run_it(path: Path) -> None:
 
 @pytest.mark.slow
 def test_sentences_are_sorted_by_their_score(
-    trained: Path, run: lstm_jax.Run, tmp_path: Path, run_example: Callable[..., str]
+    trained: Path, run: lstm_jax.Run, tmp_path: Path
 ) -> None:
     sentences = ["¿xqz jvk wq", "the people and the city", "The gods be with you all"]
     path = tmp_path / "sentences.txt"
     path.write_text("\n\n".join(sentences), encoding="utf-8")
-    output = run_example("score.py", trained, path)
+    output = get_output("examples/score.py", trained, path)
     scored = [line.split("  ", 1) for line in output.splitlines()]
     assert sorted(sentence for _, sentence in scored) == sorted(sentences)
     assert scored[-1][1] == sentences[0]
@@ -85,32 +56,23 @@ def test_sentences_are_sorted_by_their_score(
 
 
 @pytest.mark.slow
-def test_a_chat_continues_all_that_was_read(
-    trained: Path,
-    run: lstm_jax.Run,
-    run_example: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_chat_continues_all_that_was_read(trained: Path, run: lstm_jax.Run) -> None:
     lines = ("/next", "ROMEO:", "", "/undo", "/undo", "/undo", "ROMEO:", "/reset", "/next")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    output = run_example("chat.py", trained, "--length=20", "--temperature=0")
+    flags = "--length=20", "--temperature=0"
+    output = get_output("examples/chat.py", trained, *flags, stdin="\n".join(lines))
     likely = "".join(f"{share:.4f}  {token!r}\n" for token, share in run.next("", n=5))
     whole = run.generate("ROMEO:", length=40, temperature=0).removeprefix("ROMEO:")
     first, second = whole[:20], whole[20:]
     assert output == f"{likely}{first}\n{second}\n{first}\n{likely}"
     for mistake, message in (("--temperature=-1", "is -1"), ("--length=0", "is 0"), ("a b", "a b")):
-        with pytest.raises(SystemExit, match="2"):
-            run_example("chat.py", trained, mistake)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+        result = commands.run("examples/chat.py", trained, mistake)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and message in line
 
 
 @pytest.mark.slow
-def test_the_speaker_is_classified(
-    trained: Path, text_file: Path, run_example: Callable[..., str]
-) -> None:
-    output = run_example("classify.py", trained, text_file, "First Citizen", "MENENIUS")
+def test_the_speaker_is_classified(trained: Path, text_file: Path) -> None:
+    output = get_output("examples/classify.py", trained, text_file, "First Citizen", "MENENIUS")
     assert re.fullmatch(r"\d+ speeches: accuracy 0\.\d+; the majority class 0\.\d+\n", output)
     labels = np.arange(40) % 2
     assert classify.cross_validate(labels[:, None] + 0.0, labels) == 1
@@ -213,46 +175,39 @@ def test_the_weights_of_a_mixture_are_the_best() -> None:
     np.testing.assert_array_equal(weights[2], [1, 0])
 
 
-def test_n_grams_are_mixed_with_a_model(
-    trained: Path, text_file: Path, tmp_path: Path, run_example: Callable[..., str]
-) -> None:
+def test_n_grams_are_mixed_with_a_model(trained: Path, text_file: Path, tmp_path: Path) -> None:
     text, paths = text_file.read_text(encoding="utf-8"), [tmp_path / name for name in "abc"]
     for path, part in zip(paths, (text[:9000], text[9000:9500], text[9500:9900]), strict=True):
         path.write_text(part, encoding="utf-8")
     for more in ([], ["--dynamic", "1e-3", "0.003", "50"]):
-        output = run_example("ngrams.py", f"{trained},{trained}", *paths, *more)
+        output = get_output("examples/ngrams.py", f"{trained},{trained}", *paths, *more)
         for line in output.splitlines():
             model, *ngrams, mixed = map(float, re.findall(r"\d\.\d{4}", line))
             assert mixed < min(model, *ngrams)
 
 
 @pytest.mark.slow
-def test_a_loop_of_your_own_trains_like_the_package(
-    text_file: Path, tmp_path: Path, run_example: Callable[..., str]
-) -> None:
+def test_a_loop_of_your_own_trains_like_the_package(text_file: Path, tmp_path: Path) -> None:
     flags = [*runs.TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
     flags += ["--config.model.dtype=float32"]
     flags += ["--config.regularization.embedding_dropout=0.0"]  # `main` draws a table's rows.
-    command = "training_loop.py", f"--config={QUICK}", *flags
-    losses = ast.literal_eval(run_example(*command))
-    done = commands.run("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)
-    assert done.returncode == 0, done.stderr
+    command = "examples/training_loop.py", f"--config={QUICK}", *flags
+    losses = ast.literal_eval(get_output(*command))
+    get_output("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)
     rows = {split: loss for _, split, loss in runs.read_losses(tmp_path)}
     for split in ("validation", "test"):
         assert losses[split] == pytest.approx(rows[split], abs=2e-4)
     others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
     others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
-    assert ast.literal_eval(run_example(*command, *others))["train"] < 3
+    assert ast.literal_eval(get_output(*command, *others))["train"] < 3
 
 
 @pytest.mark.slow
-def test_a_student_learns_from_what_its_teachers_wrote(
-    text_file: Path, tmp_path: Path, run_example: Callable[..., str]
-) -> None:
+def test_a_student_learns_from_what_its_teachers_wrote(text_file: Path, tmp_path: Path) -> None:
     flags = [f"--config={QUICK}", *runs.TINY, f"--config.data.path={text_file}"]
     flags += ["--config.max_steps=30", "--teachers=2", "--epochs=1", f"--out={tmp_path}"]
     for _ in range(2):  # The second time, all is done.
-        run_example("student.py", *flags)
+        get_output("examples/student.py", *flags)
     student = lstm_jax.load(tmp_path / "student")
     assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
     text = text_file.read_text(encoding="utf-8")
@@ -285,18 +240,12 @@ def test_novelty_is_that_of_a_brute_force_search() -> None:
 
 
 @pytest.mark.slow
-def test_a_text_and_the_most_probable_one(
-    trained: Path, text_file: Path, run_example: Callable[..., str]
-) -> None:
-    output = run_example("novelty.py", trained, text_file, "--length", 200)
+def test_a_text_and_the_most_probable_one(trained: Path, text_file: Path) -> None:
+    output = get_output("examples/novelty.py", trained, text_file, "--length", 200)
     longest = output.partition("the longest passage has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
-    lines = run_example("beam_search.py", trained, "ROMEO:", "--length=9", "--beams=3").splitlines()
-    assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)
-    run = lstm_jax.load(trained)
-    ((greedy, total),) = beam_search.search(run, "ROMEO:", 9, 1)
-    assert greedy == run.generate("ROMEO:", length=9, temperature=0)
-    assert total == pytest.approx(run.score(greedy).log_probs[-9:].sum(), abs=1e-3)
+    output = get_output("examples/beam_search.py", trained, "ROMEO:", "--length=9", "--beams=3")
+    assert output.count("'ROMEO:") == output.count("\n") == 3
 
 
 @pytest.mark.slow
@@ -331,11 +280,11 @@ def test_an_agent_learns_from_the_probabilities_that_it_acted_with() -> None:
 
 
 @pytest.mark.slow
-def test_a_forecast_reads_no_later_year(run_example: Callable[..., str]) -> None:
+def test_a_forecast_reads_no_later_year() -> None:
     pytest.importorskip("statsmodels", reason="statsmodels isn't installed (extra 'examples')")
     import forecast
 
-    output = run_example("forecast.py", "--steps", 100, "--seeds", 2, "--until", 249)
+    output = get_output("examples/forecast.py", "--steps", 100, "--seeds", 2, "--until", 249)
     errors = re.findall(r"error ([\d.]+) sunspots", output)
     numbers = forecast.sunspots.load_pandas().endog.to_numpy()[:249]
     naive = np.abs(np.diff(numbers))[-60:].mean()

@@ -14,14 +14,12 @@ import pytest
 
 import commands
 import lstm_jax
-import models
 from lstm_jax import generation
-from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.export import activations, features, page
 from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
-from lstm_jax.model import LanguageModel
-from lstm_jax.vocabulary import FILE_END, Vocabulary
+from lstm_jax.vocabulary import FILE_END
+from models import make_run, predict_text
 
 # Words of several scripts, numbers, contractions, several spaces, emoji of several code points.
 TEXT = (
@@ -37,25 +35,9 @@ TEXT = (
 )
 
 
-def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> lstm_jax.Run:
-    """Return a model with random parameters, large enough for predictions that vary."""
-    vocabulary = Vocabulary.from_text(text + stop + text, kind, stop=stop)
-    model = LanguageModel(len(vocabulary), 5, 7, stop_id=vocabulary.stop_id, **fields)
-    return lstm_jax.Run(Config(), vocabulary, model, models.draw_params(model, 1.0), 7)
-
-
 def record(trained: lstm_jax.Run, text: str) -> activations.Reading:
     ids = trained.vocabulary.encode(text)
     return activations.record_activations(trained.model, trained.params, ids)
-
-
-def compute_probabilities(trained: lstm_jax.Run, text: str) -> np.ndarray:
-    """Return the probabilities after each token of a text: float32 [n, vocabulary]."""
-    ids = trained.vocabulary.encode(text)
-    padded = np.pad(ids[None], ((0, 0), (0, -len(ids) % 512)))  # What follows has no effect.
-    carry = trained.model.initial_carry(1)
-    logits, _ = models.apply(trained.model, trained.params, padded, carry)
-    return np.asarray(jax.nn.softmax(logits[0]))[: len(ids)]
 
 
 class Page:
@@ -109,7 +91,7 @@ class Page:
     def check_bars(self) -> None:
         """Assert that the page shows the probabilities after the text, without special tokens."""
         self.wait()
-        expected = compute_probabilities(self.trained, self("area.value"))[-1]
+        expected = np.exp(predict_text(self.trained, self("area.value"))[-1])
         expected = np.where(np.arange(len(expected)) > 1, expected, 0) / expected[2:].sum()
         bars = self.get_bars()
         assert len(bars) == 8 and min(bars.values()) >= np.sort(expected)[-8] - 2e-3
@@ -142,7 +124,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
     browser: Any, name: str, tmp_path: Path
 ) -> None:
-    trained = make_trained(**MODELS[name])
+    trained = make_run(TEXT, **MODELS[name])
     text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x\udce9\udcff"
     shown = Page(browser, tmp_path / "page.html", trained)
     ids = trained.vocabulary.encode(text)
@@ -150,7 +132,7 @@ def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
     np.testing.assert_array_equal(shown(read, json.dumps(text)), ids)
     each = "ids.map((id) => Array.from(softmax(step(state, id))))"
     found = shown(f"((ids, state) => {each})(arguments[0], zeroState())", ids.tolist())
-    expected = compute_probabilities(trained, text)
+    expected = np.exp(predict_text(trained, text))
     assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
     np.testing.assert_allclose(found, expected, atol=1e-3)
     if not trained.vocabulary.stop:  # Otherwise the page reads a stop token first.
@@ -166,7 +148,7 @@ def test_line_breaks_of_windows_are_read_as_in_python(
     browser: Any, kind: str, tmp_path: Path
 ) -> None:
     text = "a line\r\n\r\nanother\r\n"
-    trained = make_trained(kind, text=text)
+    trained = make_run(text, kind)
     shown = Page(browser, tmp_path / "page.html", trained, text)
     ids = shown("encode(arguments[0]).map(({id}) => id)", text.replace("\r", ""))
     np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
@@ -248,7 +230,7 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
 def test_the_page_of_another_cell_shows_a_recorded_text(browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    trained, text = make_trained("words", cell="mogrifier", num_layers=2), TEXT + "¿"
+    trained, text = make_run(TEXT, "words", cell="mogrifier", num_layers=2), TEXT + "¿"
     shown = Page(browser, tmp_path / "page.html", trained, text)
     shown.wait()
     assert shown("area.value") == "".join(shown.get_spans()) == text
@@ -275,7 +257,7 @@ def test_the_page_of_another_cell_shows_a_recorded_text(browser: Any, tmp_path: 
 def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     browser: Any, tmp_path: Path
 ) -> None:
-    trained = make_trained("characters", stop="\n\n")
+    trained = make_run(TEXT, "characters", stop="\n\n")
     stop_id, bias = trained.vocabulary.stop_id, trained.params["dense"]["bias"]
     bias = trained.params["dense"]["bias"] = bias.at[:2].set(30).at[stop_id].set(-30)
     shown = Page(browser, tmp_path / "page.html", trained)
@@ -307,7 +289,7 @@ def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
 def test_a_model_of_parts_of_characters_shows_characters(browser: Any, tmp_path: Path) -> None:
     # The first two bytes of the three of each character, and words, are tokens.
     text = TEXT + " water waters 日 旦 旧 早 旬 時" * 9
-    trained = make_trained("bpe", text=text)
+    trained = make_run(text, "bpe")
     tokens = trained.vocabulary.tokens
     shown = Page(browser, tmp_path / "page.html", trained)
     shown("(controls.temperature = 1)")
@@ -344,7 +326,7 @@ def unpack(packed: dict[str, str]) -> np.ndarray:
 @pytest.mark.parametrize("cell", ["lstm", "mogrifier"])
 def test_the_page_contains_what_was_measured(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_RECORDED_ACTIVATIONS", 7 * 50)
-    trained = make_trained("characters", cell=cell)
+    trained = make_run(TEXT, "characters", cell=cell)
     text = "</script><b>¿\n" + TEXT * 9
     content = page.make_page(trained, "<i>name</i>", text)
     assert b"</script><b>" not in content and b"<i>name" not in content
@@ -381,13 +363,12 @@ def test_the_command_reads_the_validation_split_or_standard_input(
         rf"The model of {directory}, step \d+, reads [\d,]+ characters\n", done.stderr
     )
     flags = [f"--workdir={directory}", "--text=-", "--to=other.html"]
-    done = commands.run("export", *flags, cwd=tmp_path, given="To be, or not")
-    assert done.returncode == 0, done.stderr
+    commands.get_output("export", *flags, cwd=tmp_path, stdin="To be, or not")
     assert b'"text": "To be, or not"' in (tmp_path / "other.html").read_bytes()
 
 
 def test_mistakes_give_a_one_line_error(trained: Path, tmp_path: Path) -> None:
-    loaded = make_trained("characters")
+    loaded = make_run(TEXT, "characters")
     loaded.params["dense"]["bias"] *= np.nan
     with pytest.raises(UserError, match="its training diverged"):
         page.make_page(loaded, "name", "To be, or not")

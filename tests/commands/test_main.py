@@ -16,7 +16,7 @@ import pytest
 import lstm_jax
 import models
 import runs
-from commands import keep_process_state, run, run_python
+from commands import get_output, keep_process_state, run, run_python
 from lstm_jax import config, dynamic, errors, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -60,16 +60,14 @@ def test_a_model_is_trained_further_on_another_text(
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
     command = ["main", f"--init_from={trained}", "--config.data.path=my.txt"]
     sizes = ["--config.batches.batch_size=8", "--config.max_steps=4", "--config.sample.length=20"]
-    first = run(*command, *sizes, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert f"in {trained}; 1 new tokens: 'é'" in first.stdout
+    output = get_output(*command, *sizes, cwd=tmp_path)
+    assert f"in {trained}; 1 new tokens: 'é'" in output
     directory = tmp_path / "runs" / f"finetune_{trained.name}"
     made, source = workdir.load_config(directory), workdir.load_config(trained)
     assert made.model == source.model and made.init_from == str(trained)
     assert made.optimizer.learning_rate < source.optimizer.learning_rate
     command[1] += "/"  # As a shell completes it.
-    again = run(*command, *sizes, cwd=tmp_path)
-    assert again.returncode == 0 and "is finished, at step 4" in again.stdout
+    assert "is finished, at step 4" in get_output(*command, *sizes, cwd=tmp_path)
 
 
 def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path: Path) -> None:
@@ -78,8 +76,7 @@ def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path
     for name, content in zip(["whole", "a", "b", "c"], contents, strict=True):
         (tmp_path / name).write_bytes(content)
     command = "evaluate", f"--workdir={trained}", "--data_path"
-    result = run(*command, "whole", cwd=tmp_path)
-    assert result.returncode == 0 and json.loads(result.stdout)["split"] == "test"
+    assert json.loads(get_output(*command, "whole", cwd=tmp_path))["split"] == "test"
     result = run(*command, "a;b;c", cwd=tmp_path)  # The same text, divided in another way.
     assert result.returncode == 2 and "or is split differently" in result.stderr
 
@@ -135,16 +132,16 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
     (tmp_path / "validation.txt").write_bytes(text_file.read_bytes()[18_000:19_000])
 
     def measure(*flags: str) -> dict[str, Any]:
-        result = run("evaluate", f"--workdir={trained}", *flags, cwd=tmp_path)
-        measured: dict[str, Any] = json.loads(result.stdout)
-        return measured
+        output = get_output("evaluate", f"--workdir={trained}", *flags, cwd=tmp_path)
+        fields: dict[str, Any] = json.loads(output)
+        return fields
 
     (tmp_path / "last.txt").write_bytes(text_file.read_bytes()[18_000:])
     for name, path in (("validation", "validation.txt"), ("validation+test", "last.txt")):
         split, text = measure(f"--split={name}"), measure(f"--text={path}")
         assert text.pop("text") == path and text.pop("unknown_tokens") == 0
         assert split.pop("split") == name and text == split
-    unknown = run("evaluate", f"--workdir={trained}", "--text=-", given="To \x1b\x7f日!\n")
+    unknown = run("evaluate", f"--workdir={trained}", "--text=-", stdin="To \x1b\x7f日!\n")
     assert json.loads(unknown.stdout)["unknown_tokens"] == 3
     loaded = lstm_jax.load(trained)
     ids = loaded.vocabulary.encode(text_file.read_text())
@@ -176,7 +173,7 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
 def test_a_text_that_cannot_be_measured_gives_one_line(
     content: bytes, message: str, trained: Path
 ) -> None:
-    result = run("evaluate", f"--workdir={trained}", "--text=-", given=content)
+    result = run("evaluate", f"--workdir={trained}", "--text=-", stdin=content)
     assert result.returncode == 2 and not result.stdout
     assert message in result.stderr and result.stderr.count("\n") == 1
 
@@ -302,7 +299,7 @@ def test_a_text_of_documents_that_are_files_ends_with_their_stop_token(tmp_path:
     params = models.draw_params(model, 0.1)
     transfer.make_folder(tmp_path / "run", fields, vocabulary, params)
     flags = ["evaluate", f"--workdir={tmp_path / 'run'}", "--text=-"]
-    assert json.loads(run(*flags, given="abba").stdout)["tokens"] == 4
+    assert json.loads(get_output(*flags, stdin="abba"))["tokens"] == 4
 
 
 @pytest.mark.process

@@ -50,10 +50,6 @@ def name_cell(config: ConfigDict, path: Path, kind: str = "CoupledLSTM") -> str:
     return config.model.cell
 
 
-class _KilledError(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_the_example_trains_and_resumes_bit_for_bit(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path
@@ -64,13 +60,8 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     for field in tiny_config.regularization:
         tiny_config.regularization[field] = 0.1
     training.train(tiny_config, tmp_path / "whole")
-
-    def die(row: Any) -> None:
-        if row["step"] > 80 and row["split"] == "train":
-            raise _KilledError
-
-    with pytest.raises(_KilledError):
-        training.train(tiny_config, tmp_path / "cut", die)
+    with pytest.raises(runs.KilledError):
+        training.train(tiny_config, tmp_path / "cut", runs.kill_at(90, "train"))
     moved = own_file.rename(own_file.with_name("moved.py"))
     name_cell(tiny_config, moved)  # A file may move.
     training.train(tiny_config, tmp_path / "cut")
@@ -101,10 +92,7 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     fields += [f"--config.model.cell={cell}", "--config.model.options.warm_up=3.0"]
     fields += [*runs.TINY, "--config.sample.length=20"]
 
-    def run(module: str, *arguments: str) -> str:
-        done = commands.run(module, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    run = functools.partial(commands.get_output, cwd=tmp_path)
 
     # The command that a run prints works.
     def generate(printed: str) -> str:
@@ -132,20 +120,17 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     mark = tmp_path / "mark"
     own_file.write_text(f"open({str(mark)!r}, 'w')\n" + own_file.read_text())
     capfd.readouterr()
-
-    def run(module: str, *arguments: str) -> commands.Done:
-        return commands.run(module, "--workdir", tmp_path / "run", *arguments)
-
+    sample = functools.partial(commands.run, "sample", "--workdir", tmp_path / "run", "--length=5")
     cells.LOADED.clear()
     with pytest.raises(
         UserError, match=rf"whose code runs only if you name it: --cell {name}, cell= in Python"
     ):
         lstm_jax.load(tmp_path / "run")
-    refused = run("sample", "--length=5")
+    refused = sample()
     assert refused.returncode == 2 and not mark.exists()
     assert refused.stderr.count("\n") == 1 and f"if you name it: --cell {name}" in refused.stderr
     (tmp_path / "two.py").write_text(SOURCE)
-    done = run("sample", "--length=5", "--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
+    done = sample("--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
     assert done.returncode == 0 and mark.exists()
     assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))
 

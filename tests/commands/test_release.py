@@ -21,7 +21,7 @@ from lstm_jax.run import workdir
 ROOT = Path(__file__).parents[2]
 
 
-def run_successfully(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command outside of a clone, and assert that it succeeds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
@@ -29,11 +29,6 @@ def run_successfully(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result
-
-
-def run(*arguments: str, cwd: Path) -> str:
-    """Return the standard output of a command."""
-    return run_successfully(*arguments, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def build(directory: Path) -> None:
         directory.mkdir()
         command = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
-        result = run_successfully(*command, cwd=directory)
+        result = run(*command, cwd=directory)
         # Warnings of `build` are in capitals. Others are about this machine, such as
         # "byte-compiling is disabled".
         assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
@@ -87,14 +82,14 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
     empty = tmp_path / "empty"
     empty.mkdir()
-    where = run(python, "-c", "import lstm_jax; print(lstm_jax.__file__)", cwd=empty)
+    where = run(python, "-c", "import lstm_jax; print(lstm_jax.__file__)", cwd=empty).stdout
     assert Path(where.strip()).is_relative_to(environment.resolve())
     train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
     sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
     run(*train, *sizes, f"--config.data.path={text_file}", "--config.max_steps=1", cwd=empty)
     assert (empty / "runs" / "quick" / workdir.CHECKPOINTS / "1").is_dir()
     sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
-    assert len(run(*sample, cwd=empty)) == 21
+    assert len(run(*sample, cwd=empty).stdout) == 21
 
 
 def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> None:

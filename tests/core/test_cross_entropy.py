@@ -14,7 +14,7 @@ import models
 from lstm_jax.cross_entropy import compute_cross_entropy
 from lstm_jax.model import LanguageModel
 from lstm_jax.ops import choice, native
-from references import assert_close
+from references import assert_close, compute_exactly, measure_errors, value_and_gradients
 
 # (rows, features, vocabulary): one row; odd numbers; parts of tiles; more and fewer rows than
 # tokens; and a depth that is divided into blocks.
@@ -51,11 +51,10 @@ def to_float32(arrays: Any) -> Any:
 
 
 def differentiate(arrays: Any, targets: Any, weights: Any, tied: bool, dtype: str) -> Any:
-    def loss_fn(*arrays: Any) -> Any:
-        losses = compute_losses(arrays, targets, tied, dtype)
-        return (losses * weights.astype("float32")).sum(), losses
+    def run(*arrays: Any) -> jax.Array:
+        return compute_losses(arrays, targets, tied, dtype)
 
-    grads, losses = jax.jit(jax.grad(loss_fn, (0, 1, 2), has_aux=True))(*to_float32(arrays))
+    losses, grads = value_and_gradients(run, *to_float32((weights, *arrays)))
     return jax.device_get((losses, *grads))
 
 
@@ -72,18 +71,15 @@ def test_losses_and_gradients_agree_with_autodiff(
 def check_losses(sizes: tuple[int, int, int], tied: bool, dtype: str, bound: float) -> None:
     arrays, targets, weights = draw_problem(sizes, tied)
 
-    def loss_fn(inputs: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
+    def run(inputs: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
         logits = inputs @ (kernel.T if tied else kernel) + bias[None]
-        losses = softmax_cross_entropy_with_integer_labels(logits, targets)
-        return (losses * weights).sum(), losses
+        return softmax_cross_entropy_with_integer_labels(logits, targets)
 
-    with jax.enable_x64(True):
-        grads, losses = jax.grad(loss_fn, (0, 1, 2), has_aux=True)(*map(jnp.asarray, arrays))
-    found = differentiate(arrays, targets, weights, tied, dtype)
-    for actual, expected in zip(found, jax.device_get((losses, *grads)), strict=True):
-        assert np.linalg.norm(actual - expected) < bound * np.linalg.norm(expected)
+    losses, grads = compute_exactly(run, weights, *arrays)
+    actual = differentiate(arrays, targets, weights, tied, dtype)
+    assert measure_errors(actual, (losses, *grads)) < bound
     alone = compute_losses(to_float32(arrays), targets, tied, dtype)  # Without derivatives.
-    np.testing.assert_allclose(alone, found[0], rtol=1e-6)
+    np.testing.assert_allclose(alone, actual[0], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("uses_c")

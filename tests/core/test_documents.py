@@ -15,17 +15,13 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.model import LanguageModel
 from lstm_jax.ops import native
+from references import value_and_gradients
 
 BATCH, TIME, STOP = 3, 21, 4
 IDS = np.random.default_rng(0).choice([0, 1, 2, 3, 5, 6], (BATCH, TIME)).astype(np.int32)
 # At the start and the end of a window, next to each other, at the end of the text, and nowhere.
 IDS[0, [3, 9, 10, 20]] = IDS[1, [0, 8, 12]] = STOP
 CUTS = (0, 9, 10, TIME)
-
-
-@pytest.fixture
-def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load_library", lambda: None)
 
 
 def split(ids: np.ndarray) -> list[np.ndarray]:
@@ -62,16 +58,6 @@ def read_windows(model: LanguageModel, params: Any, carry: Any) -> jax.Array:
     return jnp.concatenate(logits, axis=1)
 
 
-def differentiate(read: Any, params: Any, carry: Any) -> Any:
-    """Return the logits, and the gradients of the loss by the parameters and the carry."""
-
-    def loss(params: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
-        logits = read(params, carry)
-        return jnp.sum(jnp.cos(jnp.arange(logits.size).reshape(logits.shape)) * logits), logits
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, carry)
-
-
 MODELS = [
     ("lstm", "none", "scan"),
     ("lstm", "none", "auto"),
@@ -82,11 +68,11 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("cell", "block", "recurrence"), MODELS)
-@pytest.mark.usefixtures("without_library")
 def test_every_document_is_read_alone(
     cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lstm_jax.ops.scans._CHUNK", 8)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     layers = 2 if cell == "lstm" else 1
     alone = LanguageModel(7, 5, 8, layers, "scan", cell=cell, block=block)
     params = models.draw_params(alone)
@@ -94,9 +80,12 @@ def test_every_document_is_read_alone(
     carry = jax.tree.map(
         lambda x: jnp.asarray(rng.uniform(0.1, 0.9, x.shape), x.dtype), alone.initial_carry(BATCH)
     )
-    grads, expected = differentiate(functools.partial(read_alone, alone), params, carry)
+    weights = jnp.cos(jnp.arange(BATCH * TIME * 7.0)).reshape(BATCH, TIME, 7)
+    read = functools.partial(read_alone, alone)
+    expected, grads = value_and_gradients(read, weights, params, carry)
     whole = alone.clone(recurrence=recurrence, stop_id=STOP)
-    actual_grads, actual = differentiate(functools.partial(read_windows, whole), params, carry)
+    read = functools.partial(read_windows, whole)
+    actual, actual_grads = value_and_gradients(read, weights, params, carry)
     np.testing.assert_allclose(actual, expected, atol=2e-5)
     for a, e in zip(jax.tree.leaves(actual_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4 * max(1, np.abs(e).max()))

@@ -126,13 +126,12 @@ def test_a_text_ends_at_the_stop_token() -> None:
     assert generate(prompt="a", length=2000) == [whole.partition("\n")[0]]
 
 
-def test_a_text_of_bytes_never_splits_a_character() -> None:
-    model = LanguageModel(258, 4, 8)
+def test_no_piece_ends_within_a_character() -> None:
+    model, vocabulary = LanguageModel(258, 4, 8), Vocabulary.from_text("", "bytes")
     params = models.draw_params(model)
-    vocabulary = Vocabulary.from_text("", "bytes")
     # Of a lead byte and a continuation byte, in any order.
     params["dense"]["bias"] = params["dense"]["bias"].at[vocabulary.encode("é")].add(1000)
-    options: Any = {"prompt": "x", "length": 400}
+    options: Any = {"length": 400}
     pieces = generation.stream_texts(model, params, vocabulary, jax.random.key(0), **options)
     text = "".join(piece for (piece,) in pieces)
     assert "é" in text and len(text.encode("utf-8", "surrogateescape")) == 400

@@ -26,10 +26,8 @@ def draw_params(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_config(batch_size: int = 2) -> ConfigDict:
     """Return the config of a tiny model, with Adam at 0.1."""
     config = config_lib.default()
-    config.batches.batch_size = batch_size
-    config.model.embedding_size = 6
-    config.model.hidden_size = 9
-    config.optimizer.learning_rate = 0.1
+    config.batches.batch_size, config.optimizer.learning_rate = batch_size, 0.1
+    config.model.update(embedding_size=6, hidden_size=9)
     return config
 
 
@@ -123,21 +121,6 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert runs[0] == runs[1]
     first, second, third = np.diff([0.0, *runs[0]])
     assert first != second != third
-
-
-@pytest.mark.parametrize("cell", ["lstm", "rglru"])
-def test_no_tracer_leaks_from_a_step(cell: str) -> None:
-    config = make_config()
-    config.model.update({"cell": cell, "hidden_size": 8})
-    config.regularization.output_dropout = 0.5
-    model = model_lib.make_model(config.model, 11)
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
-    state = train_step.init_state(model, optimizer, jax.random.key(0), 2)
-    mesh = make_mesh(config)
-    with jax.checking_leaks():
-        jax.eval_shape(
-            train_step.make_train_step(model, optimizer, config, mesh), state, make_batch(2, 7)
-        )
 
 
 def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:

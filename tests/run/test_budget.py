@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,7 +13,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 
 
 def open_config(minutes: float, **fields: object) -> Config:
@@ -94,13 +93,8 @@ def test_a_run_resumes_with_the_fields_that_it_chose(
 ) -> None:
     fields = {"data.path": str(text_file), "model.hidden_size": 16, "max_steps": 30}
     config = open_config(0.5, **fields)
-
-    def kill(row: metrics.Row) -> None:
-        if row["step"] >= 12:
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        training.train(config, tmp_path / "run", kill, quiet=True)
+    with pytest.raises(runs.KilledError):
+        training.train(config, tmp_path / "run", runs.kill_at(20, "train"), quiet=True)
     with monkeypatch.context() as patched:  # Nothing is measured again.
         patched.delattr(training, "measure_speed")
         run = training.train(config, tmp_path / "run", quiet=True)
@@ -117,4 +111,4 @@ def test_an_initial_model_is_refused(text_file: Path, tmp_path: Path) -> None:
     config = config_lib.complete_config(config, {"init_from": "tiny-shakespeare"})
     with pytest.raises(UserError, match="chooses the sizes of a new model"):
         training.train(config, tmp_path / "run")
-    assert jax.tree.leaves(workdir.has_run(tmp_path / "run")) == [False]
+    assert not workdir.has_run(tmp_path / "run")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -193,54 +194,34 @@ def test_sha256sum_can_check_the_seal(saved: Path) -> None:
 def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = threading.Event()
-    seen: list[int] = []
-    failures: list[BaseException] = []
+    end, steps = threading.Event(), list[int]()
 
     def read() -> None:
-        try:
-            while not done.is_set():
-                params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
-                np.testing.assert_array_equal(params["w"], np.full(3, float(step)))
-                seen.append(step)
-        except BaseException as error:
-            failures.append(error)
+        while not end.is_set():
+            params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
+            np.testing.assert_array_equal(params["w"], np.full(3, float(step)))
+            steps.append(step)
 
     writer = checkpoints.CheckpointWriter(tmp_path)
     save(writer, 1)
-    reader = threading.Thread(target=read)
-    reader.start()
-    for step in range(2, 20):
-        save(writer, step)
-        if step % 3 == 0:
-            writer.record_validation(step, 1 / step, {})
-    done.set()
-    reader.join()
-    assert not failures
-    assert len(set(seen)) > 3 and seen == sorted(seen)
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for step in range(2, 20):
+            save(writer, step)
+            if step % 3 == 0:
+                writer.record_validation(step, 1 / step, {})
+        end.set()
+        reader.result()
+    assert len(set(steps)) > 3 and steps == sorted(steps)
     assert capsys.readouterr().err == "", "no checkpoint counts as damaged"
 
 
 @pytest.mark.slow
 def test_runs_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
-    errors: list[UserError] = []
+    def save_all(name: str) -> list[int]:
+        for number in range(8):
+            save(checkpoints.CheckpointWriter(tmp_path / name), number)
+        return checkpoints.list_steps(tmp_path / name)
 
-    def save_all(directory: Path) -> None:
-        try:
-            for number in range(8):
-                writer = checkpoints.CheckpointWriter(directory)
-                save(writer, number)
-        except UserError as error:
-            errors.append(error)
-
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    threads = [
-        threading.Thread(target=save_all, args=(tmp_path / name,), daemon=True) for name in "ab"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors
-    assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[6, 7]] * 2
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(save_all, "ab")] == [[6, 7]] * 2

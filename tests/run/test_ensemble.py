@@ -38,13 +38,8 @@ def make_ids(length: int) -> np.ndarray:
 
 def compute_probabilities(ids: np.ndarray) -> np.ndarray:
     """Return the mean probabilities of the next token after each id, float64 [n, vocabulary]."""
-    found = []
-    for model, params in MEMBERS:
-        padded = np.pad(ids[None], ((0, 0), (0, 300 - len(ids))))  # What follows has no effect.
-        logits, _ = models.apply(model, params, padded, model.initial_carry(1))
-        odds = np.exp(np.asarray(logits[0], np.float64))
-        found.append(odds / odds.sum(axis=-1, keepdims=True))
-    mean: np.ndarray = np.mean(found, axis=0)[: len(ids)]
+    log_probs = [models.compute_log_probs(model, params, ids) for model, params in MEMBERS]
+    mean: np.ndarray = np.mean(np.exp(log_probs), axis=0)
     return mean
 
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,23 +20,9 @@ from lstm_jax import training
 from lstm_jax.batches import Batch, make_batches
 from lstm_jax.devices import mesh
 from lstm_jax.run import checkpoints, metrics, workdir
-from lstm_jax.run.messages import Progress, describe_validation
+from lstm_jax.run.messages import Progress
 from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState
-
-
-class KilledError(Exception):
-    """Ends a run without a checkpoint, as SIGKILL does."""
-
-
-def kill_at(step: int, split: str) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback for `training.train` that ends the run after this row."""
-
-    def watch(row: Mapping[str, Any]) -> None:
-        if (row["step"], row["split"]) == (step, split):
-            raise KilledError
-
-    return watch
 
 
 def list_steps(directory: Path, split: str = "validation") -> list[int]:
@@ -56,17 +42,12 @@ def make_state(**counters: float) -> TrainState:
     return TrainState({}, (), (), jax.random.key(0), **values)
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Return a clock that is set by hand."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def test_a_plan_validates_after_epochs_or_a_number_of_steps_and_at_the_end() -> None:
@@ -80,7 +61,7 @@ def test_a_plan_validates_after_epochs_or_a_number_of_steps_and_at_the_end() -> 
     assert list_validations(make_plan(max_steps=1000)) == [0, 70, 140]
 
 
-def test_the_speed_is_that_of_the_steps_after_the_first(clock: Clock) -> None:
+def test_the_speed_is_that_of_the_steps_after_the_first(clock: SimpleNamespace) -> None:
     measured = Progress(make_plan(), print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
     slow: Any = computed  # It is computed three seconds after its call has returned.
@@ -99,7 +80,7 @@ def test_the_speed_is_that_of_the_steps_after_the_first(clock: Clock) -> None:
 
 
 def test_progress_is_a_line_every_ten_seconds(
-    capsys: pytest.CaptureFixture[str], clock: Clock
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
     progress = Progress(make_plan(), print)
     clock.now += 30
@@ -114,18 +95,7 @@ def test_progress_is_a_line_every_ten_seconds(
     ]
 
 
-def test_a_validation_line_compares_its_loss_with_the_best() -> None:
-    rows: list[Any] = [{"step": 60, "split": "train", "loss": 1.5, "learning_rate": 0.0123}]
-    losses = enumerate((4.0, 2.0, 2.5))
-    rows += [{"step": 70 * i, "split": "validation", "loss": x} for i, x in losses]
-    line = describe_validation(rows, make_plan(num_epochs=9), "1.2 nats")
-    assert line == (
-        "epoch 2 of 9: validation loss 1.2 nats; best 2.0000 at step 70; "
-        "training loss 1.5000, learning rate 0.0123"
-    )
-
-
-def test_a_row_has_the_means_since_the_last_one(clock: Clock) -> None:
+def test_a_row_has_the_means_since_the_last_one(clock: SimpleNamespace) -> None:
     rows: list[Any] = []
     plan = make_plan(optimizer={"warmup_steps": 20})
     progress = Progress(plan, print)
@@ -139,7 +109,7 @@ def test_a_row_has_the_means_since_the_last_one(clock: Clock) -> None:
     assert float(state.loss_sum) == float(state.norm_sum) == int(state.loss_steps) == 0
 
 
-def test_a_save_is_due_when_the_last_one_is_old(clock: Clock, tmp_path: Path) -> None:
+def test_a_save_is_due_when_the_last_one_is_old(clock: SimpleNamespace, tmp_path: Path) -> None:
     writer = checkpoints.CheckpointWriter(tmp_path, 60.0)
     clock.now += 59
     assert not writer.is_due()
@@ -184,8 +154,8 @@ def test_validating_more_often_does_not_change_training(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.validate_every_steps = 35
-    with pytest.raises(KilledError):
-        training.train(tiny_config, tmp_path, kill_at(105, "validation"))
+    with pytest.raises(runs.KilledError):
+        training.train(tiny_config, tmp_path, runs.kill_at(105, "validation"))
     training.train(tiny_config, tmp_path)
     assert list_steps(tmp_path) == [0, 35, 70, 105, 140]
     found = runs.read_numbers(tmp_path)
@@ -222,10 +192,8 @@ def test_max_steps_ends_the_run_and_its_schedule(
 @pytest.fixture
 def patient_config(tiny_config: ConfigDict) -> ConfigDict:
     """Return a config whose validation losses soon stop falling."""
-    tiny_config.optimizer.learning_rate = 0.2
-    tiny_config.optimizer.schedule = "constant"
-    tiny_config.validate_every_steps = 15
-    tiny_config.num_epochs, tiny_config.patience = 20, 3
+    tiny_config.optimizer.update(learning_rate=0.2, schedule="constant")
+    tiny_config.update(validate_every_steps=15, num_epochs=20, patience=3)
     return tiny_config
 
 
@@ -246,11 +214,12 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     ) in output
     assert f"Test loss at step {best}, the step with the best validation loss" in output
     assert list_steps(whole, "test") == [best]
+    assert output.count(f"; best {losses[best]:.4f} at step {best}; training loss ") == 4
 
     # Before a validation, and during the last one, whose loss is lost.
     for step, split in ((before // 10 * 10, "train"), (last, "validation")):
-        with pytest.raises(KilledError):
-            training.train(patient_config, killed, kill_at(step, split))
+        with pytest.raises(runs.KilledError):
+            training.train(patient_config, killed, runs.kill_at(step, split))
     training.train(patient_config, killed)
     runs.assert_same(whole, killed)
 

@@ -1,11 +1,9 @@
 """Use the package from Python: `import lstm_jax`, trained models, and training."""
 
 import itertools
-import pydoc
-import re
-import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +16,12 @@ import beam_search
 import commands
 import lstm_jax
 import models
-from lstm_jax.config import Config
+from lstm_jax import Run
 from lstm_jax.errors import UserError
-from lstm_jax.model import LanguageModel
 from lstm_jax.run import workdir
-from lstm_jax.run.run import Run
-from lstm_jax.vocabulary import Vocabulary
+from models import make_run, predict_text
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def run(trained: Path) -> Run:
-    return lstm_jax.load(str(trained))
-
-
-def make_run(text: str = "abc", stop: str = "", **fields: Any) -> Run:
-    """Return a model with random parameters."""
-    vocabulary = Vocabulary.from_text(text, stop=stop)
-    model = LanguageModel(len(vocabulary), 5, 7, **fields)
-    params = models.draw_params(model, 1.0)
-    return Run(Config(), vocabulary, model, params, 0)
-
-
-def compute_log_probs(run: Run, text: str) -> np.ndarray:
-    """Return the log-probabilities of all tokens after each token: [n, vocabulary]."""
-    ids = run.vocabulary.encode(text)
-    padded = np.pad(ids[None], ((0, 0), (0, -len(ids) % 64)))  # What follows has no effect.
-    logits, _ = models.apply(run.model, run.params, padded, run.model.initial_carry(1))
-    log_probs = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
-    return log_probs[: len(ids)]
 
 
 @pytest.mark.process
@@ -107,31 +81,12 @@ def test_training_and_loading_leave_the_process_as_it_was(text_file: Path, tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.slow
-def test_the_blocks_of_the_page_run(
-    trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 5
-    shutil.copytree(trained, tmp_path / "runs" / "quick")
-    shutil.copy(text_file, tmp_path / "my.txt")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["own"].step > 0
-    assert {row["split"] for row in names["own"].metrics} >= {"validation", "test"}
-
-
 def test_generated_text_is_that_of_the_command(trained: Path) -> None:
     options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
-    done = commands.run("sample", f"--workdir={trained}", *options)
-    assert done.returncode == 0, done.stderr
+    output = commands.get_output("sample", f"--workdir={trained}", *options)
     run = lstm_jax.load(f"{trained}/../{trained.name}", dtype="bfloat16")
-    assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
-    assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
+    assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == output
+    assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == output
 
 
 def test_a_model_is_loaded_in_another_dtype(run: Run, trained: Path) -> None:
@@ -151,14 +106,14 @@ def test_several_texts_are_read_step_by_step() -> None:
     np.testing.assert_array_equal(state.logits, run.read(ids).logits)
     log_probs = jax.nn.log_softmax(state.logits)
     for of_text, text in zip(log_probs, texts, strict=True):
-        np.testing.assert_allclose(of_text, compute_log_probs(run, text)[-1], atol=1e-5)
+        np.testing.assert_allclose(of_text, predict_text(run, text)[-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_scores_are_those_of_the_model_with_a_prompt_and_without(cell: str) -> None:
     run = make_run("abcdefgh", cell=cell, num_layers=2)
     text = "".join(np.random.default_rng(1).choice(list("abcdefgh"), 2500))
-    expected = compute_log_probs(run, text)[np.arange(2499), run.vocabulary.encode(text)[1:]]
+    expected = predict_text(run, text)[np.arange(2499), run.vocabulary.encode(text)[1:]]
     whole = run.score(text)
     assert whole.tokens == list(text[1:])
     np.testing.assert_allclose(whole.log_probs, expected, atol=1e-4)
@@ -175,7 +130,7 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
     assert first.shape == last.shape == (10, 7)
     dense = run.params["dense"]
     log_probs = jax.nn.log_softmax(last @ dense["kernel"] + dense["bias"])
-    np.testing.assert_allclose(log_probs, compute_log_probs(run, text), atol=1e-5)
+    np.testing.assert_allclose(log_probs, predict_text(run, text), atol=1e-5)
     ids = run.vocabulary.encode(text)[None]
     _, carry = models.apply(run.model, run.params, ids, run.model.initial_carry(1))
     np.testing.assert_allclose(first[-1], carry[0].hidden[0], atol=1e-5)
@@ -185,7 +140,7 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
 
 def test_the_next_tokens_are_sorted_by_probability(run: Run) -> None:
     found = run.next("The", n=7)
-    expected = np.exp(compute_log_probs(run, "The")[-1])
+    expected = np.exp(predict_text(run, "The")[-1])
     best = np.argsort(-expected)[:7]
     assert [token for token, _ in found] == [run.vocabulary.tokens[i] for i in best]
     np.testing.assert_allclose([p for _, p in found], expected[best], rtol=1e-4)
@@ -196,7 +151,7 @@ def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
     totals = {}
     for letters in itertools.product("abc", repeat=3):
         text = "b" + "".join(letters)
-        log_probs = compute_log_probs(run, text)[np.arange(3), run.vocabulary.encode(text)[1:]]
+        log_probs = predict_text(run, text)[np.arange(3), run.vocabulary.encode(text)[1:]]
         totals[text] = log_probs.sum()
     ordered = sorted(totals, key=totals.__getitem__, reverse=True)
     found = beam_search.search(run, "b", length=3, beams=9)
@@ -214,41 +169,34 @@ def test_training_in_a_thread_is_silent_while_others_print(
 ) -> None:
     tiny_config.max_steps = 2
     rows: list[Any] = []
-    results: list[Any] = []
     printed = threading.Event()
 
     def watch(row: Any) -> None:
         rows.append(row)
         printed.wait(60)
 
-    def train() -> None:
-        results.append(lstm_jax.train(tiny_config, str(tmp_path / "run"), watch, quiet=True))
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    while not rows and thread.is_alive():
-        thread.join(0.1)
-    print("from the main thread")
-    printed.set()
-    thread.join()
-    assert results[0].step == 2
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lstm_jax.train, tiny_config, str(tmp_path / "run"), watch, quiet=True)
+        commands.wait_until(lambda: rows or future.done())
+        print("from the main thread")
+        printed.set()
+    trained, loaded = future.result(), lstm_jax.load(tmp_path / "run")
+    assert trained.step == 2
     assert capfd.readouterr() == ("from the main thread\n", "")
     assert rows[-1]["split"] == "test"
     samples = [row["sample"] for row in rows if row["split"] == "validation"]
     assert len(samples) == 2
     assert all(sample in (tmp_path / "run" / workdir.SAMPLES).read_text() for sample in samples)
     rows = [{k: v for k, v in row.items() if k != "sample"} for row in rows]
-    assert rows == results[0].metrics == lstm_jax.load(tmp_path / "run").metrics
-    assert results[0].generate("A", length=9) == lstm_jax.load(tmp_path / "run").generate(
-        "A", length=9
-    )
+    assert rows == trained.metrics == loaded.metrics
+    assert trained.generate("A", length=9) == loaded.generate("A", length=9)
     with pytest.raises(UserError, match="num_epochs"):
         lstm_jax.train(ConfigDict({"num_epochs": -1}), tmp_path / "other", quiet=True)
     assert not (tmp_path / "other").exists()
 
 
 def test_an_error_names_the_argument() -> None:
-    run = make_run()
+    run = make_run("abc")
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (run.generate, {"length": -1}, "length is -1: it needs 1 <= length <= "),
         (run.generate, {"length": 1.0}, "length is 1.0: it must be of type int"),
@@ -268,23 +216,14 @@ def test_an_error_names_the_argument() -> None:
 
 
 def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
-    run = make_run()
+    run = make_run("abc")
     expected = run.generate("a", length=20, top_p=0.9)
     with jax.enable_x64(True):
         assert run.generate("a", length=20, top_p=0.9) == expected
 
 
 def test_a_warning_names_what_the_model_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run()
+    run = make_run("abc")
     for call in (run.generate, run.stream, run.next):
         call("¿")
         assert "warning: the model does not know '¿'" in capsys.readouterr().err
-
-
-def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
-    run = make_run("abc", num_layers=2)
-    assert str(run) == "<lstm_jax.Run: lstm 2x7; 849 parameters; 5 characters; step 0>"
-    shown = pydoc.plain(pydoc.render_doc(lstm_jax.train))
-    assert "function train in module lstm_jax.training" in shown
-    assert "quiet: bool = False" in shown
-    assert "ModuleType" not in shown
