@@ -37,7 +37,7 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
     if number <= 0:
         return []
     tokenizers = _import_tokenizers()
-    repeated = (
+    corpus = (
         (_spell(word) + _END) * min(_REPEATED, count - start)
         for word, count in counts.items()
         for start in range(0, count, _REPEATED)
@@ -50,15 +50,15 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
         initial_alphabet=_ALPHABET,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(repeated, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     ids = tokenizer.get_vocab()
     return list(map(_read, sorted(ids.keys() - set(_ALPHABET), key=ids.__getitem__)))
 
 
-def make_splitter(learned: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return a function that splits a word into its tokens, of those learned, in their order."""
+def make_splitter(subwords: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a function that splits a word into its tokens, of `subwords`, in their order."""
     tokenizers = _import_tokenizers()
-    ids = {token: i for i, token in enumerate([*_ALPHABET, *map(_spell, learned)])}
+    ids = {token: i for i, token in enumerate([*_ALPHABET, *map(_spell, subwords)])}
     # All pairs that form a token, not only that which was merged to it.
     merges = [
         (token[:i], token[i:])
@@ -76,9 +76,9 @@ def _spell(word: str) -> str:
     return word.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
-def _read(spelled: str) -> str:
+def _read(characters: str) -> str:
     """Return the word; a byte that is not part of a complete character is a surrogate."""
-    return spelled.encode("latin-1").decode("utf-8", "surrogateescape")
+    return characters.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def _import_tokenizers() -> Any:

@@ -409,10 +409,10 @@ def _list_allowed(words: tuple[str, ...]) -> str:
 
 def find_fields(name: str) -> list[str]:
     """Return the fields that people mean by a name, of any section: by names, else by words."""
-    wanted = name.rpartition(".")[2]
+    word = name.rpartition(".")[2]
     flags = [(x.name, x.name.rpartition(".")[2], x.also) for x in FIELDS.values() if x.is_flag]
-    named = [field for field, last, also in flags if wanted in (last, *also.split())]
-    return named[:1] or [field for field, last, _ in flags if wanted in last.split("_")]
+    matches = [field for field, last, also in flags if word in (last, *also.split())]
+    return matches[:1] or [field for field, last, _ in flags if word in last.split("_")]
 
 
 def flatten(config: Config | Mapping[str, object]) -> Iterator[tuple[str, object]]:

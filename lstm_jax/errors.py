@@ -24,8 +24,8 @@ def make_command(module: str, *arguments: str) -> str:
 
     Without an active environment, `python` is not the interpreter that has the package.
     """
-    python, found, here = Path(sys.executable), shutil.which("python"), Path.cwd()
-    if found and Path(found).parent.resolve() == python.parent.resolve():
+    python, executable, here = Path(sys.executable), shutil.which("python"), Path.cwd()
+    if executable and Path(executable).parent.resolve() == python.parent.resolve():
         python = Path("python")
     elif python.is_relative_to(here):
         python = python.relative_to(here)

@@ -67,8 +67,8 @@ def make_control_arrays(controls: Controls) -> Controls:
 
     Raise `UserError` if one is outside its range.
     """
-    checked = Controls(*map(check_number, Controls._fields, controls))
-    return Controls(*(np.float32(x) if isinstance(x, float) else np.int32(x) for x in checked))
+    numbers = Controls(*map(check_number, Controls._fields, controls))
+    return Controls(*(np.float32(x) if isinstance(x, float) else np.int32(x) for x in numbers))
 
 
 def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
@@ -217,11 +217,11 @@ def _generate(
 
     def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
-        drawn = draw_tokens(adjust_logits(state.logits, controls), uniform[:, t])
-        drawn = jnp.where(state.ended, PADDING_ID, drawn)
-        state = _read_one(model, prepared, state, drawn)
-        state = state._replace(ended=state.ended | (drawn == stop_id))
-        return ids.at[:, t].set(drawn), t + 1, state
+        tokens = draw_tokens(adjust_logits(state.logits, controls), uniform[:, t])
+        tokens = jnp.where(state.ended, PADDING_ID, tokens)
+        state = _read_one(model, prepared, state, tokens)
+        state = state._replace(ended=state.ended | (tokens == stop_id))
+        return ids.at[:, t].set(tokens), t + 1, state
 
     ids = jnp.full((batch_size, _CHUNK), PADDING_ID, jnp.int32)
     start = ids, jnp.zeros((), jnp.int32), state

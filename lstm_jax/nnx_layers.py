@@ -40,8 +40,8 @@ class LSTM(Stack, nnx.Module):
         for i in range(num_layers):
             features = len(sides) * hidden_features if i else in_features
             for side in sides:
-                drawn = self.params_type.init(rngs.params(), features, hidden_features, param_dtype)
-                setattr(self, f"l{i}{side}", nnx.Dict(jax.tree.map(nnx.Param, drawn._asdict())))
+                tree = self.params_type.init(rngs.params(), features, hidden_features, param_dtype)
+                setattr(self, f"l{i}{side}", nnx.Dict(jax.tree.map(nnx.Param, tree._asdict())))
 
     def _get_params(self, name: str, features: int) -> Any:
         arrays = getattr(self, name)

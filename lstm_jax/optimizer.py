@@ -29,7 +29,7 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     adam = optax.adamw(*settings, **decay, mask=_is_matrix)
     muon = contrib.muon(learning_rate, beta=momentum, consistent_rms=0.2, **decay)
     sgd = optax.sgd(learning_rate, momentum)
-    made: dict[OptimizerName, list[optax.GradientTransformation]] = {
+    transformations: dict[OptimizerName, list[optax.GradientTransformation]] = {
         "adam": [adam],
         "muon": [optax.partition({"muon": muon, "adam": adam}, _label_params)],
         "sgd": [optax.add_decayed_weights(**decay, mask=_is_matrix), sgd],
@@ -37,7 +37,7 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     norm = optimizer.max_gradient_norm
     # The state has the same structure either way, so that a resumed run may change the norm.
     clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    return optax.chain(clip, *made[optimizer.name])
+    return optax.chain(clip, *transformations[optimizer.name])
 
 
 def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:

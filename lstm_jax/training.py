@@ -322,13 +322,13 @@ def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
     config = dataclasses.replace(config, init_from=config.init_from or saved.init_from)
     changes = config_lib.list_changes(saved, config)
     if any(name not in CHANGEABLE for name, _, _ in changes):
-        listed = "; ".join(
+        differences = "; ".join(
             f"{name} was {was!r} and is {now!r}"
             for name, was, now in changes
             if name not in CHANGEABLE or name == "data.path"  # Which names the other text.
         )
         raise UserError(
-            f"{directory} holds a run with another config or text ({listed}): resume with "
+            f"{directory} holds a run with another config or text ({differences}): resume with "
             "its values, or begin anew: use another --workdir, or remove that directory"
         )
     return config, [f"{name} is now {now!r}; it was {was!r}" for name, was, now in changes]
@@ -356,10 +356,10 @@ def load_initial(
         own = text.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
     vocabulary = source.vocabulary.extend(own)
     new = vocabulary.tokens[len(source.vocabulary) :]
-    listed = f": {', '.join(map(repr, new[:10]))}" if new else ""
+    examples = f": {', '.join(map(repr, new[:10]))}" if new else ""
     note = (
         f"The initial weights are those of step {source.step} in {config.init_from}; "
-        f"{len(new)} new tokens{listed}"
+        f"{len(new)} new tokens{examples}"
     )
     return vocabulary, source.params, [note]
 

@@ -137,8 +137,8 @@ class Vocabulary:
 
         For kind "bpe", only a new stop token is added.
         """
-        added = [other.stop] if self.kind == "bpe" else other.tokens
-        new = (token for token in added if token not in self)
+        candidates = [other.stop] if self.kind == "bpe" else other.tokens
+        new = (token for token in candidates if token not in self)
         return Vocabulary([*self.tokens, *new], self.kind, other.stop)
 
     @property
@@ -158,8 +158,8 @@ class Vocabulary:
     def _split_word(self) -> Callable[[str], tuple[str, ...]]:
         """Return `bpe.make_splitter` of these tokens; it is cached, since words repeat."""
         others = {*self.tokens[: len(SPECIAL_IDS)], *BYTES, self.stop}
-        learned = [token for token in self.tokens if token not in others]
-        return functools.lru_cache(maxsize=2**20)(bpe.make_splitter(learned))
+        subwords = [token for token in self.tokens if token not in others]
+        return functools.lru_cache(maxsize=2**20)(bpe.make_splitter(subwords))
 
     def look_up(self, tokens: Iterable[str]) -> np.ndarray:
         """Return the id of each token: int32 [n], "[UNK]" for those not in the vocabulary."""
@@ -213,8 +213,8 @@ def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
         if number:
             yield stop
         if kind == "tokens":
-            found = _PATTERNS[kind].findall(part)
-            yield from (token if token == "\n" else f" {token}" for token in found)
+            words = _PATTERNS[kind].findall(part)
+            yield from (token if token == "\n" else f" {token}" for token in words)
         elif kind in _PATTERNS:
             yield from _PATTERNS[kind].findall(part)
         elif kind == "bytes":  # ASCII, and surrogates for the others.

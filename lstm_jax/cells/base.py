@@ -47,22 +47,22 @@ def make_cell(
 ) -> Any:
     """Make a cell with these sizes and options; raise `UserError` if that fails."""
     types = {field.name: field.type for field in dataclasses.fields(cell)}
-    given = dict(options or {})
-    known = types.keys() - {"input_size", "hidden_size", "dtype", "parent", "name"}
-    for name, value in given.items():
-        if name not in known:
-            listed = ", ".join(sorted(known)) or "none"
-            raise UserError(f"the cell {cell.__name__} has no option {name}: choose from {listed}")
+    fields = dict(options or {})
+    names = types.keys() - {"input_size", "hidden_size", "dtype", "parent", "name"}
+    for name, value in fields.items():
+        if name not in names:
+            choices = ", ".join(sorted(names)) or "none"
+            raise UserError(f"the cell {cell.__name__} has no option {name}: choose from {choices}")
         if isinstance(kind := types[name], type):
             check_type(f"config.model.options.{name}", value, kind)
     if "dtype" in types:
-        given["dtype"] = dtype
+        fields["dtype"] = dtype
     elif dtype != "float32":
         raise UserError(
             f"the cell {cell.__name__} has no field dtype: it needs --config.model.dtype=float32"
         )
     with name_cell_error(cell):
-        return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
+        return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **fields)
 
 
 @contextlib.contextmanager

@@ -34,15 +34,15 @@ def check_cell(
     by name; or an unbound module. Raise `UserError` with the name and file of the cell, and what
     failed.
     """
-    made: Any = cell
+    module: Any = cell
     if not isinstance(cell, nn.Module):
-        made = base.make_cell(cell, input_size, hidden_size, options=options)
-    with base.name_cell_error(type(made)):
-        made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
+        module = base.make_cell(cell, input_size, hidden_size, options=options)
+    with base.name_cell_error(type(module)):
+        module = module.clone(dtype="float32") if hasattr(module, "dtype") else module
         with jax.enable_x64(False):
-            variables = _check_values(made)
+            variables = _check_values(module)
         with jax.enable_x64(True):
-            _check_gradients(made, variables)
+            _check_gradients(module, variables)
 
 
 def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> None:
@@ -57,8 +57,8 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
         after, outputs = cell(carry, inputs)
         return outputs, base.get_activation(cell, after, outputs)
 
-    found = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs)
-    for name, x in zip(("outputs", "activation"), found, strict=True):
+    results = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs)
+    for name, x in zip(("outputs", "activation"), results, strict=True):
         if x.shape != (_BATCH, cell.hidden_size) or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats [batch, hidden_size], here {[_BATCH, cell.hidden_size]}"
             raise ValueError(f"{name} is {x.dtype}{list(x.shape)}: it must be {wanted}")

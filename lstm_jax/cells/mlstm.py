@@ -36,8 +36,8 @@ class MLSTMCell(Cell):
         self.declare_kernels(4, is_recurrent=False)
         shape = self.input_size, 2 * self.heads
         self.gate_kernel = self.param("gate_kernel", nn.initializers.zeros, shape)
-        remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))
-        self.gate_bias = self.param("gate_bias", remembering, (2 * self.heads,))
+        bias_init = forget_bias(2, jnp.linspace(3, 6, self.heads))
+        self.gate_bias = self.param("gate_bias", bias_init, (2 * self.heads,))
 
     def __call__(self, carry: MLSTMCarry, inputs: Inputs) -> tuple[MLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""

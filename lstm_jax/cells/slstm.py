@@ -48,8 +48,8 @@ class SLSTMCell(Cell):
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         shape = (self.heads, per_head, 4 * per_head)
         self.recurrent_kernel = self.param("recurrent_kernel", _draw_orthogonal, shape)
-        remembering = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
-        self.bias = self.param("bias", remembering, (size,))
+        bias_init = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
+        self.bias = self.param("bias", bias_init, (size,))
 
     def __call__(self, carry: SLSTMCarry, inputs: Inputs) -> tuple[SLSTMCarry, Outputs]:
         """Return the next carry and the outputs."""
@@ -79,9 +79,9 @@ class SLSTMCell(Cell):
 
 def stabilize(before: Array, i: Array, log_f: Array) -> tuple[Array, Array, Array]:
     """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
-    kept = log_f + before
-    stabilizer = jnp.maximum(kept, i)
-    return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
+    exponent = log_f + before
+    stabilizer = jnp.maximum(exponent, i)
+    return jnp.exp(exponent - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
 def count_per_head(hidden_size: int, heads: int) -> int:

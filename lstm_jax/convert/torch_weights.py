@@ -80,10 +80,10 @@ def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, objec
     biases = {name: array for name, array in expected.items() if array.ndim == 1}
     arrays = {**biases, **arrays}
     for name in sorted(expected.keys() | arrays.keys()):
-        found, needed = (_describe(x, name) for x in (arrays, expected))
-        if found != needed:
+        shape, target = (_describe(x, name) for x in (arrays, expected))
+        if shape != target:
             raise UserError(
-                f"{name} is {found}, and must be {needed}: a model is an Embedding, an LSTM or GRU "
+                f"{name} is {shape}, and must be {target}: a model is an Embedding, an LSTM or GRU "
                 f"in one direction, and a Linear {hint}"
             )
 
@@ -149,10 +149,10 @@ def add_special_rows(
         raise UserError(f"the vocabulary can't be used: {error}") from None
     row_of = {token: row for row, token in enumerate(rows)}
     # The row after the last is the new one. With this bias it is, in effect, never drawn.
-    picked = [row_of.get(token, len(rows)) for token in vocabulary.tokens]
-    made = {"bias": np.append(dense["bias"], dense["bias"].mean() - 30)[picked]}
+    indices = [row_of.get(token, len(rows)) for token in vocabulary.tokens]
+    head = {"bias": np.append(dense["bias"], dense["bias"].mean() - 30)[indices]}
     if "kernel" in dense:
         kernel = dense["kernel"]
-        made["kernel"] = np.append(kernel, kernel.mean(axis=1, keepdims=True), axis=1)[:, picked]
-    embedding = np.append(table, table.mean(axis=0, keepdims=True), axis=0)[picked]
-    return {**params, "embedding": {"embedding": embedding}, "dense": made}, vocabulary
+        head["kernel"] = np.append(kernel, kernel.mean(axis=1, keepdims=True), axis=1)[:, indices]
+    embedding = np.append(table, table.mean(axis=0, keepdims=True), axis=0)[indices]
+    return {**params, "embedding": {"embedding": embedding}, "dense": head}, vocabulary

@@ -25,11 +25,11 @@ def read_dataset(data: DataConfig) -> list[bytes]:
     data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
     builder = _prepare(name, data_dir)
     features, splits = builder.info.features, builder.info.splits
-    known = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    if feature not in known or "train" not in splits:
+    text_features = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    if feature not in text_features or "train" not in splits:
         raise UserError(
             f"{name} has no text feature {feature!r} (--config.data.text_feature) in a train "
-            f"split; it has {', '.join(known) or 'no text'} in {', '.join(splits)}"
+            f"split; it has {', '.join(text_features) or 'no text'} in {', '.join(splits)}"
         )
 
     def read_split(split: str) -> bytes:

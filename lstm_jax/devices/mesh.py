@@ -38,8 +38,8 @@ def make_mesh(config: Config) -> Mesh:
         usable = by_process.shape[1]
         if devices[0].platform == "cpu":  # There may be fewer if JAX had started before.
             usable = min(usable, setup.count_useful_cores(config))
-        fitting = (n for n in range(usable, 0, -1) if rows % (n * processes) == 0)
-        number = processes * next(fitting, 1)
+        divisors = (n for n in range(usable, 0, -1) if rows % (n * processes) == 0)
+        number = processes * next(divisors, 1)
     if number > len(devices) or number % processes or rows % number:
         raise UserError(
             f"{number} devices can't share a batch: --config.mesh.data must be a multiple of the "

@@ -72,8 +72,8 @@ def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.nd
     """
     blocks = np.array_split(activations, -(-len(activations) // _BLOCK))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = [np.corrcoef(features, block)[: len(features), len(features) :] for block in blocks]
-    return np.nan_to_num(np.concatenate(found, axis=1))
+        parts = [np.corrcoef(features, block)[: len(features), len(features) :] for block in blocks]
+    return np.nan_to_num(np.concatenate(parts, axis=1))
 
 
 def find_followers(
@@ -93,7 +93,7 @@ def find_followers(
     rows = []
     for i, (first, second) in enumerate(zip(first_half, second_half, strict=True)):
         best = np.argsort(-np.abs(first), kind="stable")[:each]
-        kept = best[second[best] * np.sign(first[best]) >= _LEAST]
-        rows.append([Follower(i, int(k), float(second[k])) for k in kept])
+        indices = best[second[best] * np.sign(first[best]) >= _LEAST]
+        rows.append([Follower(i, int(k), float(second[k])) for k in indices])
     rows.sort(key=lambda row: -abs(row[0].correlation) if row else 0)
     return [follower for row in rows for follower in row], second_half

@@ -81,7 +81,7 @@ def _fail(message: str) -> NoReturn:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags with absl; exit with one line for a mistake."""
     try:
-        left = flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname.removeprefix("config.")
         if "config" in flags.FLAGS and name.startswith(f"{config.OPTIONS}."):
@@ -97,12 +97,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(str(error))
     except SystemExit:  # absl has printed the help, and exits with code 1.
         sys.exit(0)
-    if len(left) > 1:
-        _fail(f"stray argument {left[1]!r}: every argument is a flag, see --help")
+    if len(arguments) > 1:
+        _fail(f"stray argument {arguments[1]!r}: every argument is a flag, see --help")
     if flags.FLAGS["verbosity"].using_default_value:
         # Orbax and TFDS log a lot. If one of them fails, its exception is reported.
         flags.FLAGS.verbosity = absl_logging.FATAL
-    return left
+    return arguments
 
 
 def define_config_flag(meaning: str) -> None:
@@ -137,14 +137,14 @@ def read_experiment(default: str | None = None) -> tuple[config.Config, str]:
     experiment = flags.FLAGS.config or default
     if not experiment:
         raise UserError("specify an experiment: --config experiments/quick.py")
-    given = {
+    overrides = {
         name.removeprefix("config."): flags.FLAGS[name].value
         for name in flags.FLAGS
         if name.startswith("config.") and flags.FLAGS[name].value is not None
     }
     file, word = config.split_name(experiment)
     name = f"{Path(file).stem}_{Path(word).name}" if word else Path(file).stem
-    return config.complete_config(config.load(experiment), given), name
+    return config.complete_config(config.load(experiment), overrides), name
 
 
 def define_run_flags() -> Callable[[], list[Path]]:

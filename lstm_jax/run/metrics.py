@@ -112,8 +112,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
             quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
             self._add(step=step, summary=text(f"{split}/sample", quoted))
         self._watch({**row})  # A caller may take fields out.
-        kept = {name: value for name, value in row.items() if name != "sample"}
-        self._lines.write(f"{json.dumps(kept)}\n".encode())
+        fields = {name: value for name, value in row.items() if name != "sample"}
+        self._lines.write(f"{json.dumps(fields)}\n".encode())
         self._lines.flush()
 
 
@@ -145,9 +145,9 @@ def plot_metrics(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     first = max((row["step"] for row in rows), default=0) / 30
     for split, style, size in (("train", ".-", 1), ("validation", "o-", 4), ("test", "*", 12)):
-        shown = [row for row in rows if row["split"] == split and row["step"] > first]
-        if steps := [row["step"] for row in shown]:
-            losses = [row["loss"] for row in shown]
+        points = [row for row in rows if row["split"] == split and row["step"] > first]
+        if steps := [row["step"] for row in points]:
+            losses = [row["loss"] for row in points]
             label = f"{split}, last {losses[-1]:.3f}"
             axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
     if axes.lines:

@@ -171,8 +171,8 @@ class Run:
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
 
     def _warn_of_unknown(self, text: str) -> None:
-        if named := self.vocabulary.name_unknown(text):
-            warn(f"the model does not know {named} and reads [UNK] instead")
+        if unknown := self.vocabulary.name_unknown(text):
+            warn(f"the model does not know {unknown} and reads [UNK] instead")
 
 
 def load(

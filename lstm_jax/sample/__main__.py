@@ -40,8 +40,8 @@ def main() -> None:
     trained = load(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
-    if named := vocabulary.name_unknown(prompt):
-        warn(f"the model does not know {named} in the prompt and reads [UNK] instead")
+    if unknown := vocabulary.name_unknown(prompt):
+        warn(f"the model does not know {unknown} in the prompt and reads [UNK] instead")
 
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     generated: list[list[str]] = []
