@@ -17,8 +17,8 @@ class Block(NamedTuple):
     def commands(self) -> list[list[str]]:
         """Return the commands that begin with python, as lists of arguments."""
         lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
-        found = (re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(python .*)", line) for line in lines)
-        return [shlex.split(match[1], comments=True) for match in found if match]
+        matches = (re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(python .*)", line) for line in lines)
+        return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
 def find_blocks(page: Path) -> list[Block]:

@@ -260,10 +260,10 @@ def check_layer(
     for implementation in implementations:
         run = functools.partial(run_layer, *implementation, gating, marks, dtype)
         alone = jax.jit(run)(params, *others)  # Without derivatives.
-        outputs, found = value_and_gradients(run, cotangents, params, *others)
+        outputs, grads = value_and_gradients(run, cotangents, params, *others)
         # Without the rounding to bfloat16, outputs are further away.
         bound = 1e-5 if dtype == "float32" else 3e-4
         assert measure_errors((alone, outputs), (expected, expected)) < bound, implementation
         # Some implementations round other factors of the gradients.
         bound = 1e-5 if dtype == "float32" else 5e-3
-        assert measure_errors(found, gradients) < bound, implementation
+        assert measure_errors(grads, gradients) < bound, implementation

@@ -92,10 +92,10 @@ DROPOUTS = "embedding_dropout input_dropout hidden_dropout output_dropout recurr
     ],
 )
 def test_a_field_is_found_by_the_names_that_people_use(name: str, fields: str) -> None:
-    done = commands.run("main", f"--config.{name}=1", "--config=experiments/quick.py", cwd=ROOT)
-    assert done.returncode == 2
+    result = commands.run("main", f"--config.{name}=1", "--config=experiments/quick.py", cwd=ROOT)
+    assert result.returncode == 2
     meant = " or ".join(f"--config.{field}" for field in fields.split(" or "))
-    assert done.stderr == f"error: there is no flag --config.{name}: did you mean {meant}?\n"
+    assert result.stderr == f"error: there is no flag --config.{name}: did you mean {meant}?\n"
 
 
 def test_docs_config_md_is_up_to_date() -> None:
@@ -145,8 +145,8 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
         )
         package = parent if parent.name == "lstm_jax" else parent / "lstm_jax"
         monkeypatch.setattr(config_lib, "__file__", str(package / "config.py"))
-        found = config_lib.find_experiment("experiments/quick.py")
-        assert found == str(experiments / "quick.py")
+        file = config_lib.find_experiment("experiments/quick.py")
+        assert file == str(experiments / "quick.py")
         assert config_lib.load("experiments/quick.py:gru") == ("gru", 7)
         for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
             assert config_lib.find_experiment(other) == other

@@ -94,8 +94,8 @@ def test_a_run_survives_export_and_import(
     target, directory = tmp_path / "model.safetensors", tmp_path / "again"
     transfer.export_weights(trained, target)
     transfer.import_weights(target, directory, f"{target}.vocabulary.json")
-    done = commands.run("evaluate", f"--workdir={directory}")  # The text of the run is not known.
-    assert done.returncode == 2 and "name one with --text" in done.stderr
+    result = commands.run("evaluate", f"--workdir={directory}")  # The text of the run is not known.
+    assert result.returncode == 2 and "name one with --text" in result.stderr
     after = lstm_jax.load(directory)
     assert after.vocabulary.tokens == before.vocabulary.tokens
     ours, theirs = compute_logits(before, text), compute_logits(after, text)
@@ -159,9 +159,9 @@ def test_an_error_names_an_array_that_does_not_fit(
 ) -> None:
     changed: Any = {name: shape and np.ones(shape) for name, shape in change.items()}
     arrays = {k: x for k, x in {**make_arrays(), **changed}.items() if x is not None}
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         convert(arrays)
-    assert message in str(caught.value) and "--modules" in str(caught.value)
+    assert message in str(error.value) and "--modules" in str(error.value)
 
 
 def test_numbers_that_are_not_finite_raise_an_error(tmp_path: Path) -> None:

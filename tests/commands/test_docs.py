@@ -46,15 +46,15 @@ TEXTS = ("--config.data.path", "--text", "--data_path")
 
 def find_commands(page: Path) -> list[list[str]]:
     """Return the commands of a page to run, with the flags that its comments add."""
-    found = []
+    lines = []
     for block in find_blocks(page):
         if block.comment.startswith("not run: "):
             continue
         extra = shlex.split(block.comment.removeprefix("run with: ")) if block.comment else []
         for command in block.commands:
             if command[1] == "-m" and command[2].startswith("lstm_jax."):
-                found.append([*command, *extra])
-    return found
+                lines.append([*command, *extra])
+    return lines
 
 
 def get_flag(command: list[str], flag: str) -> str | None:
@@ -131,9 +131,9 @@ def test_everything_that_a_page_names_exists(page: Path) -> None:
     content = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)", content):
         if not re.match(r"\w+:", target):
-            linked = page.parent / target if target else page
-            assert linked.exists(), f"the link to {target}"
-            assert not anchor or anchor in find_anchors(linked), f"the link to {target}#{anchor}"
+            file = page.parent / target if target else page
+            assert file.exists(), f"the link to {target}"
+            assert not anchor or anchor in find_anchors(file), f"the link to {target}#{anchor}"
     for block in find_blocks(page):
         for command in block.commands:
             if command[1].startswith(("benchmarks/", "tests/", "notebooks/")):

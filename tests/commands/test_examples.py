@@ -33,8 +33,8 @@ def test_every_example_is_short_and_says_how_to_run_it(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert source.count("\n") < 100
     assert f"    python examples/{path.name} " in source.split('"""')[1]
-    listed = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
-    assert f"(../examples/{path.name})" in listed
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert f"(../examples/{path.name})" in page
 
 
 @pytest.mark.slow
@@ -45,10 +45,10 @@ def test_sentences_are_sorted_by_their_score(
     path = tmp_path / "sentences.txt"
     path.write_text("\n\n".join(sentences), encoding="utf-8")
     output = get_output("examples/score.py", trained, path)
-    scored = [line.split("  ", 1) for line in output.splitlines()]
-    assert sorted(sentence for _, sentence in scored) == sorted(sentences)
-    assert scored[-1][1] == sentences[0]
-    for bits, sentence in scored:
+    rows = [line.split("  ", 1) for line in output.splitlines()]
+    assert sorted(sentence for _, sentence in rows) == sorted(sentences)
+    assert rows[-1][1] == sentences[0]
+    for bits, sentence in rows:
         whole = run.score(f"\n\n{sentence}\n").log_probs[1:]
         # What the model does not know counts eight bits more for its two bytes and their end.
         total = -whole.sum() / np.log(2) + 24 * sentence.count("¿")

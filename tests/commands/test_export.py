@@ -126,19 +126,19 @@ def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
 ) -> None:
     trained = make_run(TEXT, **MODELS[name])
     text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x\udce9\udcff"
-    shown = Page(browser, tmp_path / "page.html", trained)
+    view = Page(browser, tmp_path / "page.html", trained)
     ids = trained.vocabulary.encode(text)
     read = "encode(JSON.parse(arguments[0])).map(({id}) => id)"
-    np.testing.assert_array_equal(shown(read, json.dumps(text)), ids)
+    np.testing.assert_array_equal(view(read, json.dumps(text)), ids)
     each = "ids.map((id) => Array.from(softmax(step(state, id))))"
-    found = shown(f"((ids, state) => {each})(arguments[0], zeroState())", ids.tolist())
+    actual = view(f"((ids, state) => {each})(arguments[0], zeroState())", ids.tolist())
     expected = np.exp(predict_text(trained, text))
     assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
     if not trained.vocabulary.stop:  # Otherwise the page reads a stop token first.
-        shown.read(TEXT[:40])
-        found = np.array([values.split(",") for values in shown.get_each("values.join()")], int)
-        np.testing.assert_allclose(found, record(trained, TEXT[:40]).activations, atol=1)
+        view.read(TEXT[:40])
+        actual = np.array([values.split(",") for values in view.get_each("values.join()")], int)
+        np.testing.assert_allclose(actual, record(trained, TEXT[:40]).activations, atol=1)
     assert not browser.get_log("browser")
 
 
@@ -149,14 +149,14 @@ def test_line_breaks_of_windows_are_read_as_in_python(
 ) -> None:
     text = "a line\r\n\r\nanother\r\n"
     trained = make_run(text, kind)
-    shown = Page(browser, tmp_path / "page.html", trained, text)
-    ids = shown("encode(arguments[0]).map(({id}) => id)", text.replace("\r", ""))
+    view = Page(browser, tmp_path / "page.html", trained, text)
+    ids = view("encode(arguments[0]).map(({id}) => id)", text.replace("\r", ""))
     np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
-    shown.read("a\nb\n")
-    assert shown("area.value") == "".join(shown.get_each("text")) == "a\nb\n"
+    view.read("a\nb\n")
+    assert view("area.value") == "".join(view.get_each("text")) == "a\nb\n"
     for text in ("a", "a line"):  # Without the line breaks.
-        shown.read(text)
-    np.testing.assert_array_equal(shown.get_each("id"), trained.vocabulary.encode(text))
+        view.read(text)
+    np.testing.assert_array_equal(view.get_each("id"), trained.vocabulary.encode(text))
 
 
 @pytest.mark.process
@@ -165,65 +165,65 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
 
     loaded = lstm_jax.load(trained)
     text = page.read_text(trained, None, [])
-    shown = Page(browser, tmp_path / "page.html", loaded, text)
-    find, area = shown.find, shown.find("#text")
+    view = Page(browser, tmp_path / "page.html", loaded, text)
+    find, area = view.find, view.find("#text")
     assert browser.title == "<i>name</i>: a language model in a page"
     # It begins with the start of the text. The cursor is at its end; gray text follows.
-    shown.wait()
-    assert shown("area.value") == text[:300]
+    view.wait()
+    assert view("area.value") == text[:300]
     assert browser.switch_to.active_element.get_attribute("id") == "text"
     find("#clear").click()
-    shown.wait()
-    assert shown("area.value") == "" and len("".join(shown.get_spans(".ahead"))) == 80
-    shown("(byId('temperature').value = 1, byId('temperature').dispatchEvent(new Event('input')))")
+    view.wait()
+    assert view("area.value") == "" and len("".join(view.get_spans(".ahead"))) == 80
+    view("(byId('temperature').value = 1, byId('temperature').dispatchEvent(new Event('input')))")
     area.send_keys("ROMEO:¿")
-    shown.check_bars()
-    assert "".join(shown.get_spans(".typed")) == "ROMEO:¿"
-    assert shown.get_spans(".unknown") == ["¿"]
+    view.check_bars()
+    assert "".join(view.get_spans(".typed")) == "ROMEO:¿"
+    assert view.get_spans(".unknown") == ["¿"]
     assert find("#count").text.startswith("7 characters, ")
     # A change in the middle is read from there; the token at the cursor is marked.
     area.send_keys(Keys.BACKSPACE, "\nBut, soft! what light", *[Keys.ARROW_LEFT] * 6, "X")
-    shown.wait()
-    assert shown("area.value") == "ROMEO:\nBut, soft! whatX light"
-    assert shown.get_spans(".at") == ["X"]
+    view.wait()
+    assert view("area.value") == "ROMEO:\nBut, soft! whatX light"
+    assert view.get_spans(".at") == ["X"]
     area.send_keys(Keys.BACKSPACE, Keys.END, Keys.CONTROL, Keys.END)
     area.send_keys(Keys.NULL)
-    shown.check_bars()
+    view.check_bars()
     # The keyboard takes a word of the text ahead, and generates; the text is what was ahead.
-    ahead = "".join(shown.get_spans(".ahead"))
+    ahead = "".join(view.get_spans(".ahead"))
     area.send_keys(Keys.ARROW_RIGHT)
-    taken = shown("area.value").removeprefix("ROMEO:\nBut, soft! what light")
+    taken = view("area.value").removeprefix("ROMEO:\nBut, soft! what light")
     assert taken and ahead.startswith(taken)
-    shown("byId('length').value = 150")
+    view("byId('length').value = 150")
     area.send_keys(Keys.CONTROL, Keys.ENTER)
     area.send_keys(Keys.NULL)
-    shown.check_bars()
-    text = shown("area.value")
+    view.check_bars()
+    text = view("area.value")
     assert text.startswith("ROMEO:\nBut, soft! what light" + ahead)
     assert len(text) == len("ROMEO:\nBut, soft! what light" + taken) + 150
     assert "characters per second" in find("#status").text
-    assert "".join(shown.get_spans("span:not(.ahead)")) == text
+    assert "".join(view.get_spans("span:not(.ahead)")) == text
     # Colors: surprisal in bits; then a hidden unit by its number, and one of the list.
     reading = record(loaded, text)
     mean = float(find("#count").text.split(", ")[1].split()[0])
     assert mean == pytest.approx(reading.bits[1:].mean(), abs=0.01)
-    shown.check_alphas(np.minimum(reading.bits / 8, 1))
+    view.check_alphas(np.minimum(reading.bits / 8, 1))
     find("#unit").send_keys(Keys.CONTROL, "a")
     find("#unit").send_keys("11")
-    shown.check_alphas(abs(reading.activations[:, 11] / 127))
+    view.check_alphas(abs(reading.activations[:, 11] / 127))
     button = find("#followers button:nth-child(2)")
     button.send_keys(Keys.ENTER)
     assert button.get_attribute("aria-pressed") == "true"
-    shown.check_alphas(abs(reading.activations[:, int(button.get_attribute("value"))] / 127))
+    view.check_alphas(abs(reading.activations[:, int(button.get_attribute("value"))] / 127))
     # A likely token is appended by its button; then another continuation of what was typed.
     find("#next button:nth-child(2)").send_keys(Keys.ENTER)
-    shown.check_bars()
-    typed = shown("area.value")
+    view.check_bars()
+    typed = view("area.value")
     assert len(typed) == len(text) + 1
     find("#another").click()
-    shown.wait()
-    assert shown("area.value").startswith(typed) and len(shown("area.value")) == len(typed) + 150
-    shown.check_names_and_width()
+    view.wait()
+    assert view("area.value").startswith(typed) and len(view("area.value")) == len(typed) + 150
+    view.check_names_and_width()
 
 
 @pytest.mark.process
@@ -231,26 +231,26 @@ def test_the_page_of_another_cell_shows_a_recorded_text(browser: Any, tmp_path: 
     from selenium.webdriver.common.keys import Keys
 
     trained, text = make_run(TEXT, "words", cell="mogrifier", num_layers=2), TEXT + "¿"
-    shown = Page(browser, tmp_path / "page.html", trained, text)
-    shown.wait()
-    assert shown("area.value") == "".join(shown.get_spans()) == text
-    assert shown.get_spans(".unknown") == ["¿"]
+    view = Page(browser, tmp_path / "page.html", trained, text)
+    view.wait()
+    assert view("area.value") == "".join(view.get_spans()) == text
+    assert view.get_spans(".unknown") == ["¿"]
     reading = record(trained, text)
-    shown.check_alphas(np.minimum(reading.bits / 8, 1))
-    shown("(byId('layer').value = 1, byId('layer').dispatchEvent(new Event('change')))")
-    shown.check_alphas(abs(reading.activations[:, 7] / 127))
-    assert shown.get_bars(), "predictions after the first token"
+    view.check_alphas(np.minimum(reading.bits / 8, 1))
+    view("(byId('layer').value = 1, byId('layer').dispatchEvent(new Event('change')))")
+    view.check_alphas(abs(reading.activations[:, 7] / 127))
+    assert view.get_bars(), "predictions after the first token"
     # The cursor moves by keyboard, and the text stays as it is.
     keys = (Keys.CONTROL, Keys.HOME, Keys.NULL, *[Keys.ARROW_RIGHT] * 2, "x", Keys.DELETE)
-    shown.find("#text").send_keys(*keys)
-    shown.wait()
-    assert shown("area.value") == text
+    view.find("#text").send_keys(*keys)
+    view.wait()
+    assert view("area.value") == text
     at = len(trained.vocabulary.encode(text[:2])) - 1
     expected = dict(zip(reading.guesses[at].tolist(), reading.probabilities[at], strict=True))
-    assert shown.get_bars() == pytest.approx(expected, abs=6e-4)
-    value = shown.find("#now").text.split()[-1].rstrip(".").replace("\N{MINUS SIGN}", "-")
+    assert view.get_bars() == pytest.approx(expected, abs=6e-4)
+    value = view.find("#now").text.split()[-1].rstrip(".").replace("\N{MINUS SIGN}", "-")
     assert float(value) == pytest.approx(reading.activations[at, 7] / 127, abs=6e-3)
-    shown.check_names_and_width()
+    view.check_names_and_width()
 
 
 @pytest.mark.process
@@ -260,29 +260,29 @@ def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     trained = make_run(TEXT, "characters", stop="\n\n")
     stop_id, bias = trained.vocabulary.stop_id, trained.params["dense"]["bias"]
     bias = trained.params["dense"]["bias"] = bias.at[:2].set(30).at[stop_id].set(-30)
-    shown = Page(browser, tmp_path / "page.html", trained)
-    shown.read("")
-    logits = jnp.float32(shown("[...logits]"))
+    view = Page(browser, tmp_path / "page.html", trained)
+    view.read("")
+    logits = jnp.float32(view("[...logits]"))
     for temperature, top_p in ((0, 1), (0.8, 1), (1.5, 0.5), (1, 1)):
-        shown("([controls.temperature, controls.topP] = arguments)", temperature, top_p)
+        view("([controls.temperature, controls.topP] = arguments)", temperature, top_p)
         arrays = make_control_arrays(Controls(temperature, top_p=top_p))
         adjusted = adjust_logits(logits[None], arrays)
-        shares = shown("[...distribution(logits)]")
+        shares = view("[...distribution(logits)]")
         np.testing.assert_allclose(shares, jax.nn.softmax(adjusted)[0], atol=1e-5)
-    many = shown("Array.from({length: 20000}, (_, k) => (seed = k, draw()))")
+    many = view("Array.from({length: 20000}, (_, k) => (seed = k, draw()))")
     np.testing.assert_allclose(np.bincount(many, minlength=len(shares)) / 20000, shares, atol=0.02)
     trained.params["dense"]["bias"] = bias.at[stop_id].set(60)
-    shown = Page(browser, tmp_path / "page.html", trained)
-    shown.read("It")
-    shown.find("#generate").click()
-    shown.wait()
-    assert shown("area.value") == "It"
-    assert shown.find("#status").text.endswith("the text has ended.")
+    view = Page(browser, tmp_path / "page.html", trained)
+    view.read("It")
+    view.find("#generate").click()
+    view.wait()
+    assert view("area.value") == "It"
+    assert view.find("#status").text.endswith("the text has ended.")
     # A document begins as in `sample`. A stop token may be typed in parts.
     for text in ("It", "It\n", "It\n\n", "It\n\nx", ""):
-        shown.read(text)
+        view.read(text)
         expected = generation.encode_prompt(trained.vocabulary, text)
-        np.testing.assert_array_equal(shown.get_each("id"), expected)
+        np.testing.assert_array_equal(view.get_each("id"), expected)
 
 
 @pytest.mark.process
@@ -291,32 +291,32 @@ def test_a_model_of_parts_of_characters_shows_characters(browser: Any, tmp_path:
     text = TEXT + " water waters 日 旦 旧 早 旬 時" * 9
     trained = make_run(text, "bpe")
     tokens = trained.vocabulary.tokens
-    shown = Page(browser, tmp_path / "page.html", trained)
-    shown("(controls.temperature = 1)")
-    shown.read("It")
+    view = Page(browser, tmp_path / "page.html", trained)
+    view("(controls.temperature = 1)")
+    view.read("It")
     # What is typed changes the tokens of the word, and of the space before it.
     for more in (" wa", "ter", "s", " ", " wat", "ers\n", "\n x", "日旦", "旧 é", "👍"):
-        shown.read(shown("area.value") + more)
-        shown.check_bars()
-    text = shown("area.value")
-    np.testing.assert_array_equal(shown.get_each("id"), trained.vocabulary.encode(text))
-    assert "".join(shown.get_spans(".typed")) == text
-    shown("(byId('length').value = 300, generate())")
-    shown.wait()
-    generated = shown("area.value")
+        view.read(view("area.value") + more)
+        view.check_bars()
+    text = view("area.value")
+    np.testing.assert_array_equal(view.get_each("id"), trained.vocabulary.encode(text))
+    assert "".join(view.get_spans(".typed")) == text
+    view("(byId('length').value = 300, generate())")
+    view.wait()
+    generated = view("area.value")
     assert generated.startswith(text)
-    shown.find("#text").send_keys("x")
-    shown.wait()
-    assert shown("area.value") == generated + "x"
+    view.find("#text").send_keys("x")
+    view.wait()
+    assert view("area.value") == generated + "x"
     # A part of a character that is clicked is accepted with the rest.
-    shown.read("x")
+    view.read("x")
     click = "((b) => (b.value = arguments[0], b.click()))(byId('next').firstChild)"
     for token in [t for t in tokens[2:] if "\udcc2" <= t[-1] <= "\udcf4"][:3]:
-        shown(click, tokens.index(token))
-        shown.wait()
-        spelled = "".join(tokens[i] for i in shown.get_each("id"))
+        view(click, tokens.index(token))
+        view.wait()
+        spelled = "".join(tokens[i] for i in view.get_each("id"))
         spelled = spelled.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        assert shown("area.value") == spelled
+        assert view("area.value") == spelled
 
 
 def unpack(packed: dict[str, str]) -> np.ndarray:
@@ -355,12 +355,12 @@ def test_the_command_reads_the_validation_split_or_standard_input(
     trained: Path, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(trained, tmp_path / "run")
-    done = commands.run("export", f"--workdir={directory}")
-    made = directory / "page.html"
-    size = f"{made.stat().st_size / 1e6:.1f}"
-    assert done.stdout == f"Wrote {made} ({size} MB): open it in a browser\n", done.stderr
+    result = commands.run("export", f"--workdir={directory}")
+    path = directory / "page.html"
+    size = f"{path.stat().st_size / 1e6:.1f}"
+    assert result.stdout == f"Wrote {path} ({size} MB): open it in a browser\n", result.stderr
     assert re.fullmatch(
-        rf"The model of {directory}, step \d+, reads [\d,]+ characters\n", done.stderr
+        rf"The model of {directory}, step \d+, reads [\d,]+ characters\n", result.stderr
     )
     flags = [f"--workdir={directory}", "--text=-", "--to=other.html"]
     commands.get_output("export", *flags, cwd=tmp_path, stdin="To be, or not")
@@ -376,6 +376,6 @@ def test_mistakes_give_a_one_line_error(trained: Path, tmp_path: Path) -> None:
         page.write_page(trained, "a")
     with pytest.raises(UserError, match="can't write /nowhere/a.html"):
         page.write_page(trained, "To be, or not", Path("/nowhere/a.html"))
-    done = commands.run("export", f"--workdir={trained}", f"--workdir={trained}")
-    assert done.returncode == 2
-    assert done.stderr == "error: the page is about one model: give --workdir once\n"
+    result = commands.run("export", f"--workdir={trained}", f"--workdir={trained}")
+    assert result.returncode == 2
+    assert result.stderr == "error: the page is about one model: give --workdir once\n"

@@ -34,15 +34,15 @@ def test_a_token_has_the_features_of_its_last_character() -> None:
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind, stop="\n\n")
         tokens = vocabulary.split(text)
-        found = features.compute_features(text, vocabulary)
+        actual = features.compute_features(text, vocabulary)
         for name, test in (("a capital letter", str.isupper), ("a line break", "\n".__eq__)):
-            np.testing.assert_array_equal(found[name], [test(token[-1]) for token in tokens])
+            np.testing.assert_array_equal(actual[name], [test(token[-1]) for token in tokens])
 
 
 def test_any_text_has_features() -> None:
     for text in ("\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"):
-        found = features.compute_text_features(text)
-        assert found and all(np.isfinite(x).all() and x.min() >= 0 for x in found.values())
+        arrays = features.compute_text_features(text)
+        assert arrays and all(np.isfinite(x).all() and x.min() >= 0 for x in arrays.values())
 
 
 def test_hidden_units_correlated_by_chance_are_not_found() -> None:
@@ -54,8 +54,8 @@ def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     activations[40] = np.clip(3 * place - 80, -127, 127)
     activations[50, :half] = -activations[40, :half]  # It follows in the first half only.
     activations[60] = 5
-    found, correlations = features.find_followers(activations, place[None], 3)
-    (follower,) = found
+    followers, correlations = features.find_followers(activations, place[None], 3)
+    (follower,) = followers
     assert follower.hidden_unit == 40 and follower.correlation > 0.95
     others = np.delete(activations[:, half:], 60, axis=0)
     expected = np.corrcoef(place[half:], others)[0, 1:]

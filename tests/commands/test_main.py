@@ -37,12 +37,12 @@ TINY = ["--config", QUICK, *runs.TINY]
 def test_sample_and_evaluate_need_only_the_directory(trained: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(trained, tmp_path / "elsewhere")
     options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
-    sampled = run("sample", *options, cwd=tmp_path)
-    assert sampled.returncode == 0 and sampled.stderr == ""
-    assert sampled.stdout.startswith("ROMEO:") and len(sampled.stdout) == 6 + 50 + 1
-    assert run("sample", *options, cwd=tmp_path).stdout == sampled.stdout
-    evaluated = run("evaluate", "--workdir", str(moved), "--split", "validation", cwd=tmp_path)
-    result = json.loads(evaluated.stdout.splitlines()[-1])
+    sample = run("sample", *options, cwd=tmp_path)
+    assert sample.returncode == 0 and sample.stderr == ""
+    assert sample.stdout.startswith("ROMEO:") and len(sample.stdout) == 6 + 50 + 1
+    assert run("sample", *options, cwd=tmp_path).stdout == sample.stdout
+    evaluation = run("evaluate", "--workdir", str(moved), "--split", "validation", cwd=tmp_path)
+    result = json.loads(evaluation.stdout.splitlines()[-1])
     bits = ("bits_per_token", "bits_per_character")
     assert list(result) == ["split", "loss", *bits, "perplexity", "tokens", "step"]
     assert result["bits_per_character"] == pytest.approx(result["bits_per_token"])
@@ -63,9 +63,9 @@ def test_a_model_is_trained_further_on_another_text(
     output = get_output(*command, *sizes, cwd=tmp_path)
     assert f"in {trained}; 1 new tokens: 'é'" in output
     directory = tmp_path / "runs" / f"finetune_{trained.name}"
-    made, source = workdir.load_config(directory), workdir.load_config(trained)
-    assert made.model == source.model and made.init_from == str(trained)
-    assert made.optimizer.learning_rate < source.optimizer.learning_rate
+    new, source = workdir.load_config(directory), workdir.load_config(trained)
+    assert new.model == source.model and new.init_from == str(trained)
+    assert new.optimizer.learning_rate < source.optimizer.learning_rate
     command[1] += "/"  # As a shell completes it.
     assert "is finished, at step 4" in get_output(*command, *sizes, cwd=tmp_path)
 
@@ -95,11 +95,11 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
 def test_sample_passes_its_flags_and_prints_each_piece(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     printed = []
 
     def stream(*unused: Any, **options: Any) -> Iterator[list[str]]:
-        given.update(options)
+        arguments.update(options)
         for piece in ("ab", "cd"):
             yield [piece]
             stdout: Any = sys.stdout.buffer
@@ -107,10 +107,10 @@ def test_sample_passes_its_flags_and_prints_each_piece(
 
     monkeypatch.setattr(generation, "stream_texts", stream)
     flags = "--prompt=O --temperature=0.7 --top_k=9 --top_p=0.9 --min_p=0.05 --length=7 --nostop"
-    done = run("sample", f"--workdir={trained}", *flags.split())
-    assert done.returncode == 0 and printed == ["Oab", "Oabcd"]
-    assert given["controls"] == Controls(0.7, 9, 0.9, 0.05)
-    assert (given["length"], given["stop_token"]) == (7, False)
+    result = run("sample", f"--workdir={trained}", *flags.split())
+    assert result.returncode == 0 and printed == ["Oab", "Oabcd"]
+    assert arguments["controls"] == Controls(0.7, 9, 0.9, 0.05)
+    assert (arguments["length"], arguments["stop_token"]) == (7, False)
 
 
 @pytest.mark.parametrize(
@@ -222,27 +222,27 @@ def test_a_printed_command_starts_the_same_python(
 @pytest.mark.process
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_imports_no_jax(module: str) -> None:
-    done = run_python("-X", "importtime", "-m", f"lstm_jax.{module}", "--help")
-    assert done.returncode == 0 and "| absl.flags\n" in done.stderr.replace("  ", "")
-    assert not re.search(r"\| +(flax|jax|optax|optuna|orbax|torch)\n", done.stderr)
+    result = run_python("-X", "importtime", "-m", f"lstm_jax.{module}", "--help")
+    assert result.returncode == 0 and "| absl.flags\n" in result.stderr.replace("  ", "")
+    assert not re.search(r"\| +(flax|jax|optax|optuna|orbax|torch)\n", result.stderr)
 
 
 @pytest.mark.process
 def test_a_model_in_the_package_needs_no_library_of_training() -> None:
     flags = "--model=tiny-shakespeare", "--length=1"
-    done = run_python("-X", "importtime", "-m", "lstm_jax.sample", *flags)
-    assert done.returncode == 0 and re.search(r"\| +jax\n", done.stderr)
-    assert not re.search(r"\| +(orbax|tensorboardX|tensorflow_datasets)\b", done.stderr)
+    result = run_python("-X", "importtime", "-m", "lstm_jax.sample", *flags)
+    assert result.returncode == 0 and re.search(r"\| +jax\n", result.stderr)
+    assert not re.search(r"\| +(orbax|tensorboardX|tensorflow_datasets)\b", result.stderr)
 
 
 def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))
+    calls: list[Any] = []
+    monkeypatch.setattr(training, "train", lambda *arguments: calls.append(arguments))
     flags = "--config.num_epochs=1_0 --config.data.fractions=0.8,0.1,0.1"
     flags += " --config.model.options.rounds 3 --config.optimizer.learning_rate=1"
     result = run("main", *flags.split(), f"--config={ROOT}/experiments/cells.py:gru")
     assert result.returncode == 0 and result.stderr == ""
-    ((fields, directory),) = given
+    ((fields, directory),) = calls
     assert directory == Path("runs/cells_gru") and fields.model.cell == "gru"
     assert (fields.num_epochs, fields.data.fractions) == (10, (0.8, 0.1, 0.1))
     assert fields.model.options == {"rounds": 3}
@@ -286,8 +286,8 @@ def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     assert result.returncode == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and message in result.stderr
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"zero.txt", "short.txt", "good.txt", "text.txt", ".lock"}
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names <= {"zero.txt", "short.txt", "good.txt", "text.txt", ".lock"}
 
 
 def test_a_text_of_documents_that_are_files_ends_with_their_stop_token(tmp_path: Path) -> None:

@@ -76,15 +76,15 @@ def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
     assert float(trained) < 3
 
     # The loop and the package have the same losses.
-    found = re.findall(r"(\w+) +(\d\.\d+) +(\d\.\d+)", text["loop-compared"])
-    assert [name for name, *_ in found] == ["50", "100", "150", "200", "250", "300", "validation"]
-    for _, ours, theirs in found:
+    rows = re.findall(r"(\w+) +(\d\.\d+) +(\d\.\d+)", text["loop-compared"])
+    assert [name for name, *_ in rows] == ["50", "100", "150", "200", "250", "300", "validation"]
+    for _, ours, theirs in rows:
         assert float(ours) == pytest.approx(float(theirs), abs=0.01)
 
     # The gradient of the trained RNN vanishes faster. At the small size, the GRU has not learned to
     # remember.
-    found = re.findall(r"k = (\d+): the (\w+)'s .* is (\S+) times", text["gradient-ratio"])
-    ratios = {(name, int(k)): float(ratio) for k, name, ratio in found}
+    rows = re.findall(r"k = (\d+): the (\w+)'s .* is (\S+) times", text["gradient-ratio"])
+    ratios = {(name, int(k)): float(ratio) for k, name, ratio in rows}
     assert 1 < ratios["LSTM", 20] < ratios["LSTM", 50] < ratios["LSTM", 100] < math.inf
     assert ratios["LSTM", 50] > 100 and all(ratios["GRU", k] > 0 for k in (20, 50, 100))
 

@@ -130,8 +130,8 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     assert refused.returncode == 2 and not mark.exists()
     assert refused.stderr.count("\n") == 1 and f"if you name it: --cell {name}" in refused.stderr
     (tmp_path / "two.py").write_text(SOURCE)
-    done = sample("--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
-    assert done.returncode == 0 and mark.exists()
+    result = sample("--cell", name, "--cell", f"{tmp_path}/two.py:Mine")
+    assert result.returncode == 0 and mark.exists()
     assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))
 
 
@@ -282,7 +282,7 @@ def test_a_cell_without_activations_has_a_report_of_its_outputs() -> None:
 
 def change(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """Return a method of `Sum` with the arguments that a function makes of them."""
-    return {name: lambda self, *given: getattr(Sum, name)(self, *function(self, *given))}
+    return {name: lambda self, *arguments: getattr(Sum, name)(self, *function(self, *arguments))}
 
 
 step, parallel = (functools.partial(change, name) for name in ("__call__", "run_parallel"))
@@ -326,5 +326,5 @@ def test_auto_is_float32_for_a_cell_without_a_dtype(
     name = f"{own_file}:CoupledLSTM"
     cell_file.load_cell(name)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    made = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
-    assert made.dtype == "float32" and made.make_cells()
+    model = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
+    assert model.dtype == "float32" and model.make_cells()

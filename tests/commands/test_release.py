@@ -62,8 +62,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
     modules |= {f"lstm_jax/{name}" for name in others}
     pretrained = (ROOT / "lstm_jax" / "pretrained").glob("*/*")
     modules |= {str(path.relative_to(ROOT)) for path in pretrained}
-    found = (ROOT / "experiments").rglob("*.py")
-    experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
+    paths = (ROOT / "experiments").rglob("*.py")
+    experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in paths}
     assert names == modules | experiments
 
 

@@ -118,12 +118,12 @@ def test_the_command_prints_all_trials_and_how_to_train_the_best(
     flags: list[str], tmp_path: Path
 ) -> None:
     flags += [f"--space={tmp_path}/space.py", "--trials=2", "--config.seed=3"]
-    done = commands.run("sweep", *flags)
-    assert done.returncode == 0, done.stderr
-    _, _, *rows, _, best = done.stdout.splitlines()
+    result = commands.run("sweep", *flags)
+    assert result.returncode == 0, result.stderr
+    _, _, *rows, _, best = result.stdout.splitlines()
     trials = load_trials(tmp_path / "sweep")
     assert rows == [search.make_row(trial) for trial in trials]
-    assert sorted(done.stderr.splitlines()) == sorted(rows)
+    assert sorted(result.stderr.splitlines()) == sorted(rows)
     losses = search.read_losses(tmp_path / f"sweep/trials/{trials[0].number:04}")
     assert (trials[0].value, trials[0].user_attrs["test_loss"]) == losses
 
@@ -132,7 +132,7 @@ def test_the_command_prints_all_trials_and_how_to_train_the_best(
     commands.get_output("main", *command[3:], f"--workdir={tmp_path}/best")
     assert runs.read_losses(tmp_path / "best")[-1][2] == losses[1]
     again = commands.run("sweep", *flags)  # It has nothing left to do.
-    assert (again.returncode, again.stderr, again.stdout) == (0, "", done.stdout)
+    assert (again.returncode, again.stderr, again.stdout) == (0, "", result.stdout)
 
 
 @pytest.mark.slow
@@ -167,9 +167,9 @@ def test_a_broken_space_gives_a_one_line_error(
     monkeypatch.setattr(search, "MOST_POINTS", 10)
     path = tmp_path / "space.py"
     path.write_text(BROKEN[message])
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as error:
         search.list_points(search.load_space(str(path)), config_lib.Config())
-    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_grid_visits_each_point_once(

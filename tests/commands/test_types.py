@@ -92,7 +92,7 @@ def test_mypy_names_the_mistakes_of_a_script_and_nothing_else(
     flags = ["--strict", "--config-file=mypy.ini", f"--cache-dir={cache}", "--hide-error-context"]
     output, problem, _ = api.run([*flags, "script.py"])
     assert not problem
-    found = re.findall(r"^script\.py:(\d+): error: .*\[(.+)\]$", output, re.MULTILINE)
+    errors = re.findall(r"^script\.py:(\d+): error: .*\[(.+)\]$", output, re.MULTILINE)
     lines = enumerate(SCRIPT.splitlines(), start=1)
     expected = [(str(n), line.partition("# error: ")[2]) for n, line in lines if "# error" in line]
-    assert found == expected, output
+    assert errors == expected, output

@@ -37,8 +37,8 @@ def test_a_record_equals_the_equations(cell: str, layers: int) -> None:
             _, states = jax.lax.scan(step, first, inputs)
         inputs, *cells = (np.asarray(x[:, 0]) for x in states)
         expected.append(np.tanh(cells[0]) if cells else inputs)
-    joined = np.concatenate(expected, axis=1)
-    np.testing.assert_allclose(reading.activations / 127, joined, atol=0.5 / 127 + 1e-3)
+    values = np.concatenate(expected, axis=1)
+    np.testing.assert_allclose(reading.activations / 127, values, atol=0.5 / 127 + 1e-3)
 
     logits = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -170,19 +170,19 @@ def test_large_gates_stay_finite(name: str) -> None:
 
     @jax.jit(static_argnums=1)
     @jax.value_and_grad
-    def run(given: Any, implementation: str) -> jax.Array:
+    def run(arrays: Any, implementation: str) -> jax.Array:
         carry, x = cell.initial_carry(BATCH), jnp.asarray(inputs, jnp.float32)
         arguments = carry, x, None, implementation
-        outputs: Any = cell.apply({"params": given}, *arguments, method=run_cell)
+        outputs: Any = cell.apply({"params": arrays}, *arguments, method=run_cell)
         return outputs[1].sum()
 
     for i, f in ((200.0, 0.0), (-60.0, -200.0), (-60.0, 50.0), (-200.0, 0.0)):
         values = np.zeros((gates, len(params[bias]) // gates))
         values[:2] = np.array([[i], [f]])
-        given = {**params, bias: values.ravel()}
-        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
+        arrays = {**params, bias: values.ravel()}
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
         for implementation in ("scan", "auto")[: 2 if name == "mlstm" else 1]:
-            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(given, implementation)))
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(arrays, implementation)))
 
 
 @pytest.mark.parametrize("heads", [2, 8])

@@ -25,8 +25,8 @@ def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) 
     patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
     lanes = 16 if "avx512f" in features else 8 if "avx2" in features else 4
     uses_amx = "amx_bf16" in features and permitted
-    found = native.Library("lstm", lanes, uses_amx) if native.list_flags() else None
-    patch.setattr(native, "load_library", lambda: found)
+    library = native.Library("lstm", lanes, uses_amx) if native.list_flags() else None
+    patch.setattr(native, "load_library", lambda: library)
 
 
 @pytest.mark.parametrize(

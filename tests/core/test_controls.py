@@ -63,8 +63,8 @@ def test_distributions_match_a_sort_based_reference(controls: Controls, size: in
 def test_tied_tokens_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     for controls in (Controls(top_k=2), Controls(top_p=0.7)):
-        kept = adjusted(logits, make_control_arrays(controls))[0] > -jnp.inf
-        assert kept.tolist() == [False, False, True, True, True, True, False]
+        mask = adjusted(logits, make_control_arrays(controls))[0] > -jnp.inf
+        assert mask.tolist() == [False, False, True, True, True, True, False]
     greedy = adjusted(logits[:, ::-1], make_control_arrays(Controls(temperature=0)))[0] > -jnp.inf
     assert greedy.tolist() == [False] * 5 + [True, False]
 

@@ -41,8 +41,8 @@ def read_alone(model: LanguageModel, params: Any, carry: Any) -> jax.Array:
     ids = np.zeros((len(rows), TIME), np.int32)
     for row, (b, positions) in zip(ids, rows, strict=True):
         row[: len(positions)] = IDS[b, positions]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
-    logits, _ = model_lib.apply(model, params, ids, joined)
+    state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
+    logits, _ = model_lib.apply(model, params, ids, state)
     texts: list[list[jax.Array]] = [[] for _ in range(BATCH)]
     for read, (b, positions) in zip(logits, rows, strict=True):
         texts[b].append(read[: len(positions)])

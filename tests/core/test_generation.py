@@ -166,12 +166,12 @@ def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
         numbers += [*(near.ravel() / 2.0**23).tolist()]
     uniform = np.unique(np.clip(numbers, 0, 1 - 2.0**-23)).astype(np.float32)[:3000]
     for row in rows:
-        drawn = np.asarray(
+        tokens = np.asarray(
             generation.draw_tokens(
                 jnp.broadcast_to(row, (len(uniform), size)), jnp.asarray(uniform)
             )
         )
-        assert np.isfinite(row[drawn]).all()
+        assert np.isfinite(row[tokens]).all()
 
 
 def test_each_function_is_compiled_once() -> None:
@@ -187,6 +187,6 @@ def test_each_function_is_compiled_once() -> None:
         (Controls(0, 3, 0.5, 1), 16, 7, 2),
         (Controls(2.5, 0, 1.0, 0), 1, 3000, None),
     ):
-        given = model, params, np.full((1, prompt_length), 3, np.int32), jax.random.key(length)
-        models.generate_tokens(*given, controls, length=length, stop_id=stop_id)
+        arguments = model, params, np.full((1, prompt_length), 3, np.int32), jax.random.key(length)
+        models.generate_tokens(*arguments, controls, length=length, stop_id=stop_id)
     assert [function._cache_size() for function in functions] == [size + 1 for size in before]

@@ -61,9 +61,9 @@ def test_a_layer_takes_the_place_of_flax_rnn(name: str, reverse: bool) -> None:
         options: Any = {"initial_carry": carry, "reverse": reverse}
         options |= {"seq_lengths": jnp.asarray(lengths), "return_carry": True}
         expected = flax_layer.apply(theirs, inputs, **options)
-        found = layer.apply(ours, inputs, **options)
-        assert_close(found[0], expected[0])
-        assert_close(found[1], np.where(within, expected[1], 0))
+        actual = layer.apply(ours, inputs, **options)
+        assert_close(actual[0], expected[0])
+        assert_close(actual[1], np.where(within, expected[1], 0))
         carry = expected[0]
     expected = flax_layer.apply(theirs, inputs, reverse=reverse)
     assert_close(layer.apply(ours, inputs, reverse=reverse), expected)
@@ -193,7 +193,7 @@ def test_a_layer_of_pytorch_computes_the_same(name: str) -> None:
     layer.load_state_dict({key: torch.tensor(array) for key, array in arrays.items()})
     with torch.no_grad():
         expected = layer(torch.tensor(np.asarray(inputs)))[0].numpy()
-    drawn = {key: array.detach().numpy() for key, array in layer.state_dict().items()}
-    sides = [weights.from_torch(drawn, side) for side in ("l0", "l0_reverse")]
+    state_dict = {key: array.detach().numpy() for key, array in layer.state_dict().items()}
+    sides = [weights.from_torch(state_dict, side) for side in ("l0", "l0_reverse")]
     outputs = [ops.run(side, inputs, reverse=i == 1)[1] for i, side in enumerate(sides)]
     assert_close(np.concatenate(outputs, axis=-1), expected)

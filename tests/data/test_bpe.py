@@ -40,9 +40,9 @@ def test_the_size_includes_all_tokens(text_file: Path) -> None:
     text = text_file.read_text()
     for stop in ("", "\n", "\n\n"):
         for size in (259, 300):
-            found = Vocabulary.from_text(text, "bpe", stop=stop, size=size)
-            assert len(found) == size and found.stop == stop
-            assert not any(stop in token for token in found.tokens if stop and token != stop)
+            vocabulary = Vocabulary.from_text(text, "bpe", stop=stop, size=size)
+            assert len(vocabulary) == size and vocabulary.stop == stop
+            assert not any(stop in token for token in vocabulary.tokens if stop and token != stop)
     assert len(Vocabulary.from_text("ab ab", "bpe")) == 258 + len(["ab", " ab"])
 
 

@@ -39,13 +39,13 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
 ) -> None:
     sizes = {"train": 1_003_854, "validation": 55_770, "test": 55_770}
     assert {name: len(text) for name, text in shakespeare.items()} == sizes
-    joined = "".join(shakespeare.values())
-    assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
+    whole = "".join(shakespeare.values())
+    assert hashlib.sha256(whole.encode()).hexdigest() == SHAKESPEARE_SHA256
     checksum = f"{SHAKESPEARE_SHA256}:1003854:55770:55770"
     packaged = workdir.load_config(workdir.find_model("tiny-shakespeare"))
     assert packaged.data.sha256 == checksum
     # A file with the same text is split at the same positions.
-    (tmp_path / "text").write_text(joined)
+    (tmp_path / "text").write_text(whole)
     assert read_files(f"{tmp_path}/text") == shakespeare
     splits = texts.load_texts(config_lib.DataConfig(path=f"{tmp_path}/text"))
     assert splits["train"].checksum == checksum
@@ -79,8 +79,8 @@ def test_the_names_of_directories_may_have_any_signs(
     (place / "a,b.txt").write_text("text")
     monkeypatch.chdir(place)
     for name in ("*.txt", "a[,]b.txt"):
-        found = texts.find_files(texts.make_absolute(f"{name};{name},{name};{name}"))
-        assert found == [[place / "a,b.txt"] * number for number in (1, 2, 1)]
+        files = texts.find_files(texts.make_absolute(f"{name};{name},{name};{name}"))
+        assert files == [[place / "a,b.txt"] * number for number in (1, 2, 1)]
     splits = {"train": texts.hold_text(b"", "characters")}
     data = texts.resolve_text(config_lib.DataConfig(directory="texts"), splits)
     assert data.directory == str(place / "texts")
@@ -303,12 +303,12 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
         texts.encode_splits(splits, splits["train"].make_vocabulary(data))
 
     encode("characters")
-    written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert sorted(path.name.split("-")[0] for path in written) == ["test", "train", "validation"]
+    times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert sorted(path.name.split("-")[0] for path in times) == ["test", "train", "validation"]
     (tmp_path / "text").rename(tmp_path / "moved")
     data.path = f"{tmp_path}/moved/*.txt"
     encode("characters")
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == times
     encode("bytes")
     assert len(list(cache.iterdir())) == 6
     source = tmp_path / "moved" / "a.txt"
@@ -351,10 +351,10 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
     held = texts.hold_text(content, kind)
     places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
     bounds = itertools.pairwise([*places[::size], len(content)])
-    opener = held.sources[0].open
-    cut = held._replace(sources=[texts.Source("", opener, *pair) for pair in bounds])
-    found = list(cut.read_blocks())
-    assert "".join(found) == whole
-    tokens = [token for piece in found for token in split_text(piece, kind, stop)]
+    opener = source.sources[0].open
+    cut = source._replace(sources=[texts.Source("", opener, *pair) for pair in bounds])
+    blocks = list(cut.read_blocks())
+    assert "".join(blocks) == whole
+    tokens = [token for piece in blocks for token in split_text(piece, kind, stop)]
     assert tokens == list(split_text(whole, kind, stop))
-    assert all(any(split_text(piece, kind, stop)) for piece in found[:-1])
+    assert all(any(split_text(piece, kind, stop)) for piece in blocks[:-1])

@@ -18,9 +18,9 @@ jax.jit(lambda x: x + 1)(1).block_until_ready()
 
 
 def compile_with(**env: str) -> None:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPIL", "XDG_"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPIL", "XDG_"))}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**kept, **env}
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**environment, **env}
     )
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -31,8 +31,8 @@ def test_the_gradient_is_that_of_text_and_teachers() -> None:
     for soft, hard_share in ((soft_targets, 0.25), (None, 1.0)):
         compute = train_step._make_compute_grads(model, config)
         batch, carry = (ids[:, :-1], ids[:, 1:], soft), model.initial_carry(2)
-        given = jax.random.key(0), jax.tree.map(jnp.asarray, batch), carry, [None, None]
-        (gradient, loss), _ = compute(params, *given)
+        arguments = jax.random.key(0), jax.tree.map(jnp.asarray, batch), carry, [None, None]
+        (gradient, loss), _ = compute(params, *arguments)
         logits, _ = models.apply(model, params, batch[0], carry)
         probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
         hard = np.eye(11)[batch[1]]
@@ -53,13 +53,13 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
     ids = np.random.default_rng(0).integers(2, len(vocabulary), length).astype(np.int32)
     teachers = distillation.load_teachers(config, vocabulary)
     for of_text in (ids, ids[:300]):
-        predicted = distillation.predict_text(teachers, of_text)
-        assert predicted.dtype == np.float16
-        assert predicted.shape == (len(of_text), len(vocabulary))
-        np.testing.assert_array_equal(predicted[0], np.eye(len(vocabulary))[of_text[0]])
+        predictions = distillation.predict_text(teachers, of_text)
+        assert predictions.dtype == np.float16
+        assert predictions.shape == (len(of_text), len(vocabulary))
+        np.testing.assert_array_equal(predictions[0], np.eye(len(vocabulary))[of_text[0]])
         model = lstm_jax.load(trained)
         losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
-        chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
+        chosen = predictions[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
         np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)
 
 
@@ -110,6 +110,6 @@ def test_a_student_resumes_bit_for_bit(
         patched.setattr(training, "make_train_step", lambda *args: take_step)
         training.train(longer, tmp_path / "whole")
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
-    done = commands.run("main", *arguments, "--config.data.units=bytes")
-    assert done.returncode == 2
-    assert "is not that of this run" in done.stderr
+    result = commands.run("main", *arguments, "--config.data.units=bytes")
+    assert result.returncode == 2
+    assert "is not that of this run" in result.stderr

@@ -89,9 +89,9 @@ def make_run(trained: Path, directory: Path, changes: dict[str, Any]) -> Path:
 @pytest.mark.slow
 def test_several_runs_are_one_model(trained: Path, tmp_path: Path) -> None:
     other = make_run(trained, tmp_path / "other", {"model.cell": "gru", "model.hidden_size": 16})
-    done = commands.run("evaluate", f"--workdir={trained}", f"--workdir={other}")
+    result = commands.run("evaluate", f"--workdir={trained}", f"--workdir={other}")
     loaded = lstm_jax.load([trained, other])
-    assert json.loads(done.stdout)["step"] == loaded.step
+    assert json.loads(result.stdout)["step"] == loaded.step
     ids = generation.encode_prompt(loaded.vocabulary, "")
     carry = loaded.model.initial_carry(1)
     logits, _ = models.apply(loaded.model, loaded.params, ids[None], carry)

@@ -227,10 +227,10 @@ def test_a_folder_that_was_made_to_do_harm(name: str, copy: Path) -> None:
 
 def test_any_value_of_a_field_is_read_or_named(folder: Path, copy: Path) -> None:
     fields = [field for field, _ in config_lib.flatten(config_lib.default())]
-    drawn = random.Random(draws.SEED)
+    rng = random.Random(draws.SEED)
     for _ in range(60 * draws.TIMES):
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        field, value = drawn.choice(fields), drawn.choice(VALUES)
+        field, value = rng.choice(fields), rng.choice(VALUES)
         change_config(**{field.replace(".", "__"): value})(copy)
         try:
             trained = lstm_jax.load(copy)

@@ -91,7 +91,7 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2, output
         assert "No space left" in errors and len(errors.splitlines()) == 1
-        kept = list_undamaged(directory)
+        steps = list_undamaged(directory)
         # The disk is still full, including the space that the run has freed: the same error, and
         # nothing is lost. The remains of a failed save, which the next process removes, may have
         # had space for a later checkpoint.
@@ -99,7 +99,7 @@ def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
         again = commands.run("main", *arguments)
         assert again.returncode == 2 and "No space left" in again.stderr
         assert len(again.stderr.splitlines()) == 1
-        assert list_undamaged(directory)[-1] >= kept[-1]
+        assert list_undamaged(directory)[-1] >= steps[-1]
         filler.unlink()
         commands.get_output("main", *arguments)
         runs.assert_same(whole, directory)

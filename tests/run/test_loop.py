@@ -62,21 +62,21 @@ def test_a_plan_validates_after_epochs_or_a_number_of_steps_and_at_the_end() -> 
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first(clock: SimpleNamespace) -> None:
-    measured = Progress(make_plan(), print)
+    progress = Progress(make_plan(), print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
     slow: Any = computed  # It is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
-    measured.after_step(11, slow)
-    assert clock.now == 153 and measured.measure_speed(11) == 0
+    progress.after_step(11, slow)
+    assert clock.now == 153 and progress.measure_speed(11) == 0
     clock.now += 2
-    measured.after_step(15, slow)
-    assert measured.measure_speed(15) == 2 * 6400
-    measured.stop_clock()  # After a validation.
+    progress.after_step(15, slow)
+    assert progress.measure_speed(15) == 2 * 6400
+    progress.stop_clock()  # After a validation.
     clock.now += 7
-    measured.after_step(16, slow)
+    progress.after_step(16, slow)
     assert clock.now == 165
     clock.now += 1
-    assert measured.measure_speed(19) == 3 * 6400
+    assert progress.measure_speed(19) == 3 * 6400
 
 
 def test_progress_is_a_line_every_ten_seconds(
@@ -158,9 +158,9 @@ def test_validating_more_often_does_not_change_training(
         training.train(tiny_config, tmp_path, runs.kill_at(105, "validation"))
     training.train(tiny_config, tmp_path)
     assert list_steps(tmp_path) == [0, 35, 70, 105, 140]
-    found = runs.read_numbers(tmp_path)
-    assert len(set(found)) == len(found), "each step once"
-    assert set(runs.read_numbers(trained)) <= set(found)
+    numbers = runs.read_numbers(tmp_path)
+    assert len(set(numbers)) == len(numbers), "each step once"
+    assert set(runs.read_numbers(trained)) <= set(numbers)
     samples = (tmp_path / workdir.SAMPLES).read_text()
     assert samples.count("=== step ") == 5 and "=== step 35," in samples
 

@@ -41,8 +41,8 @@ def test_tensorboard_has_the_samples(trained: Path) -> None:
         for value in event.summary.value
     }
     for step in (0, 70, 140):
-        (shown,) = values["validation/sample/text_summary", step].tensor.string_val
-        lines = [line.removeprefix("    ") for line in shown.decode().split("\n")]
+        (content,) = values["validation/sample/text_summary", step].tensor.string_val
+        lines = [line.removeprefix("    ") for line in content.decode().split("\n")]
         assert "\n".join(lines) in (trained / "samples.txt").read_text()
 
 

@@ -59,8 +59,8 @@ def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> N
         ["main", f"--init_from={NAME}", "--config.max_steps=1", "--workdir=run", *sizes],
     ):
         commands.get_output(*arguments, cwd=tmp_path)
-    made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"text.txt", "page.html", "copy", "run"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"text.txt", "page.html", "copy", "run"}
     assert sorted(folder.iterdir()) == before
 
 
@@ -75,7 +75,7 @@ def test_a_directory_of_this_name_comes_first(
 
 @pytest.mark.parametrize("name", ["tiny-shakespear", "../pretrained/tiny-shakespeare"])
 def test_another_name_gives_one_line(name: str, tmp_path: Path) -> None:
-    done = commands.run("sample", f"--model={name}", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "there is no trained model in" in done.stderr
-    assert f"or {NAME}, or train one" in done.stderr
+    result = commands.run("sample", f"--model={name}", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "there is no trained model in" in result.stderr
+    assert f"or {NAME}, or train one" in result.stderr

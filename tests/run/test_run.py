@@ -32,9 +32,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
         "from lstm_jax import train; import lstm_jax.training;"
         "print(train is lstm_jax.training.train is lstm_jax.train)"
     )
-    done = commands.run_python("-c", code)
-    assert done.returncode == 0, done.stderr
-    first, second, third = done.stdout.splitlines()
+    result = commands.run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    first, second, third = result.stdout.splitlines()
     assert first == "False True" and second.startswith("<function train at ") and third == "True"
     assert second.endswith("20 lstm_jax.run.run")
     for name in lstm_jax.__all__:
@@ -77,8 +77,8 @@ assert before == after, [(before[key], after[key]) for key in before if before[k
 def test_training_and_loading_leave_the_process_as_it_was(text_file: Path, tmp_path: Path) -> None:
     # Of the cache of all tests, another process may be writing an entry, of which JAX warns.
     env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    done = commands.run_python("-c", _UNCHANGED, text_file, tmp_path / "run", env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = commands.run_python("-c", _UNCHANGED, text_file, tmp_path / "run", env=env)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_generated_text_is_that_of_the_command(trained: Path) -> None:
@@ -139,11 +139,11 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
 
 
 def test_the_next_tokens_are_sorted_by_probability(run: Run) -> None:
-    found = run.next("The", n=7)
+    pairs = run.next("The", n=7)
     expected = np.exp(predict_text(run, "The")[-1])
     best = np.argsort(-expected)[:7]
-    assert [token for token, _ in found] == [run.vocabulary.tokens[i] for i in best]
-    np.testing.assert_allclose([p for _, p in found], expected[best], rtol=1e-4)
+    assert [token for token, _ in pairs] == [run.vocabulary.tokens[i] for i in best]
+    np.testing.assert_allclose([p for _, p in pairs], expected[best], rtol=1e-4)
 
 
 def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
@@ -154,9 +154,9 @@ def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
         log_probs = predict_text(run, text)[np.arange(3), run.vocabulary.encode(text)[1:]]
         totals[text] = log_probs.sum()
     ordered = sorted(totals, key=totals.__getitem__, reverse=True)
-    found = beam_search.search(run, "b", length=3, beams=9)
-    assert [text for text, _ in found[:9]] == ordered[:9]
-    for text, total in found:
+    results = beam_search.search(run, "b", length=3, beams=9)
+    assert [text for text, _ in results[:9]] == ordered[:9]
+    for text, total in results:
         assert total == pytest.approx(totals[text], abs=1e-4)
     # One beam is greedy decoding.
     ((greedy, _),) = beam_search.search(run, "b", length=30, beams=1)

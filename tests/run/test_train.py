@@ -73,9 +73,9 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
     replace_train_step(monkeypatch, stop)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as raised:
+    with pytest.raises(Stopped) as error:
         training.train(tiny_config, stopped)
-    assert raised.value.code == 128 + number
+    assert error.value.code == 128 + number
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     training.train(tiny_config, stopped)
     runs.assert_same(whole, stopped)

@@ -29,7 +29,7 @@ def test_any_flipped_byte_is_detected(name: str, tmp_path: Path, trained: Path) 
     load = {workdir.CONFIG: workdir.load_config, workdir.VOCABULARY: workdir.load_vocabulary}[name]
     content = (trained / name).read_bytes()
     expected = json.loads(content)
-    noticed = 0
+    count = 0
     places = range(0, len(content), 5)
     for at in places:
         flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
@@ -38,10 +38,10 @@ def test_any_flipped_byte_is_detected(name: str, tmp_path: Path, trained: Path) 
             load(tmp_path)
         except UserError as error:
             assert f"{name} is" in str(error) and "damaged" in str(error)
-            noticed += 1
+            count += 1
         else:
             assert json.loads(flipped) == expected, "only white space may change unnoticed"
-    assert noticed > 0.6 * len(places)
+    assert count > 0.6 * len(places)
 
 
 def test_restoring_drops_later_history_and_warns_about_lost_content(
@@ -53,8 +53,8 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
     (tmp_path / workdir.SAMPLES).write_text("not there when saved")
     (tmp_path / "notes.txt").write_text("of the user's")
     workdir.restore_history(tmp_path, {**sizes, "../notes.txt": 0})
-    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert left == {workdir.METRICS: "first\n", workdir.SAMPLES: "", "notes.txt": "of the user's"}
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert texts == {workdir.METRICS: "first\n", workdir.SAMPLES: "", "notes.txt": "of the user's"}
     assert capsys.readouterr().err == ""
     (tmp_path / workdir.METRICS).write_text("fir")
     workdir.restore_history(tmp_path, sizes)
