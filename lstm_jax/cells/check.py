@@ -62,7 +62,7 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
         if x.shape != (_BATCH, cell.hidden_size) or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats [batch, hidden_size], here {[_BATCH, cell.hidden_size]}"
             raise ValueError(f"{name} is {x.dtype}{list(x.shape)}: it must be {wanted}")
-    if (abs(found[1]) > 1 + _TOLERANCE).any():
+    if (abs(results[1]) > 1 + _TOLERANCE).any():
         raise ValueError("activation is not in [-1, 1]")
 
 

@@ -348,7 +348,7 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
     whole = "".join(pieces)
     # A source is read as one piece.
     content = whole.encode()
-    held = texts.hold_text(content, kind)
+    source = texts.hold_text(content, kind)
     places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
     bounds = itertools.pairwise([*places[::size], len(content)])
     opener = source.sources[0].open
