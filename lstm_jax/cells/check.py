@@ -139,6 +139,6 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 def _compare(message: str, actual: Any, expected: Any, tolerance: float = _TOLERANCE) -> None:
     """Raise an error with this message if two pytrees differ in a shape, dtype or value."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        atol = tolerance * max(1, abs(np.asarray(e, np.float64)).max(initial=0))
+        atol = tolerance * max(1.0, float(np.abs(np.asarray(e, np.float64)).max(initial=0)))
         options: Any = {"equal_nan": False, "verbose": False, "strict": True}
         np.testing.assert_allclose(a, e, rtol=0, atol=atol, err_msg=message, **options)

@@ -195,6 +195,11 @@ def test_training_in_a_thread_is_silent_while_others_print(
     assert not (tmp_path / "other").exists()
 
 
+def test_pieces_grow_and_none_is_empty() -> None:
+    assert [len(piece) for piece in make_run("abcdefgh").stream(length=100)] == [16, 64, 20]
+    assert all(make_run("abcdefgh", stop=".").stream(length=500))
+
+
 def test_an_error_names_the_argument() -> None:
     run = make_run("abc")
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
