@@ -5,8 +5,10 @@
 
 Each computes the gradients of its parameters and inputs, given those of all outputs, or its outputs
 only (--work outputs). The rounds alternate between the libraries, all in one process. The rows
-whose names have a word of --only run, and an LSTM in XLA; ratios are to the first row. `pip install
--e '.[bench]'` installs the other libraries; a line is printed for each that is missing.
+whose names have a word of --only run, and an LSTM in XLA; ratios are to the first row. Nothing is
+set that a program would have to set: docs/layers.md has the variables with which glibc keeps freed
+memory. `pip install -e '.[bench]'` installs the other libraries; a line is printed for each that is
+missing.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import numpy as np
 import side_by_side
 from frame import parse_flags
 from lstm_jax import ops
-from lstm_jax.devices import setup
 from side_by_side import Make, Times, Work
 
 # The output of a layer: parameters and inputs [batch, time, features] → [batch, time, hidden].
@@ -44,7 +45,6 @@ def main() -> None:
     sizes: dict[str, Any] = {"batch_size": 32, "window_length": 128, "hidden_size": 256}
     options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru", work="gradients")
     side_by_side.print_machine(jax.devices()[0].device_kind, options)
-    setup.keep_freed_memory()
     works: dict[str, Work] = {}
     for name, make in list_contestants().items():
         if name == BASELINE or any(word in name for word in options.only.split(",")):

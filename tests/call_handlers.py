@@ -189,6 +189,7 @@ def check_calls(program: Program) -> None:
         for dtype in dtypes:
             for matrices in itertools.product((1, 3), (1, 7, 200), (1, 5, 70), (1, 33, 130)):
                 right += list_matmuls(dtype, *matrices)
+            right += list_matmuls(dtype, 2, 7, 9000, 33)  # A depth of several parts.
             for shape in ((71, 5, 33), (7, 6, 33)):
                 for call in list_matmuls(dtype, 2, *shape):
                     wrong += list_wrong_calls(call)

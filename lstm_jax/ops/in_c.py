@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lstm_jax.ops import native, vjp
 from lstm_jax.ops.gates import GatedParams, Gating, Layer, LSTMCarry, Marks, Outputs, Sums, align
 
-_VECTORS, _BLOCK, _DEPTH = 4, 96, 256  # As in lstm.c.
+_VECTORS, _BLOCK, _DEPTH, _LARGEST_DEPTH = 4, 96, 256, 4096  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 _NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
@@ -221,7 +221,8 @@ def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = Fa
     width, tile = len(b) if transpose_b else b.shape[1], _VECTORS * count_lanes()
     words, threads = -(-depth // numbers), native.count_threads()
     # The smaller factor is packed, and each thread packs a block of the other one at a time.
-    packed, block = rows * words, words * tile
+    depth = min(words, _LARGEST_DEPTH)
+    packed, block = rows * depth, depth * tile
     if rows > width:
         packed, block = -(-width // tile) * tile * words, _BLOCK * _DEPTH
     results = _floats(rows, width), _words(packed), _words(threads, block)

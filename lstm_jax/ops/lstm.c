@@ -258,7 +258,8 @@ static void pack_rows(Factor f, size_t first, size_t last, size_t k, size_t end,
     }
 }
 
-enum { BLOCK = 96, DEPTH = 256 };  // Rows, and words of the depth, that stay in the cache.
+// Rows, and words of the depth, that stay in the cache of a core, and in that of all.
+enum { BLOCK = 96, DEPTH = 256, LARGEST_DEPTH = 4096 };
 
 // Compute rows of `a` times a tile of columns of `b`, both packed. Add them to the result, or store them
 // there if these are the first words of the depth.
@@ -295,22 +296,24 @@ static void multiply_range(Factor a, size_t first, size_t last, const word *pack
 typedef struct {
   Factor factor;
   int is_right;
+  size_t begin, end;  // Words of the depth.
   word *packed;
 } Pack;
 
-// Pack a whole factor: columns in tiles of [words, columns], or rows as [rows, words].
+// Pack words of a factor: columns in tiles of [words, columns], or rows as [rows, words].
 static void pack(const void *work, size_t part, size_t parts) {
   const Pack p = *(const Pack *)work;
-  size_t words = count_words(p.factor), along = p.factor.along, unit = p.is_right ? TILE : LANES;
+  size_t words = p.end - p.begin, along = p.factor.along, unit = p.is_right ? TILE : LANES;
   for (size_t i = part * unit; i < along; i += parts * unit)
     if (p.is_right)
-      pack_columns(p.factor, i, 0, words, p.packed + i * words);
+      pack_columns(p.factor, i, p.begin, p.end, p.packed + i * words);
     else
-      pack_rows(p.factor, i, least(i + LANES, along), 0, words, p.packed + i * words);
+      pack_rows(p.factor, i, least(i + LANES, along), p.begin, p.end, p.packed + i * words);
 }
 
 typedef struct {
   Factor a, b;
+  size_t begin, end;  // Words of the depth.
   float *result;
   word *packed, *packed_in_part;  // The smaller factor, and for each part a block of the other one.
   atomic_size_t *next;            // The next block that no part has begun.
@@ -320,7 +323,7 @@ typedef struct {
 static void matmul(const void *work, size_t part, size_t parts) {
   (void)parts;
   const Matmul m = *(const Matmul *)work;
-  size_t rows = m.a.along, width = m.b.along, words = count_words(m.b);
+  size_t rows = m.a.along, width = m.b.along, words = m.end - m.begin;
   if (rows > width) {
     word *packed = m.packed_in_part + part * BLOCK * DEPTH;
     for (size_t i; (i = atomic_fetch_add(m.next, BLOCK)) < rows;)
@@ -329,8 +332,9 @@ static void matmul(const void *work, size_t part, size_t parts) {
   } else {
     word *packed = m.packed_in_part + part * words * TILE;
     for (size_t j; (j = atomic_fetch_add(m.next, TILE)) < width;) {
-      pack_columns(m.b, j, 0, words, packed);
-      multiply_block(m.a.numbers, m.packed, rows, words, packed, 1, m.result + j, width, width - j);
+      pack_columns(m.b, j, m.begin, m.end, packed);
+      multiply_block(m.a.numbers, m.packed, rows, words, packed, !m.begin, m.result + j, width,
+                     width - j);
     }
   }
 }
@@ -938,16 +942,21 @@ HANDLER(matmul, 2, 3) {
   int is_right = rows > width;  // Whether `b` is packed whole.
   int dtype = get_dtype(a.numbers);
   size_t packed = is_right ? count_tile_columns(width) : rows;
+  size_t most = is_right ? words : least(words, LARGEST_DEPTH);
   const Array arrays[] = {
       {dtype, 2, {size(in, 0, 0), size(in, 0, 1)}},
       {dtype, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
       {F32, 2, {rows, width}},
-      {U32, 1, {packed * words}},
-      {U32, 2, {get_attribute(frame, "parts"), is_right ? BLOCK * DEPTH : words * TILE}}};
+      {U32, 1, {packed * most}},
+      {U32, 2, {get_attribute(frame, "parts"), is_right ? BLOCK * DEPTH : most * TILE}}};
   if (!check(frame, arrays)) return 0;
-  atomic_size_t next = 0;
-  run(frame, pack, &(Pack){is_right ? b : a, is_right, data(out, 1)});
-  run(frame, matmul, &(Matmul){a, b, data(out, 0), data(out, 1), data(out, 2), &next});
+  size_t k = 0, end;
+  do {  // Without words, the result is zero.
+    atomic_size_t next = 0;
+    end = least(k + most, words);
+    run(frame, pack, &(Pack){is_right ? b : a, is_right, k, end, data(out, 1)});
+    run(frame, matmul, &(Matmul){a, b, k, end, data(out, 0), data(out, 1), data(out, 2), &next});
+  } while ((k = end) < words);
   return 1;
 }
 
@@ -966,7 +975,7 @@ HANDLER(cross_entropy, 4, 6) {
       {U32, 3, {parts, BLOCK, columns}}};
   if (!check(frame, arrays)) return 0;
   atomic_size_t next = 0;
-  run(frame, pack, &(Pack){b, 1, data(out, 3)});
+  run(frame, pack, &(Pack){b, 1, 0, count_words(b), data(out, 3)});
   run(frame, cross_entropy,
       &(CrossEntropy){a, b, data(in, 2), data(in, 3), data(out, 0), data(out, 1),
                       is_differentiable ? data(out, 2) : NULL, data(out, 3), data(out, 4),

@@ -1,6 +1,7 @@
 """Test the recurrence in C: against NumPy, in every transformation of JAX, and without it."""
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -129,6 +130,21 @@ def test_wrong_arrays_are_errors_of_xla() -> None:
     marks = Marks(jnp.zeros((2, 3), bool), None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="ARGUMENT: lstm_forward: wrong arrays"):
         in_c.run(Layer(GRU, "float32", expand(params), inputs, carry, marks))
+
+
+@in_both
+@pytest.mark.parametrize("rows, width", [(7, 33), (33, 7)])
+def test_matmuls_with_a_depth_of_several_parts_agree_with_numpy(
+    rows: int, width: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(0)
+    shapes = (rows, 9000), (9000, width)
+    a, b = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    expected = np.asarray(a, float) @ np.asarray(b, float)
+    for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
+        factors = a.T if transpose_a else a, b.T if transpose_b else b
+        product = in_c.matmul(*factors, transpose_a=transpose_a, transpose_b=transpose_b)
+        assert_close(product, expected, 1e-5)
 
 
 @pytest.mark.process  # Compiles the library.
