@@ -174,7 +174,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegularizationConfig:
-    """Dropout of parts of the model, in training only."""
+    """Dropout of parts of the model, and terms of the loss, in training only."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
         resume=True)
@@ -182,6 +182,10 @@ class RegularizationConfig:
     hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True)
     output_dropout: float = field(0.0, "Dropout of the last layer's outputs.", _SHARE, resume=True)
     recurrent_dropout: float = field(0.0, "DropConnect of recurrent kernels.", _SHARE, resume=True)
+    activation: float = field(0.0, "Weight in the loss of the mean square of the last layer's "
+        "outputs.", _AMOUNT, resume=True)
+    temporal_activation: float = field(0.0, "Weight in the loss of the mean square of their "
+        "differences from step to step.", _AMOUNT, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)

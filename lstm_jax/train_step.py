@@ -152,6 +152,12 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(bound.predict(dropped), soft_targets)
             objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
+        # Activation regularization (AR after dropout, TAR before it; Merity et al. 2017).
+        if rates.activation:
+            objective += rates.activation * jnp.square(dropped).mean()
+        if rates.temporal_activation:
+            changes = jnp.square(jnp.diff(outputs, axis=1))
+            objective += rates.temporal_activation * changes.sum() / outputs.size
         return objective, (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: Array, *divided: Any) -> Any:

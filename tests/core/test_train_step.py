@@ -14,6 +14,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.devices.mesh import make_mesh
+from references import assert_close, run_model
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +139,34 @@ def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
     losses = -np.asarray(jax.nn.log_softmax(logits))
     expected = np.take_along_axis(losses, batch.targets[..., None], axis=2).mean()
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_activation_regularization_adds_the_gradients_of_its_definition() -> None:
+    """With an identity as dense kernel, the logits are the outputs."""
+    model = model_lib.LanguageModel(11, 6, 11)
+    params, batch = models.draw_params(model), make_batch(2, 7)
+    params = {**params, "dense": {"kernel": jnp.eye(11), "bias": jnp.zeros(11)}}
+    carry, mask = model.initial_carry(2), 2.0 * np.random.default_rng(0).integers(0, 2, (2, 11))
+
+    def compute(**weights: float) -> Any:
+        rates = config_lib.RegularizationConfig(**weights)
+        grads = train_step._make_compute_grads(model, config_lib.Config(regularization=rates))
+        read = jnp.asarray(batch.inputs), jnp.asarray(batch.targets), None
+        return grads(params, jax.random.key(0), read, carry, [None, jnp.asarray(mask)])[0]
+
+    def penalty(params: Any) -> Any:
+        outputs, _ = run_model(params, batch.inputs, carry)
+        change = outputs[:, 1:] - outputs[:, :-1]
+        dropped = outputs * mask[:, None]
+        return 2 * (dropped**2).mean() + 3 * (change**2).sum() / outputs.size
+
+    (grads, loss), (without, same) = compute(activation=2.0, temporal_activation=3.0), compute()
+    assert loss == same
+    with jax.enable_x64():
+        expected = jax.grad(penalty)(jax.tree.map(lambda x: jnp.asarray(x, "float64"), params))
+    for name in ("embedding", "lstm_0"):
+        difference = jax.tree.map(jnp.subtract, grads[name], without[name])
+        assert_close(difference, expected[name], 1e-5)
 
 
 def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
