@@ -43,18 +43,13 @@ class Follower(NamedTuple):
 
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the features of the last character of each token of a text, by name: float32 [n]."""
-    tokens = vocabulary.split(text)  # They may leave white space out.
-    ends = np.cumsum([len(token) for token in tokens]) - 1
-    return {name: x[ends] for name, x in compute_text_features("".join(tokens)).items()}
+    """Return the features of the last character of each token of a text, by name: float32 [n].
 
-
-def compute_text_features(text: str) -> dict[str, np.ndarray]:
-    """Return the features of each character of a text, by name: float32 [n]; 1 and 0 for booleans.
-
-    All depend on the text up to and including the character, except for the names of speakers,
-    which end in a colon.
+    Booleans are 1 and 0. All features depend on the text up to and including the character, except
+    for the names of speakers, which end in a colon.
     """
+    tokens = vocabulary.split(text)  # They may leave white space out.
+    text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens]) - 1
     features = {name: np.zeros(len(text), np.float32) for name in [*_INSIDE, *_POSITIONS]}
     for name, pattern in _INSIDE.items():
         for match in regex.finditer(pattern, text):
@@ -62,7 +57,7 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     for name, pattern in _POSITIONS.items():
         for match in regex.finditer(pattern, text):
             features[name][slice(*match.span())] = np.arange(1, len(match[0]) + 1)
-    return features
+    return {name: feature[ends] for name, feature in features.items()}
 
 
 def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.ndarray:

@@ -334,7 +334,7 @@ def test_the_page_contains_what_was_measured(cell: str, monkeypatch: pytest.Monk
     (line,) = (x for x in content.decode().splitlines() if x.startswith("const data = "))
     data = json.loads(line.removeprefix("const data = ").removesuffix(";"))
     reading = record(trained, text)
-    computed = features.compute_text_features(text)
+    computed = features.compute_features(text, trained.vocabulary)
     followers, correlations = features.find_followers(
         reading.activations.T, np.stack([*computed.values()]), 3
     )

@@ -6,6 +6,8 @@ import pytest
 from lstm_jax.export import features
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
+CHARACTERS = Vocabulary.from_text("any")
+
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
@@ -26,7 +28,8 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
     ],
 )
 def test_features_of_characters(name: str, text: str, expected: str) -> None:
-    assert "".join(f"{x:g}" for x in features.compute_text_features(text)[name]) == expected
+    feature = features.compute_features(text, CHARACTERS)[name]
+    assert "".join(f"{x:g}" for x in feature) == expected
 
 
 def test_a_token_has_the_features_of_its_last_character() -> None:
@@ -41,14 +44,14 @@ def test_a_token_has_the_features_of_its_last_character() -> None:
 
 def test_any_text_has_features() -> None:
     for text in ("\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"):
-        arrays = features.compute_text_features(text)
+        arrays = features.compute_features(text, CHARACTERS)
         assert arrays and all(np.isfinite(x).all() and x.min() >= 0 for x in arrays.values())
 
 
 def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
-    place = features.compute_text_features(lines)["position in the line"]
+    place = features.compute_features(lines, CHARACTERS)["position in the line"]
     half, n = len(place) // 2, len(place)
     activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
     activations[40] = np.clip(3 * place - 80, -127, 127)
