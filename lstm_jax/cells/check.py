@@ -14,6 +14,7 @@ from lstm_jax.cells import base
 
 # Two parts of one length need one compiled program.
 _BATCH, _TIME, _CUT = 3, 6, 3
+_FORMS = "scan", "auto"  # A cell without a parallel form has the same program for both.
 _TOLERANCE = 1e-5  # Relative to the largest value.
 
 
@@ -25,10 +26,10 @@ def check_cell(
 ) -> None:
     """Check that a cell follows `lstm_jax.cells.base`, with random parameters and inputs.
 
-    Check shapes and dtypes; the parallel form against a scan of single steps, whole, with documents
-    and in two parts with the carry kept; that texts of a batch are independent; bfloat16 against
-    float32, if it has the field `dtype`; gradients against finite differences, in float64; and the
-    range of `activation`.
+    Check shapes and dtypes; the parallel form, or the layer of `lstm_jax.ops`, against a scan of
+    single steps, whole, with documents and in two parts with the carry kept; that texts of a batch
+    are independent; bfloat16 against float32, if it has the field `dtype`; gradients against finite
+    differences, in float64; and the range of `activation`.
 
     `cell` is a class, which is made with the other arguments, of which `options` are further fields
     by name; or an unbound module. Raise `UserError` with the name and file of the cell, and what
@@ -84,14 +85,13 @@ def _check_values(cell: Any) -> Any:
     carry, _ = run(carry, draw(_BATCH, _TIME, cell.input_size), implementation="scan")
     reset = rng.random((_BATCH, _TIME)) < 0.3
     whole, documents = (run(carry, inputs, mask, implementation="scan") for mask in (None, reset))
-    if hasattr(cell, "run_parallel"):
-        _compare("the parallel form differs from a scan", run(carry, inputs), whole)
-        between, first = run(carry, inputs[:, :_CUT], reset[:, :_CUT])
-        last, second = run(between, inputs[:, _CUT:], reset[:, _CUT:])
-        parts = last, np.concatenate([first, second], axis=1)
-        message = "with documents, two parts of the parallel form differ from a scan"
-        _compare(message, parts, documents)
-    for name in _list_forms(cell) if hasattr(cell, "dtype") else ():
+    _compare("the parallel form differs from a scan", run(carry, inputs), whole)
+    between, first = run(carry, inputs[:, :_CUT], reset[:, :_CUT])
+    last, second = run(between, inputs[:, _CUT:], reset[:, _CUT:])
+    parts = last, np.concatenate([first, second], axis=1)
+    message = "with documents, two parts of the parallel form differ from a scan"
+    _compare(message, parts, documents)
+    for name in _FORMS if hasattr(cell, "dtype") else ():
         run_low = _compile(cell.clone(dtype="bfloat16"))
         low = run_low(variables, carry, inputs, implementation=name)
         low = jax.tree.map(lambda x, y: x.astype(y.dtype), low, whole)
@@ -108,11 +108,6 @@ def _compile(cell: Any) -> Any:
     return jax.jit(nn.apply(base.run_cell, cell), static_argnames="implementation")
 
 
-def _list_forms(cell: Any) -> list[str]:
-    """Return the values of `implementation` for which `run_cell` has a form of the cell."""
-    return ["scan", "auto"] if hasattr(cell, "run_parallel") else ["scan"]
-
-
 def _check_gradients(cell: Any, variables: Any) -> None:
     def to_float64(x: Any) -> Any:
         return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -127,7 +122,7 @@ def _check_gradients(cell: Any, variables: Any) -> None:
         arrays = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
         return sum((jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x).sum() for x in arrays)
 
-    for name in _list_forms(cell):
+    for name in _FORMS:
         run = jax.jit(functools.partial(loss, name))
         try:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
