@@ -73,13 +73,10 @@ def name_cell_error(cell: type[nn.Module]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{describe_cell(cell)}: {one_line(error)[:400]}") from error
-
-
-def describe_cell(cell: type[nn.Module]) -> str:
-    """Return the name of a cell with its file, or with its module, typed in a session."""
-    file = getattr(sys.modules.get(cell.__module__), "__file__", cell.__module__)
-    return f"the cell {cell.__name__} ({file})"
+        # A cell that was typed in a session has a module, but no file.
+        file = getattr(sys.modules.get(cell.__module__), "__file__", cell.__module__)
+        message = f"the cell {cell.__name__} ({file}): {one_line(error)[:400]}"
+        raise UserError(message) from error
 
 
 def run_cell(

@@ -48,10 +48,8 @@ class MLSTMCell(Cell):
         self, carry: MLSTMCarry, inputs: Inputs, reset: Reset | None
     ) -> tuple[MLSTMCarry, Outputs]:
         """Return the last carry and all outputs."""
-        return ops.mlstm(self._params(), inputs, carry, reset=reset, dtype=self.dtype)
-
-    def _params(self) -> MLSTMParams:
-        return MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
+        params = MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
+        return ops.mlstm(params, inputs, carry, reset=reset, dtype=self.dtype)
 
     def initial_carry(self, batch_size: int) -> MLSTMCarry:
         """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""

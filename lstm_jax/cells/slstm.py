@@ -59,7 +59,9 @@ class SLSTMCell(Cell):
         recurrent = recurrent.reshape(self.heads, batch, 4, -1).transpose(1, 2, 0, 3)
         sums = self.project_inputs(inputs) + recurrent.reshape(batch, -1)
         i, f, z, o = jnp.split(sums, 4, axis=-1)
-        f, i, stabilizer = stabilize(carry.stabilizer, i, nn.log_sigmoid(f))
+        log_kept = nn.log_sigmoid(f) + carry.stabilizer
+        stabilizer = jnp.maximum(log_kept, i)
+        f, i = jnp.exp(log_kept - stabilizer), jnp.exp(i - stabilizer)
         cell = f * carry.cell + i * jnp.tanh(z)
         normalizer = f * carry.normalizer + i
         hidden = nn.sigmoid(o) * cell / normalizer
@@ -75,13 +77,6 @@ class SLSTMCell(Cell):
         return SLSTMCarry(
             jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), jnp.full(shape, NEVER)
         )
-
-
-def stabilize(before: Array, i: Array, log_f: Array) -> tuple[Array, Array, Array]:
-    """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
-    exponent = log_f + before
-    stabilizer = jnp.maximum(exponent, i)
-    return jnp.exp(exponent - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
 def count_per_head(hidden_size: int, heads: int) -> int:
