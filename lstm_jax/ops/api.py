@@ -239,13 +239,13 @@ def _run(
     name = implementation if time else "scan"
     name = choice.choose(name, gating, size=hidden, dtype=multiplied)
     static = gating, name, jax.default_backend(), reverse, wide, low
-    return _compute(static, params, inputs, first, reset, lengths)
+    return _compute(*static, params, inputs, first, reset, lengths)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compute(static: tuple[Any, ...], *arrays: Any) -> tuple[Any, Outputs]:
-    gating, name, backend, reverse, wide, low = static
-
+@functools.partial(jax.jit, static_argnums=range(6))
+def _compute(
+    gating: Gating, name: str, backend: str, reverse: bool, wide: Any, low: str, *arrays: Any
+) -> tuple[Any, Outputs]:
     def run(params: Any, inputs: Array, carry: Any, marks: Marks) -> tuple[Any, Array]:
         inputs, marks = inputs.swapaxes(0, 1), jax.tree.map(jnp.transpose, marks)
         layer = Layer(gating, low, expand(params), inputs, carry, marks)

@@ -97,14 +97,11 @@ def _merge(
     def rule(number: int, in_batched: Sequence[Any], *arguments: Any) -> Any:
         def join(axis: int, x: Array, is_batched: bool) -> Array:
             x = x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
-            at = axis % (x.ndim - 1)
-            x = jnp.moveaxis(x, 0, at)
-            return x.reshape(*x.shape[:at], number * x.shape[at + 1], *x.shape[at + 2 :])
+            return jax.lax.collapse(jnp.moveaxis(x, 0, axis), axis, axis + 2)
 
         def divide(axis: int, x: Array) -> Array:
-            at = axis % x.ndim
-            shape = *x.shape[:at], number, x.shape[at] // number, *x.shape[at + 1 :]
-            return jnp.moveaxis(x.reshape(shape), at, 0)
+            shape = *x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :]
+            return jnp.moveaxis(x.reshape(shape), axis, 0)
 
         if not number or any(jax.tree.leaves(in_batched[0])):
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
@@ -113,9 +110,7 @@ def _merge(
             others = zip(in_axes[1:], arguments[1:], in_batched[1:], strict=True)
             joined = [jax.tree.map(functools.partial(join, axis), *x) for axis, *x in others]
             results = merged(arguments[0], *joined)
-            results = jax.tree.map(
-                lambda axis, x: jax.tree.map(functools.partial(divide, axis), x), out_axes, results
-            )
+            results = jax.tree.map(divide, jax.tree.broadcast(out_axes, results), results)
         return results, jax.tree.map(lambda _: True, results)
 
     merged.def_vmap(rule)
