@@ -10,15 +10,19 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lstm_jax import bpe
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, note, print_line
-from lstm_jax.export import activations, features
+from lstm_jax.export import features
+from lstm_jax.loss import Chunk, iterate_chunks, read_chunks
+from lstm_jax.model import Carry, LanguageModel, Params
 from lstm_jax.run import workdir
 from lstm_jax.run.run import Run, load
 from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
@@ -31,6 +35,23 @@ _EXCERPT = 300  # Characters of the text that a model reads in the page at first
 _RECORDED = 5000  # Tokens of the record of a text, and the number of its activations, at most.
 _RECORDED_ACTIVATIONS = 4_000_000
 _FOLLOWERS = 3  # Of each feature, at most.
+_CHUNK = 1024  # Tokens for one compiled call.
+_SCALE = 127  # Activations are stored as int8, in steps of 1 / _SCALE.
+_GUESSES = 5  # The most probable tokens that are recorded.
+
+
+class Reading(NamedTuple):
+    """A record of a model that read a text of n tokens from start to end."""
+
+    # int8 [n, hidden units], in 1/127: the activation of each hidden unit after each token, as
+    # `cells.base.get_activation` defines it; layer by layer.
+    activations: np.ndarray
+    # int32 [n, at most `_GUESSES`]: the most probable tokens after each token, the first of which is
+    # the most probable: guesses[t] predict token t + 1.
+    guesses: np.ndarray
+    probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
+    # float32 [n]: bits[t] is the loss of token t itself, given all before it; 0 for the first.
+    bits: np.ndarray
 
 
 def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | None]) -> str:
@@ -67,7 +88,7 @@ def make_page(trained: Run, name: str, text: str) -> bytes:
     ids = vocabulary.encode(text)
     if len(ids) < 2:
         raise UserError("the text is too short: --text must name a file of two tokens or more")
-    reading = activations.record_activations(model, trained.params, ids)
+    reading = record_activations(model, trained.params, ids)
     if not np.isfinite(reading.bits).all():
         raise UserError(
             f"the predictions of the model of step {trained.step} are not finite: its training "
@@ -100,6 +121,42 @@ def make_page(trained: Run, name: str, text: str) -> bytes:
     return template.replace("null/*data*/", in_script).encode()
 
 
+def record_activations(model: LanguageModel, params: Params, ids: np.ndarray) -> Reading:
+    """Read a text, int32 [n], with one carry from start to end, and record the model.
+
+    This needs three bytes of memory per hidden unit and token.
+    """
+    # An extra token makes the last one an input, too. Its loss is dropped below.
+    chunks = iterate_chunks(np.append(ids, 0), _CHUNK)
+    reading = Reading(*read_chunks(_read, model, params, chunks))
+    return reading._replace(bits=np.append(np.float32(0), reading.bits[:-1]))
+
+
+@jax.jit(static_argnames="model")
+def _read(
+    model: LanguageModel, params: Params, chunk: Chunk, carry: Carry
+) -> tuple[tuple[jax.Array, ...], Carry]:
+    """Read a chunk; return the carry, and before it the arrays of a `Reading`, [1, time, ...].
+
+    At t, the bits are those of the target.
+    """
+    inputs, targets, _ = chunk
+    bound = model.bind({"params": params})
+
+    def step(carry: Carry, ids: jax.Array) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+        outputs, carry, records = bound.run_step(ids, carry)
+        return carry, (outputs, jnp.concatenate([activation for activation, _ in records], axis=1))
+
+    carry, steps = jax.lax.scan(step, carry, inputs.T)
+    outputs, activations = (x.swapaxes(0, 1) for x in steps)
+    logits = bound.predict(outputs)
+    number = min(_GUESSES, model.vocabulary_size)
+    probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), number)
+    bits = optax.softmax_cross_entropy_with_integer_labels(logits, targets) / jnp.log(2.0)
+    quantized = jnp.round(_SCALE * jnp.clip(activations, -1, 1)).astype(jnp.int8)
+    return (quantized, guesses, probabilities, bits), carry
+
+
 def pack_model(trained: Run) -> dict[str, Any]:
     """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
     model, params = trained.model, trained.params
@@ -120,7 +177,7 @@ def pack_model(trained: Run) -> dict[str, Any]:
 
 
 def _pack_record(
-    vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: activations.Reading
+    vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: Reading
 ) -> dict[str, Any]:
     """Return the first tokens of a text, with the activations and predictions after each."""
     n = min(_RECORDED, max(_RECORDED_ACTIVATIONS // reading.activations.shape[1], 1))

@@ -16,7 +16,7 @@ import commands
 import lstm_jax
 from lstm_jax import generation
 from lstm_jax.errors import UserError
-from lstm_jax.export import activations, features, page
+from lstm_jax.export import features, page
 from lstm_jax.generation import Controls, adjust_logits, make_control_arrays
 from lstm_jax.vocabulary import FILE_END
 from models import make_run, predict_text
@@ -35,9 +35,9 @@ TEXT = (
 )
 
 
-def record(trained: lstm_jax.Run, text: str) -> activations.Reading:
+def record(trained: lstm_jax.Run, text: str) -> page.Reading:
     ids = trained.vocabulary.encode(text)
-    return activations.record_activations(trained.model, trained.params, ids)
+    return page.record_activations(trained.model, trained.params, ids)
 
 
 class Page:

@@ -25,7 +25,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.cells.base import make_cell, reset_carry
 from lstm_jax.cells.block import Block
 from lstm_jax.errors import UserError
-from lstm_jax.export import activations
+from lstm_jax.export import page
 from lstm_jax.matmul import matmul
 from lstm_jax.run import cell_file, workdir
 from pages import find_blocks
@@ -274,7 +274,7 @@ def test_a_cell_without_activations_has_a_report_of_its_outputs() -> None:
     model = model_lib.LanguageModel(11, 6, 8, cell=Plain)
     params = models.draw_params(model, 0.1)
     ids = np.arange(50, dtype=np.int32) % 11
-    reading = activations.record_activations(model, params, ids)
+    reading = page.record_activations(model, params, ids)
     read = jnp.asarray(ids[None]), model.initial_carry(1)
     outputs, _ = model.apply({"params": params}, *read, method="run")
     np.testing.assert_allclose(reading.activations / 127, np.tanh(outputs[0]), atol=0.5 / 127)

@@ -9,7 +9,7 @@ import pytest
 
 import models
 from lstm_jax import model as model_lib
-from lstm_jax.export import activations
+from lstm_jax.export import page
 from references import STEPS
 
 LENGTH = 1100  # Two chunks, the second partial.
@@ -22,7 +22,7 @@ def test_a_record_equals_the_equations(cell: str, layers: int) -> None:
     float32 = models.draw_params(model, 0.35)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), float32)
     ids = np.random.default_rng(0).integers(0, 11, LENGTH).astype(np.int32)
-    reading = activations.record_activations(model, float32, ids)
+    reading = page.record_activations(model, float32, ids)
 
     inputs, expected = params["embedding"]["embedding"][ids], []
     for layer in range(layers):
