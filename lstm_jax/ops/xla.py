@@ -37,7 +37,7 @@ def scan(layer: Layer) -> tuple[Any, Outputs]:
     params, inputs, carry, marks = align(arrays)
     bias = gating.take(params.bias, gating.of_inputs)
     by_inputs = matmul(inputs, params.input_kernel, dtype, bias)
-    peepholes = _get_peepholes(params, 1)
+    peepholes = jax.tree.map(lambda x: x[:, None], params.peepholes)  # There may be none.
 
     def step(carry: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
         by_inputs, mark = read
@@ -49,11 +49,6 @@ def scan(layer: Layer) -> tuple[Any, Outputs]:
         return after, after.hidden
 
     return lax.scan(step, carry, (by_inputs, marks))
-
-
-def _get_peepholes(params: GatedParams, axis: int) -> Float[Array, "3 ..."] | None:
-    """Return the peephole weights, if there are any, with an axis for the batch."""
-    return None if params.peepholes is None else jnp.expand_dims(params.peepholes, 2 - axis)
 
 
 def forward(
@@ -72,7 +67,7 @@ def forward(
         added = matmul_rounded(added, input_kernel) + bias[None, None]
     else:  # The loop multiplies, which is faster on CPUs. XLA would transpose in each step.
         kernel, input_kernel = lax.optimization_barrier((kernel, input_kernel))
-    peepholes = _get_peepholes(params, axis)
+    peepholes = jax.tree.map(lambda x: jnp.expand_dims(x, 2 - axis), params.peepholes)
 
     def round_hidden(state: Any) -> Array | None:
         """Return the factor of the next matmul, if it is not the hidden state itself."""
