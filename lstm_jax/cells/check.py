@@ -116,14 +116,13 @@ def _check_gradients(cell: Any, variables: Any) -> None:
     carry, variables = jax.tree.map(to_float64, (cell.initial_carry(_BATCH), variables))
     reset = np.arange(_TIME) == np.full((_BATCH, 1), _CUT)
 
-    def loss(name: str, variables: Any, inputs: jax.Array) -> Any:
+    def compute(name: str, variables: Any, inputs: jax.Array) -> list[jax.Array]:
         texts = variables, carry, inputs
         results = [_compile(cell)(*texts, mask, implementation=name) for mask in (None, reset)]
-        arrays = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum((jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x).sum() for x in arrays)
+        return [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
 
     for name in _FORMS:
-        run = jax.jit(functools.partial(loss, name))
+        run = jax.jit(functools.partial(compute, name))
         try:
             check_grads(run, (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:

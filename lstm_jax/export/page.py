@@ -46,8 +46,8 @@ class Reading(NamedTuple):
     # int8 [n, hidden units], in 1/127: the activation of each hidden unit after each token, as
     # `cells.base.get_activation` defines it; layer by layer.
     activations: np.ndarray
-    # int32 [n, at most `_GUESSES`]: the most probable tokens after each token, the first of which is
-    # the most probable: guesses[t] predict token t + 1.
+    # int32 [n, at most `_GUESSES`]: the most probable tokens after each token, in this order:
+    # guesses[t] predict token t + 1.
     guesses: np.ndarray
     probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
     # float32 [n]: bits[t] is the loss of token t itself, given all before it; 0 for the first.
