@@ -12,15 +12,11 @@ import numpy as np
 import safetensors.numpy
 
 from lstm_jax import model as model_lib
-from lstm_jax import ops
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.ops import weights
 from lstm_jax.vocabulary import BYTES, PADDING, UNKNOWN, Vocabulary
-
-# The parameters of the cells that can be converted.
-_PARAMS: dict[str, type[Any]] = {"lstm": ops.LSTMParams, "gru": ops.GRUParams}
 
 StateDict = dict[str, np.ndarray]
 
@@ -80,7 +76,10 @@ def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, objec
     biases = {name: array for name, array in expected.items() if array.ndim == 1}
     arrays = {**biases, **arrays}
     for name in sorted(expected.keys() | arrays.keys()):
-        shape, target = (_describe(x, name) for x in (arrays, expected))
+        shape, target = (
+            f"of shape {list(x[name].shape)}" if name in x else "missing"
+            for x in (arrays, expected)
+        )
         if shape != target:
             raise UserError(
                 f"{name} is {shape}, and must be {target}: a model is an Embedding, an LSTM or GRU "
@@ -97,10 +96,6 @@ def to_model(arrays: StateDict, modules: Sequence[str]) -> tuple[dict[str, objec
     return fields, params
 
 
-def _describe(arrays: StateDict, name: str) -> str:
-    return f"of shape {list(arrays[name].shape)}" if name in arrays else "missing"
-
-
 def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()) -> StateDict:
     """Return the `state_dict` of a model; raise `UserError` if PyTorch has no such layers.
 
@@ -108,7 +103,7 @@ def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()
     """
     has_one_size = len({*model.sizes[1:]}) == 1
     is_plain = has_one_size and not model.skip_connections and model.block == "none"
-    if not (model.cell in _PARAMS and is_plain):
+    if not (model.cell in ("lstm", "gru") and is_plain):
         raise UserError(
             "PyTorch has only the cells lstm and gru, layers of one size, no blocks and no "
             "skip_connections"
@@ -118,7 +113,7 @@ def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()
     table = own["embedding"]["embedding"]
     arrays: StateDict = {f"{embedding}.weight": table}
     for i in range(model.num_layers):
-        layer = _PARAMS[str(model.cell)](**own[f"{model.cell}_{i}"])
+        layer = model.gating.params(**own[f"{model.cell}_{i}"])
         arrays |= weights.to_torch(layer, f"l{i}", f"{recurrent}.")
     kernel = table if model.tie_embeddings else own["dense"]["kernel"].T
     return arrays | {f"{linear}.weight": kernel, f"{linear}.bias": own["dense"]["bias"]}
