@@ -23,7 +23,6 @@ from lstm_jax.ops.gates import (
     LSTM,
     PEEPHOLE_LSTM,
     RNN,
-    GatedParams,
     Gating,
     GRUParams,
     HiddenCarry,
@@ -291,25 +290,20 @@ class PreparedLayer:
         """
         gating, wide = GATINGS[type(self.params)], self.terms.dtype
         kind: Any = Integer[Array, " batch"] if self.is_one_hot else Float[Array, "batch features"]
-        x, params, first, mask = check(
+        x, _, first, mask = check(
             inputs=(inputs, kind),
             params=(self.params, gating.params),
             carry=(carry, gating.carry),
             reset=(reset, Shaped[Array, " batch"]),
         )
-        mask, params = None if mask is None else mask.astype(bool), expand(params)
-        before = clear(jax.tree.map(lambda x: x.astype(wide), first), mask)
-        rows, terms = before.hidden, self.terms
+        mask = None if mask is None else mask.astype(bool)
+        state = clear(jax.tree.map(lambda x: x.astype(wide), first), mask)
         if self.is_one_hot:
-            terms = terms[x]
+            factors, terms = state.hidden, self.terms[x]
         else:
-            rows = jnp.concatenate([x, rows], axis=1)
-        arrays = rows, terms, before, params.peepholes
-        if self.runs_in_c:
-            kernel = _join_kernels(gating, params, self.is_one_hot)
-            after = _run_in_c(gating, self.dtype, self.kernel, kernel, *arrays)
-        else:
-            after = _run_in_xla(gating, self.dtype, self.kernel, *arrays)
+            factors, terms = jnp.concatenate([x, state.hidden], axis=1), self.terms
+        run = _run_in_c if self.runs_in_c else _run_in_xla
+        after = run(self, factors, terms, state)
         after = jax.tree.map(lambda x, y: x.astype(y.dtype), after, first)
         return after, after.hidden
 
@@ -330,7 +324,7 @@ def prepare(
     (params,) = check(params=(params, gating.params))
     low, wide = choose_dtypes(dtype, params.recurrent_kernel, params)
     gated, size = expand(params), len(params.recurrent_kernel)
-    kernel, terms = _join_kernels(gating, gated, is_one_hot).astype(wide), gated.bias[None]
+    kernel, terms = _join_kernels(params, is_one_hot).astype(wide), gated.bias[None]
     if is_one_hot:
         terms = gating.spread(gated.input_kernel, gating.of_inputs) + terms
     runs_in_c = wide == jnp.float32 and choice.runs_in_c("steps", low, size, gating.name)
@@ -341,38 +335,40 @@ def prepare(
     return PreparedLayer(params, kernel, terms.astype(wide), is_one_hot, low, runs_in_c)
 
 
-def _join_kernels(gating: Gating, params: GatedParams, is_one_hot: bool) -> Array:
+def _join_kernels(params: Any, is_one_hot: bool) -> Array:
     """Return what multiplies the inputs, unless they are one-hot, and the hidden state."""
-    kernel = gating.spread(params.recurrent_kernel, gating.of_hidden)
+    gating, gated = GATINGS[type(params)], expand(params)
+    kernel = gating.spread(gated.recurrent_kernel, gating.of_hidden)
     if is_one_hot:
         return kernel
-    return jnp.concatenate([gating.spread(params.input_kernel, gating.of_inputs), kernel])
+    return jnp.concatenate([gating.spread(gated.input_kernel, gating.of_inputs), kernel])
 
 
-def _run_in_xla(gating: Gating, dtype: str, kernel: Array, *arrays: Any) -> Any:
+def _run_in_xla(layer: PreparedLayer, factors: Array, terms: Array, carry: Any) -> Any:
     """Return the next carry, computed feature-major.
 
-    `arrays` are what the kernel multiplies [batch, depth], terms [batch or 1, sums], the carry, and
-    peepholes or None.
+    The kernel multiplies the factors [batch, depth]. Terms are [batch or 1, sums].
     """
-    rows, terms, carry, peepholes = arrays
-    sums = multiply_columns(kernel, round_factor(rows.T, dtype)) + terms.T
+    gating, peepholes = GATINGS[type(layer.params)], expand(layer.params).peepholes
+    sums = multiply_columns(layer.kernel, round_factor(factors.T, layer.dtype)) + terms.T
     weights = None if peepholes is None else peepholes[:, :, None]
     state = jax.tree.map(jnp.transpose, carry)
     after, _ = gating.activate(tuple(jnp.split(sums, gating.num_sums)), state, weights)
     return jax.tree.map(jnp.transpose, after)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _run_in_c(gating: Gating, dtype: str, packed: Array, kernel: Array, *others: Any) -> Any:
-    return in_c.run_step(gating, packed, *others)
+@jax.custom_jvp
+def _run_in_c(layer: PreparedLayer, factors: Array, terms: Array, carry: Any) -> Any:
+    gating, peepholes = GATINGS[type(layer.params)], expand(layer.params).peepholes
+    return in_c.run_step(gating, layer.kernel, factors, terms, carry, peepholes)
 
 
 @_run_in_c.defjvp
-def _differentiate(gating: Gating, dtype: str, primals: Any, tangents: Any) -> Any:
-    """Differentiate the same step in XLA."""
+def _differentiate(primals: Any, tangents: Any) -> Any:
+    """Differentiate the same step in XLA, by the parameters."""
 
-    def run(kernel: Array, *others: Any) -> Any:
-        return _run_in_xla(gating, dtype, round_factor(kernel.T, dtype), *others)
+    def run(layer: PreparedLayer, *arrays: Any) -> Any:
+        kernel = round_factor(_join_kernels(layer.params, layer.is_one_hot).T, layer.dtype)
+        return _run_in_xla(dataclasses.replace(layer, kernel=kernel), *arrays)
 
-    return jax.jvp(run, primals[1:], tangents[1:])
+    return jax.jvp(run, primals, tangents)
