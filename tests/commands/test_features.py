@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lstm_jax.export import features
+from lstm_jax.export.features import compute_features, find_followers
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 CHARACTERS = Vocabulary.from_text("any")
@@ -28,8 +28,7 @@ CHARACTERS = Vocabulary.from_text("any")
     ],
 )
 def test_features_of_characters(name: str, text: str, expected: str) -> None:
-    feature = features.compute_features(text, CHARACTERS)[name]
-    assert "".join(f"{x:g}" for x in feature) == expected
+    assert "".join(f"{x:g}" for x in compute_features(text, CHARACTERS)[name]) == expected
 
 
 def test_a_token_has_the_features_of_its_last_character() -> None:
@@ -37,27 +36,27 @@ def test_a_token_has_the_features_of_its_last_character() -> None:
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind, stop="\n\n")
         tokens = vocabulary.split(text)
-        actual = features.compute_features(text, vocabulary)
+        actual = compute_features(text, vocabulary)
         for name, test in (("a capital letter", str.isupper), ("a line break", "\n".__eq__)):
             np.testing.assert_array_equal(actual[name], [test(token[-1]) for token in tokens])
 
 
 def test_any_text_has_features() -> None:
     for text in ("\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"):
-        arrays = features.compute_features(text, CHARACTERS)
+        arrays = compute_features(text, CHARACTERS)
         assert arrays and all(np.isfinite(x).all() and x.min() >= 0 for x in arrays.values())
 
 
 def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
-    place = features.compute_features(lines, CHARACTERS)["position in the line"]
+    place = compute_features(lines, CHARACTERS)["position in the line"]
     half, n = len(place) // 2, len(place)
     activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
     activations[40] = np.clip(3 * place - 80, -127, 127)
     activations[50, :half] = -activations[40, :half]  # It follows in the first half only.
     activations[60] = 5
-    followers, correlations = features.find_followers(activations, place[None], 3)
+    followers, correlations = find_followers(activations, place[None], 3)
     (follower,) = followers
     assert follower.hidden_unit == 40 and follower.correlation > 0.95
     others = np.delete(activations[:, half:], 60, axis=0)
