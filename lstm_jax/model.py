@@ -25,6 +25,7 @@ from lstm_jax import ops
 from lstm_jax.cells import CELLS, LOADED, base, import_cell
 from lstm_jax.config import ModelConfig, Option
 from lstm_jax.cross_entropy import compute_cross_entropy
+from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul, round_factor
 from lstm_jax.ops import choice
 from lstm_jax.ops.gates import GATINGS, Gating
@@ -296,7 +297,7 @@ def apply_mask(x: Hidden, mask: Float[Array, "batch features"] | None) -> Hidden
 
 
 def make_model(
-    model: ModelConfig, vocabulary_size: int, stop_id: int | None = None
+    config: ModelConfig, vocabulary_size: int, stop_id: int | None = None
 ) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
@@ -304,46 +305,40 @@ def make_model(
 
     Raises:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
-      ValueError: if `recurrence` can't run this model.
+      UserError: if `recurrence` can't run this model here, or a user's own cell fails.
     """
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    given: dict[str, Any] = {name: getattr(model, name) for name in names}
-    given["options"] = nn.FrozenDict(model.options)
-    if model.cell not in CELLS:
-        given["cell"] = LOADED[model.cell]
-    is_auto = model.dtype == "auto"
-    given["dtype"] = "float32" if is_auto else model.dtype
-    made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
-    check_recurrence(made)
-    if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
-        made = made.clone(dtype=choice.choose_dtype(made.uses_ops))
-    return made
-
-
-def check_recurrence(model: LanguageModel) -> None:
-    """Raise `ValueError` if `model.recurrence` can't run the layers on this machine."""
-    if (name := model.recurrence) in ("auto", "scan"):
-        return
-    if not model.runs_gated_layers:
-        raise ValueError(
-            f"{name!r} supports only the cells lstm, peephole, gru and rnn, without a block; "
-            "'auto' supports any cell"
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields: dict[str, Any] = {name: getattr(config, name) for name in names}
+    fields["options"] = nn.FrozenDict(config.options)
+    if config.cell not in CELLS:
+        fields["cell"] = LOADED[config.cell]
+    if config.dtype == "auto":
+        fields["dtype"] = "float32"
+    model = LanguageModel(vocabulary_size, stop_id=stop_id, **fields)
+    if config.recurrence in ("xla", "c") and not model.runs_gated_layers:
+        raise UserError(
+            f"config.model.recurrence is {config.recurrence!r}, which supports only the cells "
+            "lstm, peephole, gru and rnn, without a block: 'auto' supports any cell"
         )
-    choice.choose(name, model.gating, size=model.hidden_size, dtype=model.dtype)
-
-
-def check_model(model: LanguageModel) -> None:
-    """Raise `UserError` with the name and file of the cell if a user's own cell fails."""
-
-    def run(key: Array) -> Any:
-        ids, carry = jnp.zeros((1, 2), jnp.int32), model.initial_carry(1)
-        params = model.init(key, ids, carry)["params"]
-        bound = model.bind({"params": params})
-        return bound.run_step(ids[:, 0], carry), bound(ids, carry)
-
+    if config.recurrence == "c" and not choice.is_available(model.dtype):
+        raise UserError(
+            f"config.model.recurrence is 'c', which can't multiply in {model.dtype} here: choose "
+            "'auto'"
+        )
+    cell_fields = {field.name for field in dataclasses.fields(model.cell_class)}
+    if config.dtype == "auto" and "dtype" in cell_fields:
+        model = model.clone(dtype=choice.choose_dtype(model.uses_ops))
     if not isinstance(model.cell, str):
         with base.name_cell_error(model.cell_class):
-            jax.eval_shape(run, jax.random.key(0))
+            jax.eval_shape(functools.partial(_run_both, model), jax.random.key(0))
+    return model
+
+
+def _run_both(model: LanguageModel, key: Array) -> Any:
+    """Run a model with new parameters over two tokens: over one at a time, and over both."""
+    ids, carry = jnp.zeros((1, 2), jnp.int32), model.initial_carry(1)
+    bound = model.bind({"params": model.init(key, ids, carry)["params"]})
+    return bound.run_step(ids[:, 0], carry), bound(ids, carry)
 
 
 def init_params(

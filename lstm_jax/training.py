@@ -107,7 +107,7 @@ def train(
             notes.append(line)
         mesh = mesh_lib.make_mesh(config)
         plan = Plan(config, len(ids["train"]))
-        model = make_model(config, vocabulary)
+        model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
         state = init_state(
             model,
@@ -297,7 +297,8 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
 
     All processes return the numbers of the slowest, so that they choose the same.
     """
-    mesh, model = mesh_lib.make_mesh(config), make_model(config, vocabulary)
+    mesh = mesh_lib.make_mesh(config)
+    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
     state = init_state(model, optimizer, key, batch_size).place(mesh)
@@ -362,16 +363,6 @@ def load_initial(
         f"{len(new)} new tokens{examples}"
     )
     return vocabulary, source.params, [note]
-
-
-def make_model(config: Config, vocabulary: Vocabulary) -> model_lib.LanguageModel:
-    """Return the model of a run, checked."""
-    try:
-        model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    except ValueError as error:
-        raise UserError(f"config.model.recurrence: {error}") from None
-    model_lib.check_model(model)
-    return model
 
 
 def restore_state(

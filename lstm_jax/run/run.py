@@ -225,7 +225,6 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
     changes["dtype"] = dtype or config.model.dtype
     config = complete_config(config, {"model": changes})
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    model_lib.check_model(model)
     params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
     return Run(config, vocabulary, model, params, step, directory)
 

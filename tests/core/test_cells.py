@@ -20,7 +20,6 @@ from lstm_jax.cells.base import make_cell, run_cell
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.errors import UserError
-from lstm_jax.model import check_recurrence
 from references import STEPS, Array, Arrays, assert_close, compute_exactly, lstm, sigmoid
 
 BATCH, TIME, INPUTS, HIDDEN, HEADS = 2, 9, 5, 8, 4
@@ -222,9 +221,9 @@ def test_only_cells_with_the_equations_of_a_layer_run_as_one() -> None:
     for name in ("lstm", "peephole", "gru", "rnn"):
         assert model_lib.LanguageModel(11, 6, 9, cell=name).runs_gated_layers
     assert not model_lib.LanguageModel(11, 6, 9, cell="mogrifier").runs_gated_layers
-    block = model_lib.LanguageModel(11, 6, 9, block="residual", recurrence="xla")
-    with pytest.raises(ValueError, match="only the cells lstm, .* without a block"):
-        check_recurrence(block)
+    block = config.ModelConfig(block="residual", recurrence="xla")
+    with pytest.raises(UserError, match="only the cells lstm, .* without a block"):
+        model_lib.make_model(block, 11)
     own = model_lib.LanguageModel(11, 6, 9, cell=OwnLSTMCell)
     params, ids = models.draw_params(own), np.zeros((2, 5), np.int32)
     both = (own.clone(recurrence=name) for name in ("auto", "scan"))
