@@ -144,9 +144,7 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh) -> Any:
     lstm = model.make_model(config.model, vocabulary_size)
     updates = optimizer.make_optimizer(config.optimizer, 1000)
     batch_size, length = config.batches.batch_size, config.batches.window_length
-    state = jax.eval_shape(
-        lambda key: train_step.init_state(lstm, updates, key, batch_size), jax.random.key(0)
-    )
+    state = jax.eval_shape(lambda: train_step.init_state(lstm, updates, config))
 
     def place(spec: PartitionSpec, tree: Any) -> Any:
         return place_all(lambda _: NamedSharding(mesh, spec), tree)

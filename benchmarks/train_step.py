@@ -124,10 +124,10 @@ def make_lstm_jax(
         settings.regularization[name] = 0.0 if name == skipped else rate
     complete = config.complete_config(settings)
     setup.use_cores(complete)
-    mesh, key = make_mesh(complete), jax.random.key(0)
+    mesh = make_mesh(complete)
     lstm = model.make_model(complete.model, options.vocabulary_size)
     updates = optimizer.make_optimizer(complete.optimizer, 1)
-    state = init_state(lstm, updates, key, options.batch_size).place(mesh)
+    state = init_state(lstm, updates, complete).place(mesh)
     step = make_train_step(lstm, updates, complete, mesh)
     inputs, targets = _batch(options)
     return _jax_work(step, state, batches.Batch(inputs, targets, np.ones(len(inputs), np.bool_)))

@@ -59,25 +59,31 @@ TrainStep = Callable[[TrainState, Batch], TrainState]
 def init_state(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    key: Array,
-    batch_size: int,
+    config: Config,
     trained: model_lib.Params | None = None,
     counts: Integer[np.ndarray, " vocabulary"] | None = None,
 ) -> TrainState:
     """Return the state before the first step, on the default device.
 
     `trained` holds parameters to start from; `model` may have more tokens than they have, whose
-    parameters are then drawn. For `counts`, see `model.init_params`.
+    parameters are then drawn. For `counts`, see `model.init_params`. Raise `UserError` for a rate
+    of dropout that can't apply to the parameters; warn of one in vain.
     """
-    init_key, key = jax.random.split(key)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
     params = model_lib.init_params(model, init_key, counts)
+    jax.eval_shape(functools.partial(drop_parameters, config.regularization), params, key)
+    if config.regularization.hidden_dropout and model.num_layers == 1:
+        warn(
+            "config.regularization.hidden_dropout is between layers: with one, use "
+            "--config.regularization.output_dropout"
+        )
     if trained is not None:
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
     # Separate arrays, because a step donates each of them.
     counters = jnp.int32(0), jnp.zeros(()), jnp.zeros(()), jnp.int32(0)
-    carry = model.initial_carry(batch_size)
+    carry = model.initial_carry(config.batches.batch_size)
     return TrainState(params, optimizer.init(params), carry, key, *counters)
 
 
@@ -229,18 +235,6 @@ def drop_parameters(
             arrays[path] *= mask
         dropped = unflatten_dict(arrays)
     return dropped
-
-
-def check_dropout(
-    rates: RegularizationConfig, model: model_lib.LanguageModel, state: TrainState
-) -> None:
-    """Raise `UserError` for a rate that can't apply to the parameters; warn of one in vain."""
-    jax.eval_shape(functools.partial(drop_parameters, rates), state.params, state.key)
-    if rates.hidden_dropout and model.num_layers == 1:
-        warn(
-            "config.regularization.hidden_dropout is between layers: with one, use "
-            "--config.regularization.output_dropout"
-        )
 
 
 def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

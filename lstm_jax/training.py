@@ -32,7 +32,7 @@ from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.plan import Plan
 from lstm_jax.run.run import Run, load
-from lstm_jax.train_step import TrainState, check_dropout, init_state, make_train_step
+from lstm_jax.train_step import TrainState, init_state, make_train_step
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
@@ -109,15 +109,8 @@ def train(
         plan = Plan(config, len(ids["train"]))
         model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
-        state = init_state(
-            model,
-            optimizer,
-            jax.random.key(config.seed),
-            config.batches.batch_size,
-            trained=initial_params,
-            counts=None if is_resumed else texts.count_ids(ids["train"], len(vocabulary)),
-        ).place(mesh)
-        check_dropout(config.regularization, model, state)
+        counts = None if is_resumed else texts.count_ids(ids["train"], len(vocabulary))
+        state = init_state(model, optimizer, config, initial_params, counts).place(mesh)
         state, step, history = restore_state(directory, state, plan.total_steps)
 
         every = config.checkpoint_every_seconds
@@ -196,9 +189,7 @@ def train(
             predictions = None
             if config.distill.teachers:
                 show("The teachers predict the training text")
-                teachers = distillation.load_teachers(config, vocabulary)
-                predictions = distillation.predict_text(teachers, ids["train"])
-                del teachers  # Their parameters take memory of the device.
+                predictions = distillation.predict_text(config, vocabulary, ids["train"])
             feed = mesh_lib.feed_batches(ids["train"], config, mesh, step, predictions)
             meter = messages.Progress(plan, show)
             if processes.is_first():  # Now that no mistake is left.
@@ -300,8 +291,7 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     mesh = mesh_lib.make_mesh(config)
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
-    key, batch_size = jax.random.key(config.seed), config.batches.batch_size
-    state = init_state(model, optimizer, key, batch_size).place(mesh)
+    state = init_state(model, optimizer, config).place(mesh)
     train_step = make_train_step(model, optimizer, config, mesh)
     feed = mesh_lib.feed_batches(ids, config, mesh)
     times = list[float]()

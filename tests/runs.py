@@ -44,8 +44,7 @@ def load_final_state(directory: Path) -> list[Any]:
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.make_model(config.model, len(vocabulary))
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
-    batch_size = config.batches.batch_size
-    state = init_state(model, optimizer, jax.random.key(0), batch_size)
+    state = init_state(model, optimizer, config)
     restored = checkpoints.restore_latest(directory / workdir.CHECKPOINTS, state.params, state.rest)
     assert restored is not None
     items = restored[1]

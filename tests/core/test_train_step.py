@@ -38,7 +38,7 @@ def set_up(
     """Return the initial state and the step."""
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     mesh = make_mesh(config)
-    state = train_step.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
+    state = train_step.init_state(model, optimizer, config)
     return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
 
 

@@ -51,9 +51,8 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
     config = config_lib.complete_config(config, {"distill.teachers": f"{trained},{trained}"})
     length = loss_lib.LONGEST_IN_ONE + 500  # Read as streams.
     ids = np.random.default_rng(0).integers(2, len(vocabulary), length).astype(np.int32)
-    teachers = distillation.load_teachers(config, vocabulary)
     for of_text in (ids, ids[:300]):
-        predictions = distillation.predict_text(teachers, of_text)
+        predictions = distillation.predict_text(config, vocabulary, of_text)
         assert predictions.dtype == np.float16
         assert predictions.shape == (len(of_text), len(vocabulary))
         np.testing.assert_array_equal(predictions[0], np.eye(len(vocabulary))[of_text[0]])
@@ -67,11 +66,11 @@ def test_teachers_of_another_text_give_a_warning(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, vocabulary = workdir.load_config(trained), workdir.load_vocabulary(trained)
-    changes = {"distill.teachers": str(trained)}
-    distillation.load_teachers(config_lib.complete_config(config, changes), vocabulary)
+    changes, ids = {"distill.teachers": str(trained)}, np.full(20, 2)
+    distillation.predict_text(config_lib.complete_config(config, changes), vocabulary, ids)
     assert capsys.readouterr().err == ""
     changes["data.sha256"] = "0:9:5:5"
-    distillation.load_teachers(config_lib.complete_config(config, changes), vocabulary)
+    distillation.predict_text(config_lib.complete_config(config, changes), vocabulary, ids)
     assert "read another text or other splits" in capsys.readouterr().err
 
 

@@ -37,7 +37,7 @@ adam = optimizer.make_optimizer(settings.optimizer, 50)
 
 
 def train(mesh):
-    state = train_step.init_state(lstm, adam, jax.random.key(0), 16).place(mesh)
+    state = train_step.init_state(lstm, adam, settings).place(mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
     rng, losses = np.random.default_rng(0), []
     for k in range(30):
