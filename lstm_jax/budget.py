@@ -9,13 +9,36 @@ search.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from lstm_jax.config import Config, complete_config
+from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config, complete_config, flatten
+from lstm_jax.data import texts
+from lstm_jax.devices import mesh as mesh_lib
+from lstm_jax.devices import processes
+from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
+from lstm_jax.train_step import init_state, make_train_step
+from lstm_jax.vocabulary import Ids, Vocabulary
 
+# Each kind of dropout at these numbers of epochs times weights for each token of the text; in
+# between, by their logarithm.
+_REPETITION = (10, 100, 300, 3000, 20000)
+_DROPOUT = {
+    "embedding": (0.0, 0.05, 0.05, 0.1, 0.2),
+    "input": (0.0, 0.05, 0.15, 0.3, 0.4),
+    "hidden": (0.0, 0.25, 0.3, 0.4, 0.5),
+    "output": (0.0, 0.3, 0.45, 0.6, 0.7),
+    "recurrent": (0.0, 0.1, 0.25, 0.5, 0.6),
+}
 # The fields that can be left open.
 FIELDS = (
     "data.units",
@@ -26,11 +49,7 @@ FIELDS = (
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
-    "regularization.embedding_dropout",
-    "regularization.input_dropout",
-    "regularization.hidden_dropout",
-    "regularization.output_dropout",
-    "regularization.recurrent_dropout",
+    *(f"regularization.{kind}_dropout" for kind in _DROPOUT),
     "num_epochs",
     "max_steps",
     "validate_every_steps",
@@ -42,16 +61,6 @@ _LARGEST_EMBEDDING = 256
 _TOKENS_PER_WEIGHT = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
-# Each kind of dropout at these numbers of epochs times weights for each token of the text; in
-# between, by their logarithm.
-_REPETITION = (10, 100, 300, 3000, 20000)
-_DROPOUT = {
-    "embedding": (0.0, 0.05, 0.05, 0.1, 0.2),
-    "input": (0.0, 0.05, 0.15, 0.3, 0.4),
-    "hidden": (0.0, 0.25, 0.3, 0.4, 0.5),
-    "output": (0.0, 0.3, 0.45, 0.6, 0.7),
-    "recurrent": (0.0, 0.1, 0.25, 0.5, 0.6),
-}
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
 _SHARE = 0.97  # Of the time that is left; the speed may fall.
 _SECONDS_OF_EVALUATION = 4.0  # To compile it, generation, and to write the last files.
@@ -67,20 +76,34 @@ class Speed(NamedTuple):
     seconds_left: int  # Of the minutes, after measuring.
 
 
+def choose_tokens(config: Config, directory: Path) -> Config:
+    """Choose the open fields of the text; of a run that resumes, take all from it.
+
+    Raise `UserError` if something takes time that `choose_fields` does not know.
+    """
+    if workdir.has_run(directory):
+        saved = dict(flatten(workdir.load_config(directory)))
+        return complete_config(config, {name: saved[name] for name in config.open})
+    if config.init_from or config.distill.teachers:
+        raise UserError(
+            "config.minutes chooses the sizes of a new model, without teachers: leave out "
+            "--init_from and --config.distill.teachers, or set the sizes in another config"
+        )
+    return _fill(config, texts.choose_fields(config.data))
+
+
 def choose_fields(
-    config: Config, lengths: Mapping[str, int], measure: Callable[[Config], Speed]
+    config: Config, vocabulary: Vocabulary, ids: Mapping[str, Ids], end: float
 ) -> tuple[Config, str]:
     """Choose all open fields, and return the config with a line that says what was chosen and why.
 
-    Args:
-      config: a config with open fields (`Config.open`).
-      lengths: the number of tokens of each split.
-      measure: returns the speed of a config.
+    `ids` are those of each split, and `end` is a time of `time.monotonic`.
     """
+    lengths = {name: len(of_split) for name, of_split in ids.items()}
     length, window = lengths["train"], config.batches.window_length
     batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
     batch_size = min(max(batch_size, _SMALLEST_BATCH), _LARGEST_BATCH)
-    config = fill(config, {"batches.batch_size": batch_size})
+    config = _fill(config, {"batches.batch_size": batch_size})
     batch_size, tokens_per_step = config.batches.batch_size, config.batches.batch_size * window
 
     sizes = _SIZES if "model.hidden_size" in config.open else (config.model.hidden_size,)
@@ -101,7 +124,7 @@ def choose_fields(
             applies = kind != "hidden" or config.model.num_layers > 1  # It is between layers.
             rate = float(np.interp(position, np.log(_REPETITION), rates)) if applies else 0.0
             chosen[f"regularization.{kind}_dropout"] = round(rate, 2)
-        return fill(config, chosen)
+        return _fill(config, chosen)
 
     def predict(size: int) -> float:
         """Return the tokens that a model of this size reads in the time."""
@@ -124,14 +147,15 @@ def choose_fields(
 
     size, tokens = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS
     while (key := (size, measure_repetition(size, tokens) > _REPETITION[0])) not in speeds:
-        speeds[key] = measure(set_size(size, tokens))  # Dropout takes time.
+        # Dropout takes time.
+        speeds[key] = measure_speed(set_size(size, tokens), vocabulary, ids["train"], end)
         size = max(filter(has_enough, sizes), default=sizes[0])
         tokens = predict(size)
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
     rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _LARGEST_BATCH)
-    config = fill(
+    config = _fill(
         config,
         {
             "optimizer.learning_rate": float(f"{rate:.2g}"),
@@ -157,6 +181,27 @@ def choose_fields(
     return config, line
 
 
-def fill(config: Config, values: Mapping[str, Any]) -> Config:
+def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> Speed:
+    """Measure a training step, for a second.
+
+    All processes return the numbers of the slowest, so that they choose the same.
+    """
+    mesh = mesh_lib.make_mesh(config)
+    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
+    state = init_state(model, optimizer, config).place(mesh)
+    train_step = make_train_step(model, optimizer, config, mesh)
+    feed = mesh_lib.feed_batches(ids, config, mesh)
+    times = list[float]()
+    while len(times) < 4 or sum(times[2:]) < 1:
+        began = time.monotonic()
+        state = train_step(state, next(feed))
+        jax.block_until_ready(state.loss_sum)
+        times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
+    left = -processes.max_over_processes(-int(end - time.monotonic()))
+    return Speed(statistics.median(times[2:]), times[0], left)
+
+
+def _fill(config: Config, values: Mapping[str, Any]) -> Config:
     """Set those fields that are open."""
     return complete_config(config, {x: y for x, y in values.items() if x in config.open})

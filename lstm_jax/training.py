@@ -5,10 +5,7 @@
 
 import contextlib
 import dataclasses
-import functools
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
@@ -17,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import budget, generation
+from lstm_jax import batches, budget, generation
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -30,10 +27,9 @@ from lstm_jax.errors import NotFiniteError, UserError, make_command
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
-from lstm_jax.run.plan import Plan
 from lstm_jax.run.run import Run, load
 from lstm_jax.train_step import TrainState, init_state, make_train_step
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.vocabulary import Vocabulary
 
 # JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
@@ -78,7 +74,7 @@ def train(
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
         cell_file.load_cell(config.model.cell)
         if config.open:
-            config = fill_open_fields(config, directory)
+            config = budget.choose_tokens(config, directory)
 
         # The text, and the run or model that this one starts from.
         with processes.main_process_first("text and lock"):
@@ -99,24 +95,23 @@ def train(
 
         # The model and its state.
         if config.open:
-            lengths = {name: len(of_split) for name, of_split in ids.items()}
-            measure = functools.partial(
-                measure_speed, vocabulary=vocabulary, ids=ids["train"], end=end
-            )
-            config, line = budget.choose_fields(config, lengths, measure)
+            config, line = budget.choose_fields(config, vocabulary, ids, end)
             notes.append(line)
         mesh = mesh_lib.make_mesh(config)
-        plan = Plan(config, len(ids["train"]))
+        steps_per_epoch = batches.count_steps(len(ids["train"]), config.batches)
+        total_steps = config.num_epochs * steps_per_epoch
+        # Unless `patience` ends training earlier.
+        total_steps = min(total_steps, config.max_steps or total_steps)
         model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-        optimizer = optimizer_lib.make_optimizer(config.optimizer, plan.total_steps)
+        optimizer = optimizer_lib.make_optimizer(config.optimizer, total_steps)
+        schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, total_steps))
         counts = None if is_resumed else texts.count_ids(ids["train"], len(vocabulary))
         state = init_state(model, optimizer, config, initial_params, counts).place(mesh)
-        state, step, history = restore_state(directory, state, plan.total_steps)
-
-        every = config.checkpoint_every_seconds
-        checkpoints = CheckpointWriter(directory / workdir.CHECKPOINTS, every)
+        state, step, is_validated, history = restore_state(directory, state, total_steps)
         metrics_path = directory / workdir.METRICS
-        writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
+        # Training longer removes the test loss, and may have ended before its first step.
+        is_over = step == total_steps or is_out_of_patience(directory, config.patience)
+        is_finished = is_over and bool(read_losses(directory, "test"))
 
         def show(text: str) -> None:
             """Print to standard output, in process 0 only."""
@@ -131,7 +126,7 @@ def train(
                 bits = loss_lib.compute_bits_per_character(loss, sizes[split])
                 extra["bits_per_character"] = bits
             if processes.is_first():
-                writer.write(step, plan.count_epochs(step), split, loss, **extra)
+                writer.write(step, step / steps_per_epoch, split, loss, **extra)
 
         def generate_sample(params: model_lib.Params, key: jax.Array) -> str:
             """Return a text that the model generates, as a terminal can show it."""
@@ -142,6 +137,21 @@ def train(
             )
             return messages.make_printable("".join(text for (text,) in pieces))
 
+        def log(state: TrainState, step: int) -> TrainState:
+            """Record the mean training loss since the last row; return the state with sums of 0."""
+            number = int(state.loss_steps)
+            loss = float(state.loss_sum) / number
+            speed = progress.report(step, step / steps_per_epoch, loss)
+            extra: metrics.Extra = {
+                # In the six digits of float32.
+                "learning_rate": float(f"{float(schedule(step - 1)):.6g}"),
+                "gradient_norm": float(state.norm_sum) / number,
+            }
+            if speed:  # Otherwise it is unknown.
+                extra["tokens_per_second"] = round(speed)
+            record(step, "train", loss, **extra)
+            return state.clear_sums()
+
         def save(state: TrainState, step: int) -> None:
             """Save a checkpoint."""
             history = workdir.measure_history(directory)
@@ -151,37 +161,38 @@ def train(
             """Record the validation loss and a sample; return whether `patience` ends training."""
             params, key = mesh_lib.get_local_copy((state.params, state.key))
             loss = loss_lib.compute_loss(model, params, ids["validation"])
-            key = jax.random.fold_in(key, step)
-            sample = generate_sample(params, key)
+            sample = generate_sample(params, jax.random.fold_in(key, step))
             if processes.is_first():
                 record(step, "validation", loss, sample=sample)
                 workdir.append_sample(directory, step, config.sample.temperature, sample)
                 checkpoints.record_validation(step, loss, workdir.measure_history(directory))
-                rows = metrics.read_metrics(metrics_path)
+                rows, epochs = metrics.read_metrics(metrics_path), total_steps / steps_per_epoch
                 described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
-                title = messages.describe_validation(rows, plan, described)
+                title = messages.describe_validation(rows, epochs, described)
                 show(f"\n=== {title}\n{sample}\n")
             is_over = is_out_of_patience(directory, config.patience)
-            if 0 < step < plan.total_steps and not is_over:  # At the end, `train` plots.
+            if 0 < step < total_steps and not is_over:  # At the end, `train` plots.
                 plot_curves(directory, _SECONDS_BETWEEN_PLOTS)
             return is_over
 
-        # Training longer removes the test loss, and may have ended before its first step.
-        is_over = step == plan.total_steps or is_out_of_patience(directory, config.patience)
-        is_finished = is_over and has_row(directory, "test")
+        def validates_at(step: int) -> bool:
+            """Return whether the run validates, and saves before that, after `step` steps, or 0."""
+            every = config.validate_every_steps or steps_per_epoch
+            return not step % every or step == total_steps
+
         if is_finished:
             notes = [
                 f"The run in {directory} is finished, at step {step}: to train longer, raise "
                 "--config.num_epochs, --config.max_steps or --config.patience"
             ]
         elif is_resumed:
-            notes.append(f"Resuming from step {step} of {plan.total_steps}, saved in {directory}")
-        elif plan.total_steps < _FEW_STEPS and not (config.max_steps or config.init_from):
+            notes.append(f"Resuming from step {step} of {total_steps}, saved in {directory}")
+        elif total_steps < _FEW_STEPS and not (config.max_steps or config.init_from):
             notes.append(
-                f"{plan.total_steps} steps are few: `make train TEXT=... MINUTES=...` chooses "
-                "settings for a short text"
+                f"{total_steps} steps are few: `make train TEXT=... MINUTES=...` chooses settings "
+                "for a short text"
             )
-        setup = messages.describe_setup(plan, vocabulary, ids, model.dtype, mesh)
+        setup = messages.describe_setup(config, vocabulary, ids, model.dtype, mesh)
         show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))
 
         if not is_finished:  # A finished run keeps its config.
@@ -191,25 +202,29 @@ def train(
                 show("The teachers predict the training text")
                 predictions = distillation.predict_text(config, vocabulary, ids["train"])
             feed = mesh_lib.feed_batches(ids["train"], config, mesh, step, predictions)
-            meter = messages.Progress(plan, show)
+            tokens_per_step = config.batches.batch_size * config.batches.window_length
+            progress = messages.Progress(total_steps, tokens_per_step, show)
+            every = config.checkpoint_every_seconds
+            checkpoints = CheckpointWriter(directory / workdir.CHECKPOINTS, every)
             if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
+                writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
                     save(state, step)
-                if has_row(directory, "validation", step):
+                if is_validated:
                     is_over = is_out_of_patience(directory, config.patience)
                 else:
-                    is_over = plan.validates_at(step) and validate(state, step)
-                while step < plan.total_steps and not is_over:
+                    is_over = validates_at(step) and validate(state, step)
+                while step < total_steps and not is_over:
                     batch = next(feed)
                     # Any other transfer to the devices is an error.
                     with jax.transfer_guard("disallow"):
                         state = train_step(state, batch)
                     step += 1
-                    meter.after_step(step, state.loss_sum)
-                    logs, validates = plan.logs_at(step), plan.validates_at(step)
+                    progress.after_step(step, state.loss_sum)
+                    logs, validates = not step % config.log_every_steps, validates_at(step)
                     waits = logs or validates or not step % _STEPS_BETWEEN_WAITS
                     if waits:
                         jax.block_until_ready(state.loss_sum)
@@ -220,23 +235,23 @@ def train(
                     if logs or saves:
                         raise_if_not_finite(checkpoints, state, step)
                     if logs:
-                        state = log(state, step, plan, meter, record)
+                        state = log(state, step)
                     if saves:
                         save(state, step)
                     if code:
                         break
                     if validates:  # After the save: a run that is killed in it resumes from here.
                         is_over = validate(state, step)
-                        meter.stop_clock()
-                if is_over and step < plan.total_steps:
+                        progress.stop_clock()
+                if is_over and step < total_steps:
                     show(
-                        f"Training ends at step {step} of {plan.total_steps}: the validation loss "
-                        f"has not improved for {config.patience} validations"
+                        f"Training ends at step {step} of {total_steps}: the validation loss has "
+                        f"not improved for {config.patience} validations"
                     )
                 if code := processes.max_over_processes(stop.code):
                     plot_curves(directory)
                     show(
-                        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in "
+                        f"\nStopped at step {step} of {total_steps}. Everything is saved in "
                         f"{directory}: the same command resumes."
                     )
                     raise Stopped(code)
@@ -244,11 +259,12 @@ def train(
         # The test loss of the best checkpoint.
         processes.wait_for_all("all is saved")
         run = load(directory)
-        step, losses = run.step, read_losses(directory, "test", run.step)
-        loss = losses[-1] if losses else loss_lib.compute_loss(run.model, run.params, ids["test"])
+        loss = read_losses(directory, "test").get(run.step)
+        if loss is None:
+            loss = loss_lib.compute_loss(run.model, run.params, ids["test"])
         if processes.is_first():
-            if not losses:
-                record(step, "test", loss)
+            if not is_finished:
+                record(run.step, "test", loss)
             plot_curves(directory)
             # On a device, as in `validate`: else the function that generates is compiled again.
             key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
@@ -259,49 +275,13 @@ def train(
             command = make_command("sample", "--workdir", str(directory), *own)
             show(
                 f"\n{sample}\n\n"
-                f"Test loss at step {step}, the step with the best validation loss: {described}\n"
+                f"Test loss at step {run.step}, the step with the best validation loss: "
+                f"{described}\n"
                 f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
                 f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
                 f"Generate text: {command}"
             )
         return run
-
-
-def fill_open_fields(config: Config, directory: Path) -> Config:
-    """Return the config with the values of the run that resumes, else with the kind of tokens.
-
-    Raise `UserError` if something takes time that `budget` does not know.
-    """
-    if workdir.has_run(directory):
-        saved = dict(config_lib.flatten(workdir.load_config(directory)))
-        return config_lib.complete_config(config, {name: saved[name] for name in config.open})
-    if config.init_from or config.distill.teachers:
-        raise UserError(
-            "config.minutes chooses the sizes of a new model, without teachers: leave out "
-            "--init_from and --config.distill.teachers, or set the sizes in another config"
-        )
-    return budget.fill(config, texts.choose_fields(config.data))
-
-
-def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> budget.Speed:
-    """Measure a training step, for a second; `end` is a time of `time.monotonic`.
-
-    All processes return the numbers of the slowest, so that they choose the same.
-    """
-    mesh = mesh_lib.make_mesh(config)
-    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
-    state = init_state(model, optimizer, config).place(mesh)
-    train_step = make_train_step(model, optimizer, config, mesh)
-    feed = mesh_lib.feed_batches(ids, config, mesh)
-    times = list[float]()
-    while len(times) < 4 or sum(times[2:]) < 1:
-        began = time.monotonic()
-        state = train_step(state, next(feed))
-        jax.block_until_ready(state.loss_sum)
-        times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
-    left = -processes.max_over_processes(-int(end - time.monotonic()))
-    return budget.Speed(statistics.median(times[2:]), times[0], left)
 
 
 def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
@@ -357,35 +337,31 @@ def load_initial(
 
 def restore_state(
     directory: Path, state: TrainState, total_steps: int
-) -> tuple[TrainState, int, dict[str, int]]:
+) -> tuple[TrainState, int, bool, dict[str, int]]:
     """Return state and step of the latest checkpoint, else the given state and 0.
 
-    Also return the sizes at this step, after its validation, of the files that a run appends to.
+    Also return whether it is validated, and the sizes, after its validation if it is, of the files
+    that a run appends to.
     """
     checkpoints = directory / workdir.CHECKPOINTS
     restored = restore_latest(checkpoints, state.params, state.rest)
     if not restored:
-        return state, 0, {}
+        return state, 0, False, {}
     step, items = restored
     if step > total_steps:
         raise UserError(
             f"the run in {directory} has trained {step} steps already: raise "
             "--config.num_epochs or --config.max_steps, or use another --workdir"
         )
-    history = read_validation(checkpoints, step).get("history", items.history)
-    return TrainState(params=items.params, **items.state), step, history
+    validation = read_validation(checkpoints, step)
+    history = validation.get("history", items.history)
+    return TrainState(params=items.params, **items.state), step, bool(validation), history
 
 
-def read_losses(directory: Path, split: str, step: int | None = None) -> list[float]:
-    """Return the losses in metrics.jsonl of a split, or only that after `step` steps."""
+def read_losses(directory: Path, split: str) -> dict[int, float]:
+    """Return the losses in metrics.jsonl of a split by step."""
     rows = metrics.read_metrics(directory / workdir.METRICS)
-    return [row["loss"] for row in rows if row["split"] == split and step in (None, row["step"])]
-
-
-def has_row(directory: Path, split: str, step: int | None = None) -> bool:
-    """Return whether metrics.jsonl has such a loss; process 0 decides."""
-    has_loss = processes.is_first() and bool(read_losses(directory, split, step))
-    return bool(processes.max_over_processes(has_loss))
+    return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
 def is_out_of_patience(directory: Path, patience: int) -> bool:
@@ -396,7 +372,7 @@ def is_out_of_patience(directory: Path, patience: int) -> bool:
     """
     if not patience:
         return False  # Without reading the file.
-    losses = read_losses(directory, "validation") if processes.is_first() else []
+    losses = [*read_losses(directory, "validation").values()] if processes.is_first() else []
     is_over = patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
     return bool(processes.max_over_processes(is_over))
 
@@ -410,23 +386,6 @@ def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: 
             f"last good checkpoint, that of step {checkpoints.last_step}, with a lower "
             "--config.optimizer.learning_rate"
         )
-
-
-def log(
-    state: TrainState, step: int, plan: Plan, meter: messages.Progress, record: Callable[..., None]
-) -> TrainState:
-    """Record the mean training loss since the last row; return the state with sums of zero."""
-    number = int(state.loss_steps)
-    loss, speed = float(state.loss_sum) / number, meter.measure_speed(step)
-    meter.print(step, loss, speed)
-    extra: metrics.Extra = {
-        "learning_rate": plan.get_learning_rate(step),
-        "gradient_norm": float(state.norm_sum) / number,
-    }
-    if speed:  # Otherwise it is unknown.
-        extra["tokens_per_second"] = round(speed)
-    record(step, "train", loss, **extra)
-    return state.clear_sums()
 
 
 def plot_curves(directory: Path, seconds: float = 0) -> None:

@@ -10,13 +10,14 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from lstm_jax import batches
 from lstm_jax import loss as loss_lib
+from lstm_jax.config import Config
 from lstm_jax.model import Params
 from lstm_jax.vocabulary import FILE_END, Ids, TextSize, Vocabulary
 
-if TYPE_CHECKING:  # Importing them imports TensorBoard's events and Optax.
+if TYPE_CHECKING:  # Importing it imports TensorBoard's events.
     from lstm_jax.run.metrics import Row
-    from lstm_jax.run.plan import Plan
 
 # Control characters, which a terminal executes, as escapes; bytes that are not UTF-8 as U+FFFD.
 _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n\r"}
@@ -57,15 +58,16 @@ def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
 
 
 def describe_setup(
-    plan: "Plan", vocabulary: Vocabulary, ids: dict[str, Ids], dtype: str, mesh: Mesh
+    config: Config, vocabulary: Vocabulary, ids: dict[str, Ids], dtype: str, mesh: Mesh
 ) -> str:
     """Describe the text with its first window, and the devices, with matmuls in `dtype`."""
-    window = ids["train"][: min(plan.config.batches.window_length, _LONGEST_WINDOW) + 1]
+    steps_per_epoch = batches.count_steps(len(ids["train"]), config.batches)
+    window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     return (
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {plan.steps_per_epoch:,}; "
+        f"steps per epoch: {steps_per_epoch:,}; "
         f"matmuls in {dtype}, on {mesh.size} x {mesh.devices.flat[0].device_kind}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
@@ -75,16 +77,17 @@ def describe_setup(
     )
 
 
-def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str) -> str:
-    """Return a line about the last validation, with its loss as `describe_loss` returns it."""
-    losses = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
-    *_, step = losses
-    best = min(losses, key=losses.__getitem__)
-    done, total = map(plan.count_epochs, (step, plan.total_steps))
-    line = f"epoch {done:.4g} of {total:.4g}: validation loss {described}"
+def describe_validation(rows: Sequence["Row"], epochs: float, described: str) -> str:
+    """Return a line about the last validation in a training of a number of epochs.
+
+    `described` is its loss, as `describe_loss` returns it.
+    """
+    validations = [row for row in rows if row["split"] == "validation"]
+    best = min(validations, key=lambda row: row["loss"])
+    line = f"epoch {validations[-1]['epoch']:.4g} of {epochs:.4g}: validation loss {described}"
     for row in [row for row in rows if row["split"] == "train"][-1:]:  # There may be none yet.
         line += (
-            f"; best {losses[best]:.4f} at step {best}; training loss {row['loss']:.4f}, "
+            f"; best {best['loss']:.4f} at step {best['step']}; training loss {row['loss']:.4f}, "
             f"learning rate {row['learning_rate']:.3g}"
         )
     return line
@@ -93,10 +96,9 @@ def describe_validation(rows: Sequence["Row"], plan: "Plan", described: str) -> 
 class Progress:
     """Measures the speed of training, and prints a line about it every ten seconds."""
 
-    def __init__(self, plan: "Plan", show: Callable[[str], None]) -> None:
-        batches = plan.config.batches
-        self._plan, self._show = plan, show
-        self._tokens_per_step = batches.batch_size * batches.window_length
+    def __init__(self, total_steps: int, tokens_per_step: int, show: Callable[[str], None]) -> None:
+        self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
+        self._show = show
         self._clock: tuple[int, float] | None = None  # Step and time of the start of a measurement.
         self._last_line = time.monotonic()
 
@@ -113,21 +115,19 @@ class Progress:
         """Measure the speed from the next step on."""
         self._clock = None
 
-    def measure_speed(self, step: int) -> float:
-        """Return the tokens per second since the last time, or the start; 0 if it is unknown."""
+    def report(self, step: int, epoch: float, loss: float) -> float:
+        """Print a line if it is time to.
+
+        Return the tokens per second since the last call, or the start; 0 if it is unknown.
+        """
         now = time.monotonic()
         (start, since), self._clock = self._clock or (step, now), (step, now)
-        return (step - start) * self._tokens_per_step / (now - since) if step > start else 0.0
-
-    def print(self, step: int, loss: float, speed: float) -> None:
-        """Print a line if it is time to; `speed` is in tokens per second, or 0."""
-        now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES:
-            return
-        self._last_line = now
-        total_steps, epoch = self._plan.total_steps, self._plan.count_epochs(step)
-        line = f"step {step}/{total_steps}, epoch {epoch:.2f}, loss {loss:.3f}"
-        if speed:
-            left = (total_steps - step) * self._tokens_per_step / speed
-            line += f", {speed:,.0f} tokens/s, {timedelta(seconds=round(left))} left"
-        self._show(line)
+        speed = (step - start) * self._tokens_per_step / (now - since) if step > start else 0.0
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            line = f"step {step}/{self._total_steps}, epoch {epoch:.2f}, loss {loss:.3f}"
+            if speed:
+                left = (self._total_steps - step) * self._tokens_per_step / speed
+                line += f", {speed:,.0f} tokens/s, {timedelta(seconds=round(left))} left"
+            self._show(line)
+        return speed

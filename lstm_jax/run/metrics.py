@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -49,38 +49,30 @@ Watch = Callable[[Row], object]
 
 
 class MetricsWriter(contextlib.ExitStack[None]):
-    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
-
-    The files are opened for the first row, so that a run without one leaves them as they are.
-    """
+    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
 
     def __init__(self, path: Path, step: int, watch: Watch = lambda row: None) -> None:
-        """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
+        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         The seconds of training continue from the last row.
         """
         super().__init__()
-        self._path, self._step, self._watch = path, step, watch
-        self._start = time.monotonic()
-        self._lines: IO[bytes] | None = None
-
-    def _open(self) -> IO[bytes]:
-        lines = self.enter_context(self._path.open("ab"))
+        self._watch = watch
+        self._lines = self.enter_context(path.open("ab"))
         # A killed process or a full disk can leave half a line.
-        lines.truncate(self._path.read_bytes().rfind(b"\n") + 1)
-        rows = read_metrics(self._path)
-        self._start -= rows[-1]["seconds"] if rows else 0.0
+        self._lines.truncate(path.read_bytes().rfind(b"\n") + 1)
+        rows = read_metrics(path)
+        self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
         # TensorBoard reads files in the order of their names.
         name = f"events.out.tfevents.{time.time_ns()}"
-        self._events = RecordWriter(str(self._path.with_name(name)))
+        self._events = RecordWriter(str(path.with_name(name)))
         self.callback(self._events.close)
         self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
-        self._add(step=self._step + 1, session_log=start)
-        return lines
+        self._add(step=step + 1, session_log=start)
 
     def _add(self, **fields: Any) -> None:
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -95,7 +87,6 @@ class MetricsWriter(contextlib.ExitStack[None]):
         with fractions, and `split` is "train", "validation" or "test". The row comes last: a run
         that resumes records a test loss only if its row is missing.
         """
-        self._lines = self._lines or self._open()
         row: Row = {
             "step": step,
             "epoch": round(epoch, 6),

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
+from lstm_jax.vocabulary import Vocabulary
 
 
 def open_config(minutes: float, **fields: object) -> Config:
@@ -27,14 +29,17 @@ def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> 
     """Choose on a machine where a step of 256 hidden units and 64 x 48 tokens takes `ms`."""
     seconds = int(60 * config.minutes)
 
-    def measure(config: Config) -> budget.Speed:
+    def measure(config: Config, *unused: Any) -> budget.Speed:
         size, batch_size = config.model.hidden_size, config.batches.batch_size
         step_seconds = ms / 1000 * (size / 256) ** power * batch_size / 64
         step_seconds *= 1.2 if config.regularization.output_dropout else 1
         return budget.Speed(step_seconds, 8.0, seconds)
 
     lengths = {"train": length, "validation": length // 18, "test": length // 18}
-    chosen, line = budget.choose_fields(config, lengths, measure)
+    ids = {name: np.broadcast_to(0, n) for name, n in lengths.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(budget, "measure_speed", measure)
+        chosen, line = budget.choose_fields(config, Vocabulary.from_text("a"), ids, end=0)
     assert not chosen.open and str(chosen.model.hidden_size) in line
     if chosen.num_epochs == 64:  # It ends before the time.
         return chosen
@@ -96,7 +101,7 @@ def test_a_run_resumes_with_the_fields_that_it_chose(
     with pytest.raises(runs.KilledError):
         training.train(config, tmp_path / "run", runs.kill_at(20, "train"), quiet=True)
     with monkeypatch.context() as patched:  # Nothing is measured again.
-        patched.delattr(training, "measure_speed")
+        patched.delattr(budget, "measure_speed")
         run = training.train(config, tmp_path / "run", quiet=True)
     assert run.config.minutes == 0.5 and not run.config.open
     plain = ConfigDict(workdir.load_config(tmp_path / "run").to_dict())
