@@ -37,7 +37,6 @@ from lstm_jax.vocabulary import Vocabulary
 _STEPS_BETWEEN_WAITS = 16
 _SECONDS_TO_START = 3  # That imports take, of the minutes of a run.
 _FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
-_SECONDS_BETWEEN_PLOTS = 10  # Plotting takes a tenth of a second, while the devices wait.
 
 
 def train(
@@ -170,10 +169,7 @@ def train(
                 described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
                 title = messages.describe_validation(rows, epochs, described)
                 show(f"\n=== {title}\n{sample}\n")
-            is_over = is_out_of_patience(directory, config.patience)
-            if 0 < step < total_steps and not is_over:  # At the end, `train` plots.
-                plot_curves(directory, _SECONDS_BETWEEN_PLOTS)
-            return is_over
+            return is_out_of_patience(directory, config.patience)
 
         def validates_at(step: int) -> bool:
             """Return whether the run validates, and saves before that, after `step` steps, or 0."""
@@ -388,9 +384,8 @@ def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: 
         )
 
 
-def plot_curves(directory: Path, seconds: float = 0) -> None:
-    """Plot the losses of metrics.jsonl, unless the plot is less than `seconds` old."""
-    path = directory / workdir.CURVES
-    age = time.time() - path.stat().st_mtime if path.exists() else seconds
-    if processes.is_first() and not 0 <= age < seconds:
-        metrics.plot_metrics(metrics.read_metrics(directory / workdir.METRICS), path)
+def plot_curves(directory: Path) -> None:
+    """Plot the losses of metrics.jsonl, in process 0 only."""
+    if processes.is_first():
+        rows = metrics.read_metrics(directory / workdir.METRICS)
+        metrics.plot_metrics(rows, directory / workdir.CURVES)
