@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Integer
 
 from lstm_jax import model as model_lib
 from lstm_jax.batches import Batch
 from lstm_jax.cells.base import reset_carry
 from lstm_jax.config import Config, RegularizationConfig
-from lstm_jax.devices.mesh import DATA, DIVIDED, EVERYWHERE, place
+from lstm_jax.devices.mesh import DATA, DIVIDED, EVERYWHERE
 from lstm_jax.errors import UserError, warn
 
 
@@ -49,8 +49,9 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
-        stored = place(self._replace(carry=()), mesh)
-        return stored._replace(carry=place(self.carry, mesh, DIVIDED))
+        everywhere, divided = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, DIVIDED)
+        shardings: Any = dict.fromkeys(self._fields, everywhere) | {"carry": divided}
+        return jax.jit(lambda state: state, out_shardings=TrainState(**shardings))(self)
 
 
 TrainStep = Callable[[TrainState, Batch], TrainState]
@@ -79,7 +80,10 @@ def init_state(
         )
     if trained is not None:
         params = jax.tree.map(
-            lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
+            # `old` is committed to a device, and `place` would refuse it.
+            lambda new, old: new.at[tuple(map(slice, old.shape))].set(np.asarray(old)),
+            params,
+            trained,
         )
     # Separate arrays, because a step donates each of them.
     counters = jnp.int32(0), jnp.zeros(()), jnp.zeros(()), jnp.int32(0)

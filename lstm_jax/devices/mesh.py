@@ -49,24 +49,6 @@ def make_mesh(config: Config) -> Mesh:
     return Mesh(by_process[:, : number // processes].reshape(-1), DATA)
 
 
-def place(tree: T, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> T:
-    """Place the arrays of a tree on the devices of a mesh.
-
-    If the mesh has devices of other processes, all processes pass the same whole arrays.
-    """
-    sharding = NamedSharding(mesh, spec)
-
-    def put(array: jax.Array) -> jax.Array:
-        if sharding.is_fully_addressable or not array.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(array)))
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: whole[part])
-
-    return jax.tree.map(put, tree)
-
-
 def feed_batches(
     ids: Ids, config: Config, mesh: Mesh, first_step: int = 0, predictions: np.ndarray | None = None
 ) -> Iterator[Batch]:
