@@ -40,7 +40,6 @@ import lstm_jax
 from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import setup
-from lstm_jax.errors import name_setting
 from lstm_jax.run import cell_file, metrics, workdir
 from lstm_jax.sweep import search
 
@@ -107,7 +106,7 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
     """Train the best settings of a variant with several seeds, and measure them."""
     out, tuned = options.out / budget / name, options.out / "tune" / name
     best = load_trials(tuned)[0].user_attrs[search.OVERRIDES]
-    fields = [*options.fields, *(name_setting(*field) for field in best.items())]
+    fields = [*options.fields, *(f"--config.{name}={value}" for name, value in best.items())]
     fields.append(f"--config.num_epochs={options.epochs}")
     if budget == "seconds":
         tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))

@@ -14,11 +14,6 @@ from typing import Any
 _LOGGER = logging.getLogger("lstm_jax")
 
 
-def name_setting(name: str, value: object) -> str:
-    """Return the flag that sets a field of a config, as messages name it."""
-    return f"--config.{name}={shlex.quote(str(value))}"
-
-
 def make_command(module: str, *arguments: str) -> str:
     """Return a command of the package, as it can be pasted in the current directory.
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import runpy
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -33,7 +34,6 @@ from lstm_jax.errors import (
     UnavailableError,
     UserError,
     make_visible,
-    name_setting,
     note,
     one_line,
     run_user_code,
@@ -233,16 +233,9 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
         if is_interrupted or sweep.points is not None:
             retry_interrupted(sweep.study, sweep.study.trials[trial.number])
         raise
-    validation, test = read_losses(directory)
+    (test,) = training.read_losses(directory, "test").values()
     trial.set_user_attr(TEST_LOSS, test)
-    return validation
-
-
-def read_losses(directory: Path) -> tuple[float, float]:
-    """Return the validation loss of the best checkpoint of a run, and its test loss."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
-    test = [row["loss"] for row in rows if row["split"] == "test"]
-    return min(row["loss"] for row in rows if row["split"] == "validation"), test[-1]
+    return min(training.read_losses(directory, "validation").values())
 
 
 def _report_loss(trial: Trial, config: Config, row: metrics.Row) -> None:
@@ -285,7 +278,8 @@ def describe_results(study: Study, command: str) -> str:
         means = [f"{mean(x):.4f} ± {stdev(x):.4f}" for x in zip(*losses, strict=True)]
         lines += ["", f"Mean of {len(complete)} seeds: validation {means[0]}, test {means[1]}"]
     elif complete:
-        settings = [name_setting(*field) for field in complete[0].user_attrs[OVERRIDES].items()]
+        overrides = complete[0].user_attrs[OVERRIDES].items()
+        settings = shlex.join(f"--config.{name}={value}" for name, value in overrides)
         best = "best one so far" if running else "best one"
-        lines += ["", f"Train the {best}: {' '.join([command, *settings])}"]
+        lines += ["", f"Train the {best}: {command} {settings}"]
     return "\n".join(lines)

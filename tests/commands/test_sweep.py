@@ -124,13 +124,15 @@ def test_the_command_prints_all_trials_and_how_to_train_the_best(
     trials = load_trials(tmp_path / "sweep")
     assert rows == [search.make_row(trial) for trial in trials]
     assert sorted(result.stderr.splitlines()) == sorted(rows)
-    losses = search.read_losses(tmp_path / f"sweep/trials/{trials[0].number:04}")
-    assert (trials[0].value, trials[0].user_attrs["test_loss"]) == losses
+    losses = runs.read_losses(tmp_path / f"sweep/trials/{trials[0].number:04}")
+    test_loss = trials[0].user_attrs["test_loss"]
+    assert trials[0].value == min(loss for _, split, loss in losses if split == "validation")
+    assert losses[-1][1:] == ("test", test_loss)
 
     command = shlex.split(best.removeprefix("Train the best one: "))
     assert command[1:3] == ["-m", "lstm_jax.main"]
     commands.get_output("main", *command[3:], f"--workdir={tmp_path}/best")
-    assert runs.read_losses(tmp_path / "best")[-1][2] == losses[1]
+    assert runs.read_losses(tmp_path / "best")[-1][2] == test_loss
     again = commands.run("sweep", *flags)  # It has nothing left to do.
     assert (again.returncode, again.stderr, again.stdout) == (0, "", result.stdout)
 
@@ -227,8 +229,13 @@ def trained_in(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return 0
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(search, "read_losses", lambda directory: (1.0, 1.5))
+    set_losses(monkeypatch, validation=1.0, test=1.5)
     return directories
+
+
+def set_losses(monkeypatch: pytest.MonkeyPatch, **losses: float) -> None:
+    """Let each run have these losses by split."""
+    monkeypatch.setattr(training, "read_losses", lambda directory, split: {0: losses[split]})
 
 
 @pytest.mark.parametrize("location", [None, "study.journal"])
@@ -336,7 +343,7 @@ def test_a_bad_trial_is_pruned_after_an_epoch_unless_it_is_trained(
         return 0
 
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(search, "read_losses", lambda directory: (3.0, 3.0))
+    set_losses(monkeypatch, validation=3.0, test=3.0)
     sweep = make_sweep(tmp_path, {"num_epochs": 2, "max_steps": max_steps}, 1)
     sweep.study.pruner = optuna.pruners.ThresholdPruner(upper=2.0)
     search.run_worker(sweep)
