@@ -1,6 +1,5 @@
 """Format what commands print: texts, losses, and the setup and progress of training."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -46,15 +45,12 @@ def format_parameters(params: Params) -> str:
 
 
 def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
-    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
-    bits = loss_lib.compute_bits_per_character(loss, size)
-    is_character = token_name == "character"  # Then bits are printed once.
-    described = (
+    """Return a loss in nats per token, in bits per character, and as a perplexity."""
+    return (
         f"{loss:.4f} nats per {token_name}, "
-        f"{bits if is_character else loss / math.log(2):.4f} bits per {token_name}, "
+        f"{loss_lib.compute_bits_per_character(loss, size):.4f} bits per character, "
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
-    return described if is_character else f"{described}, {bits:.4f} bits per character"
 
 
 def describe_setup(
