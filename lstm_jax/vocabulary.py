@@ -161,16 +161,15 @@ class Vocabulary:
         subwords = [token for token in self.tokens if token not in others]
         return functools.lru_cache(maxsize=2**20)(bpe.make_splitter(subwords))
 
-    def look_up(self, tokens: Iterable[str]) -> np.ndarray:
-        """Return the id of each token: int32 [n], "[UNK]" for those not in the vocabulary."""
-        return np.fromiter((self._ids.get(token, UNKNOWN_ID) for token in tokens), np.int32)
-
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32 [n], "[UNK]" for tokens not in the vocabulary."""
+        indices: Any = slice(None)
         if self.kind == "bpe":
-            return self.look_up(self.split(text))
-        tokens, indices = _index_tokens(text, self.kind, self.stop)
-        return self.look_up(tokens)[indices]
+            tokens = self.split(text)
+        else:
+            tokens, indices = _index_tokens(text, self.kind, self.stop)
+        ids = (self._ids.get(token, UNKNOWN_ID) for token in tokens)
+        return np.fromiter(ids, np.int32)[indices]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with "[UNK]"; raise `UserError` for an id out of range."""

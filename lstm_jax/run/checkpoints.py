@@ -4,11 +4,10 @@ A checkpoint is a directory named by its step. Orbax writes its arrays; SHA256SU
 checksum of each file (`sha256sum -c SHA256SUMS` verifies them too).
 """
 
-import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ class CheckpointWriter:
             state=ocp.args.StandardSave(state),
             history=ocp.args.JsonSave(dict(history)),
         )
-        with self._name_failure():
+        try:
             if processes.is_first() and self.last_step >= 0:
                 (self._directory / str(self.last_step)).stat()  # Orbax would make the directory.
             handler = ocp.CompositeCheckpointHandler(composite_options=_OPTIONS)
@@ -78,6 +77,18 @@ class CheckpointWriter:
                 checkpointer.save(path, args=items)
             if processes.is_first():
                 self._finish(path, step)
+        except jax.errors.JaxRuntimeError:  # Another process has ended.
+            raise
+        except FileNotFoundError:
+            raise UnavailableError(
+                f"a checkpoint in {self._directory} is gone: the working directory was moved or "
+                "removed during training; resume with its present path in --workdir"
+            ) from None
+        except Exception as error:  # Orbax re-raises any exception of its storage.
+            raise UnavailableError(
+                f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
+                "make it writable, then resume with the same command"
+            ) from None
         self.last_step, self._last_time = step, time.monotonic()
 
     def _finish(self, path: Path, step: int) -> None:
@@ -103,24 +114,6 @@ class CheckpointWriter:
         """Return whether the last save is `every_seconds` old, in any process."""
         is_old = time.monotonic() - self._last_time >= self._every_seconds
         return bool(processes.max_over_processes(is_old))
-
-    @contextlib.contextmanager
-    def _name_failure(self) -> Iterator[None]:
-        """Convert any exception, because Orbax re-raises those of its storage."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError:  # Another process has ended.
-            raise
-        except FileNotFoundError:
-            raise UnavailableError(
-                f"a checkpoint in {self._directory} is gone: the working directory was moved or "
-                "removed during training; resume with its present path in --workdir"
-            ) from None
-        except Exception as error:
-            raise UnavailableError(
-                f"can't write a checkpoint in {self._directory} ({one_line(error)}): free space or "
-                "make it writable, then resume with the same command"
-            ) from None
 
 
 def seal_checkpoint(checkpoint: Path) -> None:

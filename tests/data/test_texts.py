@@ -253,10 +253,12 @@ def assert_same(data: ConfigDict) -> None:
     # The vocabulary of an earlier model, with tokens that are too rare in this text.
     known = Vocabulary.from_text("日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + stop, data.units)
     for encoder in (vocabulary, known.extend(vocabulary)):
+        known_ids = {token: i for i, token in enumerate(encoder.tokens)}
         for name, text in splits.items():
             ids = text.encode(encoder)
             assert isinstance(ids, np.memmap) and ids.dtype in (np.uint8, np.uint16)
-            np.testing.assert_array_equal(ids, encoder.look_up(encoder.split(whole[name])))
+            expected = [known_ids.get(token, 1) for token in encoder.split(whole[name])]
+            np.testing.assert_array_equal(ids, expected)
             counts = np.bincount(ids, minlength=len(encoder))
             np.testing.assert_array_equal(texts.count_ids(ids, len(encoder)), counts)
             first = encoder.split(whole[name])[0]
