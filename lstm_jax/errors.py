@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import shlex
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,15 +14,9 @@ _LOGGER = logging.getLogger("lstm_jax")
 
 
 def make_command(module: str, *arguments: str) -> str:
-    """Return a command of the package, as it can be pasted in the current directory.
-
-    Without an active environment, `python` is not the interpreter that has the package.
-    """
-    python, executable, here = Path(sys.executable), shutil.which("python"), Path.cwd()
-    if executable and Path(executable).parent.resolve() == python.parent.resolve():
-        python = Path("python")
-    elif python.is_relative_to(here):
-        python = python.relative_to(here)
+    """Return a command of the package for this Python, to paste in the current directory."""
+    python, here = Path(sys.executable), Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else python
     return shlex.join([str(python), "-m", f"lstm_jax.{module}", *arguments])
 
 

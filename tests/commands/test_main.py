@@ -197,26 +197,15 @@ def test_the_full_help_explains_each_field() -> None:
         assert (f"config.{field.name}: {field.meaning}" in text) == field.is_flag
 
 
-@pytest.mark.parametrize(
-    ("path", "place", "python"),
-    [
-        (".venv/bin", ".", "python"),
-        ("bin", ".", ".venv/bin/python"),
-        ("bin", "bin", "{root}/.venv/bin/python"),
-    ],
-)
 def test_a_printed_command_starts_the_same_python(
-    path: str, place: str, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (".venv/bin/python", "bin/python"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).symlink_to(sys.executable)  # As in an environment.
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    monkeypatch.setenv("PATH", str(tmp_path / path))
-    monkeypatch.chdir(tmp_path / place)
-    expected = python.format(root=tmp_path)
-    command = errors.make_command("sample", "--workdir", "my run")
-    assert command == f"{expected} -m lstm_jax.sample --workdir 'my run'"
+    (tmp_path / "bin").mkdir()
+    for place, python in ((".", ".venv/bin/python"), ("bin", f"{tmp_path}/.venv/bin/python")):
+        monkeypatch.chdir(tmp_path / place)
+        command = errors.make_command("sample", "--workdir", "my run")
+        assert command == f"{python} -m lstm_jax.sample --workdir 'my run'"
 
 
 @pytest.mark.process
