@@ -385,9 +385,7 @@ def check_value(name: str, value: Any) -> Any:
         return check_number(f"config.{name}", value, kind, allowed)
     if value in allowed or (_OWN_CELL in allowed and names_cell_file(str(value))):
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f": did you mean {near[0]}?" if near else ""
-    raise UserError(f"config.{name} is {value!r:.99}: it must be {_list_allowed(allowed)}{hint}")
+    raise UserError(f"config.{name} is {value!r:.99}: it must be {_list_allowed(allowed)}")
 
 
 def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
