@@ -106,7 +106,18 @@ def train(
         schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, total_steps))
         counts = None if is_resumed else texts.count_ids(ids["train"], len(vocabulary))
         state = init_state(model, optimizer, config, initial_params, counts).place(mesh)
-        state, step, is_validated, history = restore_state(directory, state, total_steps)
+        step, is_validated, history = 0, False, dict[str, int]()
+        if is_resumed:
+            saved = directory / workdir.CHECKPOINTS
+            step, items = restore_latest(saved, state.params, state.rest)
+            if step > total_steps:
+                raise UserError(
+                    f"the run in {directory} has trained {step} steps already: raise "
+                    "--config.num_epochs or --config.max_steps, or use another --workdir"
+                )
+            state = TrainState(params=items.params, **items.state)
+            validation = read_validation(saved, step)
+            is_validated, history = bool(validation), validation.get("history", items.history)
         metrics_path = directory / workdir.METRICS
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == total_steps or is_out_of_patience(directory, config.patience)
@@ -329,29 +340,6 @@ def load_initial(
         f"{len(new)} new tokens{examples}"
     )
     return vocabulary, source.params, [note]
-
-
-def restore_state(
-    directory: Path, state: TrainState, total_steps: int
-) -> tuple[TrainState, int, bool, dict[str, int]]:
-    """Return state and step of the latest checkpoint, else the given state and 0.
-
-    Also return whether it is validated, and the sizes, after its validation if it is, of the files
-    that a run appends to.
-    """
-    checkpoints = directory / workdir.CHECKPOINTS
-    restored = restore_latest(checkpoints, state.params, state.rest)
-    if not restored:
-        return state, 0, False, {}
-    step, items = restored
-    if step > total_steps:
-        raise UserError(
-            f"the run in {directory} has trained {step} steps already: raise "
-            "--config.num_epochs or --config.max_steps, or use another --workdir"
-        )
-    validation = read_validation(checkpoints, step)
-    history = validation.get("history", items.history)
-    return TrainState(params=items.params, **items.state), step, bool(validation), history
 
 
 def read_losses(directory: Path, split: str) -> dict[int, float]:

@@ -45,9 +45,8 @@ def load_final_state(directory: Path) -> list[Any]:
     model = model_lib.make_model(config.model, len(vocabulary))
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     state = init_state(model, optimizer, config)
-    restored = checkpoints.restore_latest(directory / workdir.CHECKPOINTS, state.params, state.rest)
-    assert restored is not None
-    items = restored[1]
+    saved = directory / workdir.CHECKPOINTS
+    _, items = checkpoints.restore_latest(saved, state.params, state.rest)
     items.state["key"] = jax.random.key_data(items.state["key"])
     return [np.asarray(x) for x in jax.tree.leaves((items.params, items.state))]
 

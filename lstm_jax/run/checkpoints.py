@@ -143,14 +143,12 @@ def find_damage(checkpoint: Path) -> str | None:
     return None if lines else f"{SEAL} is empty"
 
 
-def restore_latest(
-    directory: Path, params: Params, state: Mapping[str, object]
-) -> tuple[int, Any] | None:
+def restore_latest(directory: Path, params: Params, state: Mapping[str, object]) -> tuple[int, Any]:
     """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
 
-    Return None if there is no checkpoint. Later ones, which are damaged, are renamed, each with a
-    warning. `params` and `state` have the expected shapes and dtypes, as arrays or
-    `jax.ShapeDtypeStruct`s. Raise `UserError` if all are damaged, or one does not hold such arrays.
+    Later ones, which are damaged, are renamed, each with a warning. `params` and `state` have the
+    expected shapes and dtypes, as arrays or `jax.ShapeDtypeStruct`s. Raise `UserError` if there is
+    no checkpoint, all are damaged, or one does not hold such arrays.
     """
     step, restored, damaged = _restore_first(
         directory,
@@ -164,7 +162,7 @@ def restore_latest(
         shutil.rmtree(aside, ignore_errors=True)  # That of an earlier time.
         path.rename(aside)
         warn(f"{path} is damaged ({damage}): it is now {aside.name}")
-    return None if step is None else (step, restored)
+    return step, restored
 
 
 def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
@@ -172,13 +170,11 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
     checkpoints at the same time. Each damaged one is reported with a warning. For `params` and
-    errors, see `restore_latest`; it is also an error if there is no checkpoint.
+    errors, see `restore_latest`.
     """
     rank = functools.partial(_rank, directory)
     arguments = ocp.args.StandardRestore(_abstract(params))
     step, restored, damaged = _restore_first(directory, rank, params=arguments)
-    if step is None:
-        raise UserError(f"there is no checkpoint in {directory} yet: train first")
     for path, damage in damaged.items():
         warn(f"{path} is damaged ({damage}): another checkpoint is read")
     return restored.params, step
@@ -214,8 +210,8 @@ def read_validation(directory: Path, step: int) -> dict[str, Any]:
 
 def _restore_first(
     directory: Path, rank: Callable[[int], tuple[float, int]], **items: object
-) -> tuple[int | None, Any, dict[Path, str]]:
-    """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
+) -> tuple[int, Any, dict[Path, str]]:
+    """Return step and items of the highest-ranked undamaged checkpoint.
 
     The last result describes the damage of those ranked higher.
     """
@@ -240,10 +236,10 @@ def _restore_first(
                 ) from None
         if damage and path.exists():  # Otherwise the run has just replaced it by a newer one.
             damaged[path] = damage
-    if damaged:
-        reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
-        raise UserError(f"every checkpoint in {directory} is damaged ({reasons}): restore a copy")
-    return None, None, damaged
+    if not damaged:
+        raise UserError(f"there is no checkpoint in {directory} yet: train first")
+    reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
+    raise UserError(f"every checkpoint in {directory} is damaged ({reasons}): restore a copy")
 
 
 def _take_one(array: jax.Array) -> jax.Array:
