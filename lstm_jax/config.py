@@ -215,8 +215,8 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The length of a run, and what it does between steps."""
+class Config:
+    """A complete, checked config: the fields of the run, and the sections."""
 
     seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
     init_from: str = field("", "The model whose parameters this run starts from: directory of a "
@@ -234,13 +234,6 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
         _AMOUNT, resume=True)
-# fmt: on
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
-    """A complete, checked config: the fields of the run, and the sections."""
-
     data: DataConfig = DataConfig()
     batches: BatchesConfig = BatchesConfig()
     model: ModelConfig = ModelConfig()
@@ -249,28 +242,27 @@ class Config(RunConfig):
     distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     sample: SampleConfig = SampleConfig()
+    # fmt: on
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as nested dicts, as in config.json."""
         return dataclasses.asdict(self)
 
 
-_SECTIONS: dict[str, Any] = {
-    "": RunConfig,  # Its fields have no prefix.
-    **{own.name: own.type for own in dataclasses.fields(Config) if not own.metadata},
-}
+_SECTIONS: dict[str, Any] = {x.name: x.type for x in dataclasses.fields(Config) if not x.metadata}
 
 
-def _list_fields() -> Iterator[Field]:
-    for section, kind in _SECTIONS.items():
-        for own in dataclasses.fields(kind):
-            defined: Field = own.metadata["field"]
+def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
+    for own in dataclasses.fields(section):
+        if defined := own.metadata.get("field"):
             choices = get_args(own.type) if isinstance(defined.default, str) else ()  # Literal.
-            name = f"{section}.{own.name}" if section else own.name
-            yield defined._replace(name=name, allowed=defined.allowed or choices or "")
+            name, allowed = f"{prefix}{own.name}", defined.allowed or choices or ""
+            yield defined._replace(name=name, allowed=allowed)
+        else:
+            yield from _list_fields(own.type, f"{own.name}.")
 
 
-FIELDS = {field.name: field for field in _list_fields()}
+FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
 # A field whose value is a dict with any names; each can be set like a field.
@@ -349,7 +341,7 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
         still_open |= {name for name, value in values.items() if value is None}
         values |= {name: FIELDS[name].default for name in still_open}
         values["open"] = tuple(sorted(still_open))
-    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *_SECTIONS)}
     for name, value in values.items():
         section, _, last = name.rpartition(".")
         sections[section][last] = check_value(name, value)
