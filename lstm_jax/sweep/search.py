@@ -81,9 +81,7 @@ def load_space(path: str) -> Space:
         get_overrides = runpy.run_path(path)["get_overrides"]
 
     def get_fields(trial: Trial) -> Mapping[str, object]:
-        with run_user_code("space file", path, optuna.TrialPruned), warnings.catch_warnings():
-            # A study could not store others.
-            warnings.filterwarnings("error", "Choices for a categorical")
+        with run_user_code("space file", path, optuna.TrialPruned):
             fields = dict(get_overrides(trial))
         return {name: x.item() if isinstance(x, np.generic) else x for name, x in fields.items()}
 

@@ -153,9 +153,6 @@ BROKEN = {
     "space file .*space.py: KeyError: 'get_overrides'": "x = 1",
     "line 2: ZeroDivisionError": f"{GIVE}1 / 0",
     "no field optimizer.learning_rat: did you mean": f"{GIVE}{{'optimizer.learning_rat': 1e-3}}",
-    "line 2: UserWarning: Choices for a categorical distribution should be a tuple of None": (
-        f"{GIVE}{{'seed': trial.suggest_categorical('s', [(1, 2), (3, 4)])[0]}}"
-    ),
     "there is no field 1": f"{GIVE}{{1: 2}}",
     "ValueError: FloatDistribution.step must": f"{GIVE}{{'seed': trial.suggest_float('s', 0, 1)}}",
     "a grid has at most 10 points": f"{GIVE}{{'seed': trial.suggest_int('s', 0, 10)}}",
