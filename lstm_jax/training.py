@@ -101,6 +101,7 @@ def train(
         total_steps = config.num_epochs * steps_per_epoch
         # Unless `patience` ends training earlier.
         total_steps = min(total_steps, config.max_steps or total_steps)
+        validate_every = config.validate_every_steps or steps_per_epoch
         model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
         optimizer = optimizer_lib.make_optimizer(config.optimizer, total_steps)
         schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, total_steps))
@@ -182,11 +183,6 @@ def train(
                 show(f"\n=== {title}\n{sample}\n")
             return is_out_of_patience(directory, config.patience)
 
-        def validates_at(step: int) -> bool:
-            """Return whether the run validates, and saves before that, after `step` steps, or 0."""
-            every = config.validate_every_steps or steps_per_epoch
-            return not step % every or step == total_steps
-
         if is_finished:
             notes = [
                 f"The run in {directory} is finished, at step {step}: to train longer, raise "
@@ -220,10 +216,9 @@ def train(
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
                     save(state, step)
-                if is_validated:
-                    is_over = is_out_of_patience(directory, config.patience)
-                else:
-                    is_over = validates_at(step) and validate(state, step)
+                is_over = is_validated and is_out_of_patience(directory, config.patience)
+                if not is_validated and (not step % validate_every or step == total_steps):
+                    is_over = validate(state, step)
                 while step < total_steps and not is_over:
                     batch = next(feed)
                     # Any other transfer to the devices is an error.
@@ -231,7 +226,8 @@ def train(
                         state = train_step(state, batch)
                     step += 1
                     progress.after_step(step, state.loss_sum)
-                    logs, validates = not step % config.log_every_steps, validates_at(step)
+                    logs = not step % config.log_every_steps
+                    validates = not step % validate_every or step == total_steps
                     waits = logs or validates or not step % _STEPS_BETWEEN_WAITS
                     if waits:
                         jax.block_until_ready(state.loss_sum)

@@ -81,10 +81,10 @@ def describe_validation(rows: Sequence["Row"], epochs: float, described: str) ->
     validations = [row for row in rows if row["split"] == "validation"]
     best = min(validations, key=lambda row: row["loss"])
     line = f"epoch {validations[-1]['epoch']:.4g} of {epochs:.4g}: validation loss {described}"
-    for row in [row for row in rows if row["split"] == "train"][-1:]:  # There may be none yet.
+    if train := [row for row in rows if row["split"] == "train"]:
         line += (
-            f"; best {best['loss']:.4f} at step {best['step']}; training loss {row['loss']:.4f}, "
-            f"learning rate {row['learning_rate']:.3g}"
+            f"; best {best['loss']:.4f} at step {best['step']}; training loss "
+            f"{train[-1]['loss']:.4f}, learning rate {train[-1]['learning_rate']:.3g}"
         )
     return line
 

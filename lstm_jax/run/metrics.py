@@ -20,7 +20,6 @@ from lstm_jax.errors import UserError, name_failure
 
 # From Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
-_TEXTS = ("split", "time", "sample")  # Fields of a row that are no numbers.
 
 
 class Extra(TypedDict, total=False):
@@ -96,7 +95,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", *_TEXTS)}
+        others = ("step", "epoch", "split", "time", "sample")
+        numbers = {name: x for name, x in row.items() if name not in others}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(step=step, summary=Summary(value=values))
         if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
