@@ -110,7 +110,7 @@ class Run:
         Raises:
           UserError: if a value is not allowed.
         """
-        self._warn_of_unknown(prompt)
+        self.warn_of_unknown(prompt)
         controls = generation.Controls(temperature, top_k, top_p, min_p)
         generation.make_control_arrays(controls)  # At once, not with the first piece.
         pieces = generation.stream_texts(
@@ -164,13 +164,14 @@ class Run:
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """Return the n most probable tokens after a text, with their probabilities."""
         generation.check_number("n", n)
-        self._warn_of_unknown(text)
+        self.warn_of_unknown(text)
         state = self.read(generation.encode_prompt(self.vocabulary, text)[None])
         probabilities = np.asarray(jax.nn.softmax(state.logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
 
-    def _warn_of_unknown(self, text: str) -> None:
+    def warn_of_unknown(self, text: str) -> None:
+        """Warn of the tokens of a text that are not in the vocabulary."""
         if unknown := self.vocabulary.name_unknown(text):
             warn(f"the model does not know {unknown} and reads [UNK] instead")
 

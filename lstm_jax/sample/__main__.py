@@ -5,7 +5,6 @@ import sys
 
 from absl import flags
 
-from lstm_jax.errors import warn
 from lstm_jax.run import command
 
 _RUN = command.define_run_flags()
@@ -40,8 +39,7 @@ def main() -> None:
     trained = load(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
-    if unknown := vocabulary.name_unknown(prompt):
-        warn(f"the model does not know {unknown} in the prompt and reads [UNK] instead")
+    trained.warn_of_unknown(prompt)
 
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     generated: list[list[str]] = []

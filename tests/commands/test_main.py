@@ -88,7 +88,7 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
     assert len(set(texts)) == 3 and all(text.startswith("日本") for text in texts)
     assert {len(text) for text in texts} == {2 + 30}
     assert result.stderr.splitlines() == [
-        "warning: the model does not know '日', '本' in the prompt and reads [UNK] instead"
+        "warning: the model does not know '日', '本' and reads [UNK] instead"
     ]
 
 
