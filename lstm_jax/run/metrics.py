@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar, text
 
 from lstm_jax.data import files
@@ -64,17 +64,14 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
-        # TensorBoard reads files in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns()}"
-        self._events = RecordWriter(str(path.with_name(name)))
+        self._events = EventsWriter(str(path.with_name("events")), f".{time.time_ns()}")
         self.callback(self._events.close)
-        self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
         self._add(step=step + 1, session_log=start)
 
     def _add(self, **fields: Any) -> None:
-        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.write_event(Event(wall_time=time.time(), **fields))
         self._events.flush()
 
     def write(
