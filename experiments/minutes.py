@@ -25,5 +25,8 @@ def get_config(minutes: str = "10") -> ConfigDict:
     config.optimizer.schedule = "linear"
     config.optimizer.max_gradient_norm = 0.25
 
+    config.regularization.activation = 0.5
+    config.regularization.temporal_activation = 0.25
+
     config.update_from_flattened_dict(dict.fromkeys(budget.FIELDS))
     return config

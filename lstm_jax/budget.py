@@ -7,7 +7,6 @@ minute to five minutes on texts of 20 KB to 26 MB; `benchmarks/budget.py` compar
 search.
 """
 
-import dataclasses
 import math
 import statistics
 import time
@@ -168,10 +167,8 @@ def choose_fields(
         },
     )
     epochs = float(f"{tokens / length:.3g}")
-    rates = dataclasses.asdict(config.regularization)
-    dropout = ", ".join(
-        f"{kind.removesuffix('_dropout')} {x:.2g}" for kind, x in rates.items() if x
-    )
+    rates = {kind: getattr(config.regularization, f"{kind}_dropout") for kind in _DROPOUT}
+    dropout = ", ".join(f"{kind} {rate:.2g}" for kind, rate in rates.items() if rate)
     line = (
         f"For {config.minutes:g} min: {config.model.num_layers} x {size} hidden units, with "
         f"{1000 * speeds[key].step_seconds:.0f} ms for a step of {batch_size} x {window} tokens; "
