@@ -99,11 +99,11 @@ def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
 
 
 def _filter_until(distances: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Return where the weights of all tokens with smaller `distances` sum to less than `limit`.
+    """Return which tokens to keep: those before which the sum of `weights` is less than `limit`.
 
-    Distances are not negative. Bisection finds the largest such distance, with one sum for each bit
-    of a float: XLA's CPU backend is slow at sorting, which took 8 to 15 times as long for
-    vocabularies of 7,552 and 33,000 tokens.
+    Tokens are ordered by `distances`, which are not negative. Bisection finds the largest one, with
+    one sum for each bit of a float: XLA's CPU backend is slow at sorting, which took 8 to 15 times
+    as long for vocabularies of 7,552 and 33,000 tokens.
     """
     # The bits of non-negative floats are ordered like the floats.
     bits = jax.lax.bitcast_convert_type(distances, jnp.int32)

@@ -11,7 +11,8 @@ from lstm_jax.ops.gates import Gating
 class Row(NamedTuple):
     """Layers that the library in C runs faster than XLA on a kind of CPU."""
 
-    processors: str  # Of "AMD", "Intel" without AMX and "AMX", with AVX-512; "AVX2"; and "NEON".
+    # With AVX-512, "AMX", other "Intel", and "AMD"; without, "AVX2" and "NEON".
+    processors: str
     # "windows" of training and evaluation, "steps" of generation, or "losses" of large
     # vocabularies, with any number of hidden units.
     work: str

@@ -138,13 +138,13 @@ class Gating(NamedTuple):
     name: str
     params: type[Any]  # A NamedTuple, for `expand`.
     carry: type[Any]
-    # Which sums read the inputs, and which the hidden state: a part of the kernels' columns each.
+    # Which sums read the inputs, and which the hidden state. A kernel has columns for each of them.
     of_inputs: tuple[int, ...]
     of_hidden: tuple[int, ...]
     # (sums, carry, peepholes or None) -> (next carry, factors).
     activate: Callable[[Arrays, Any, Any], tuple[Any, Arrays]]
     # (factors, cotangent of the next carry) -> (cotangents of the sums, cotangent of the carry).
-    # In the latter, the hidden state is without the part through h U: None unless `keeps_hidden`.
+    # That of the hidden state lacks what passes through h U; it is None unless `keeps_hidden`.
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
     keeps_hidden: bool = False  # Whether a step keeps a part of the hidden state.
 
