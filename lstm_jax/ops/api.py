@@ -8,7 +8,7 @@ same in C; `vjp.py` makes these differentiable.
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ from lstm_jax.ops.sequences import (
 )
 
 Name = Literal["auto", "scan", "xla", "c"]
+Carry = TypeVar("Carry")
 
 
 class Options(TypedDict, total=False):
@@ -147,19 +148,6 @@ def rnn(
     return _run(RNN, params, inputs, carry, **options)
 
 
-# A carry with a cell state, and one without, by the type of the parameters.
-_CellParams = LSTMParams | PeepholeLSTMParams
-_HiddenParams = GRUParams | RNNParams
-
-
-@overload
-def run(
-    params: _CellParams, inputs: Any, carry: LSTMCarry | None = None, **options: Unpack[Options]
-) -> tuple[LSTMCarry, Array]: ...
-@overload
-def run(
-    params: _HiddenParams, inputs: Any, carry: HiddenCarry | None = None, **options: Unpack[Options]
-) -> tuple[HiddenCarry, Array]: ...
 def run(
     params: Any, inputs: Inputs, carry: Any = None, **options: Unpack[Options]
 ) -> tuple[Any, Outputs]:
@@ -178,22 +166,14 @@ def get_gating(params: Any) -> Gating:
     return GATINGS[type(params)]
 
 
-@overload
-def step(
-    params: _CellParams, inputs: Any, carry: LSTMCarry, *, reset: Any = ..., dtype: Any = ...
-) -> tuple[LSTMCarry, Array]: ...
-@overload
-def step(
-    params: _HiddenParams, inputs: Any, carry: HiddenCarry, *, reset: Any = ..., dtype: Any = ...
-) -> tuple[HiddenCarry, Array]: ...
 def step(
     params: Any,
     inputs: Float[ArrayLike, "batch features"],
-    carry: Any,
+    carry: Carry,
     *,
     reset: Shaped[ArrayLike, " batch"] | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Any, Float[Array, "batch hidden"]]:
+) -> tuple[Carry, Float[Array, "batch hidden"]]:
     """Run one step of the layer with these parameters, for example to generate a token.
 
     Inputs are [batch, features], and `carry` is the one before; `reset` [batch] is true where the
@@ -203,11 +183,10 @@ def step(
     Raises:
       ValueError: if a shape or dtype does not fit.
     """
-    steps, marks = (
-        None if x is None else jnp.expand_dims(jnp.asarray(x), axis=1) for x in (inputs, reset)
-    )
-    carry, outputs = run(params, steps, carry, reset=marks, dtype=dtype, implementation="scan")
-    return carry, outputs[:, 0]
+    steps = jnp.expand_dims(jnp.asarray(inputs), axis=1)
+    marks = None if reset is None else jnp.expand_dims(jnp.asarray(reset), axis=1)
+    last, outputs = run(params, steps, carry, reset=marks, dtype=dtype, implementation="scan")
+    return last, outputs[:, 0]
 
 
 def _run(
