@@ -63,8 +63,8 @@ both = ops.step(gru, inputs[:, 0], hidden)[0]  # error: assignment
 outputs: jax.Array = layers.LSTM(128, num_layers=2)(inputs, seq_lengths=np.ones(2, int))
 carry, outputs = layers.GRU(128)(inputs, return_carry=True)
 outputs = nnx_layers.GRU(4, 128, rngs=nnx.Rngs(0))(inputs, initial_carry=carry)
-text = layers.LSTM(128)(inputs)  # error: assignment
-text = nnx_layers.LSTM(4, 128, rngs=nnx.Rngs(0))(inputs)  # error: assignment
+layers.LSTM(128)(inputs, return_state=True)  # error: call-arg
+nnx_layers.LSTM(4, 128, rngs=nnx.Rngs(0))(inputs, lengths=None)  # error: call-arg
 layers.LSTM(128, return_carry=True)  # error: call-arg
 nnx_layers.LSTM(4, 128)  # error: call-arg
 """
