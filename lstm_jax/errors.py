@@ -54,18 +54,13 @@ def make_visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def print_line(message: str) -> None:
-    """Print a message on one line of standard output, as `make_visible` returns it."""
-    print(make_visible(message))
-
-
 def warn(message: str) -> None:
     """Log a warning on one line."""
     _LOGGER.warning("%s", make_visible(message))
 
 
 def note(message: str) -> None:
-    """Log what takes time, on one line."""
+    """Log what takes time, or what was written, on one line."""
     _LOGGER.info("%s", make_visible(message))
 
 

@@ -9,7 +9,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.convert import torch_weights
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, make_command, name_failure, print_line
+from lstm_jax.errors import UserError, make_command, name_failure, note
 from lstm_jax.model import Params
 from lstm_jax.run import messages, workdir
 from lstm_jax.run.run import Run, load
@@ -54,8 +54,8 @@ def import_weights(
     config.model.update(fields)
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
-    print_line(f"Wrote the model of {source} to {directory}")
-    print_line(f"Generate text: {make_command('sample', '--workdir', str(directory))}")
+    note(f"Wrote the model of {source} to {directory}")
+    note(f"Generate text: {make_command('sample', '--workdir', str(directory))}")
 
 
 def export_weights(directory: Path, target: Path) -> None:
@@ -69,7 +69,7 @@ def export_weights(directory: Path, target: Path) -> None:
     with name_failure(f"can't write {target}"):
         files.write_file(beside, json.dumps(run.vocabulary.to_fields(), indent=0).encode())
         files.write_file(target, content)
-    print_line(f"Wrote the model of {directory}, step {run.step}, to {target}, tokens to {beside}")
+    note(f"Wrote the model of {directory}, step {run.step}, to {target}, tokens to {beside}")
 
 
 def export_folder(directory: Path, target: Path, dtype: str) -> None:
@@ -79,7 +79,7 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     """
     run = _load(directory, target)
     make_folder(target.absolute(), run.config, run.vocabulary, run.params, run.step, dtype)
-    print_line(f"Wrote the model of {directory}, step {run.step}, to {target}, in {dtype}")
+    note(f"Wrote the model of {directory}, step {run.step}, to {target}, in {dtype}")
 
 
 def _load(directory: Path, *targets: Path) -> Run:

@@ -19,7 +19,7 @@ import optax
 
 from lstm_jax import bpe
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError, name_failure, note, print_line
+from lstm_jax.errors import UserError, name_failure, note
 from lstm_jax.export import features
 from lstm_jax.loss import Chunk, iterate_chunks, read_chunks
 from lstm_jax.model import Carry, LanguageModel, Params
@@ -67,7 +67,7 @@ def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | N
 
 
 def write_page(directory: Path, text: str, target: Path | None = None) -> None:
-    """Write the page of the model in a working directory, or raise `UserError`; print its path."""
+    """Write the page of the model in a working directory, or raise `UserError`; log its path."""
     if target is None:  # Nothing is written into the package.
         is_here = workdir.find_model(directory) == directory
         target = Path(directory if is_here else ".") / "page.html"
@@ -76,7 +76,7 @@ def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     page = make_page(trained, directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
         files.write_file(target, page)
-    print_line(f"Wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    note(f"Wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
 def make_page(trained: Run, name: str, text: str) -> bytes:
