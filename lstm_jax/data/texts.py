@@ -220,22 +220,18 @@ def encode_splits(
     return ids, {name: splits[name].measure(vocabulary, ids[name]) for name in SPLITS[1:]}
 
 
-def load_texts_of_run(
-    data: DataConfig, path: str | None = None, directory: str | None = None
-) -> dict[str, Text]:
+def load_texts_of_run(data: DataConfig, path: str | None = None) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
-    `data` are fields of the run's config; `path` and `directory` are where the text is now, or
-    None. Raise `UserError` as `load_texts` does.
+    `data` are fields of the run's config; `path` is where the text is now, or None. Raise
+    `UserError` as `load_texts` does.
     """
     if not data.sha256 and path is None:
         raise UserError(
             "the model was not trained here, so it has no text of its own: name one with --text or "
             "--data_path"
         )
-    path = data.path if path is None else path
-    directory = data.directory if directory is None else directory
-    return load_texts(dataclasses.replace(data, path=path, directory=directory))
+    return load_texts(data if path is None else dataclasses.replace(data, path=path))
 
 
 def read_splits(data: DataConfig) -> dict[str, str]:

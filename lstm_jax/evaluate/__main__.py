@@ -8,7 +8,7 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
+_RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flag()
 _DTYPE = command.define_dtype_flag()
 _SPLIT = flags.DEFINE_enum(
     "split",
@@ -37,7 +37,7 @@ _EPSILON = flags.DEFINE_float(
 
 def main() -> None:
     """Print the loss of a trained model, or an ensemble, on a text, as one JSON object."""
-    directories, own_text = _RUN(), _TEXT_OF_RUN()
+    directories = _RUN()
     if _CONTEXT.value and _DYNAMIC.value:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
     if _TEXT.value and _SPLIT.present:
@@ -56,7 +56,7 @@ def main() -> None:
     trained = load(directories, _DTYPE.value)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if not _TEXT.value or _DYNAMIC.value:
-        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+        splits = texts.load_texts_of_run(trained.config.data, _TEXT_OF_RUN.value)
     if _TEXT.value:  # It is read as a run with this vocabulary reads its own text.
         text = texts.read_argument(_TEXT.value, "--text", vocabulary.kind, vocabulary.stop)
         ids = text.encode(vocabulary)

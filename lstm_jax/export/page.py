@@ -7,7 +7,6 @@ contains a record of the start of the text.
 
 import base64
 import json
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,16 +53,16 @@ class Reading(NamedTuple):
     bits: np.ndarray
 
 
-def read_text(directory: Path, text_file: str | None, own_text: Sequence[str | None]) -> str:
+def read_text(directory: Path, text_file: str | None, own_text: str | None) -> str:
     """Return the first characters of a text for the model in a working directory.
 
-    It is that of `text_file` ("-" is standard input), or else the run's validation split, for which
-    `own_text` are arguments of `texts.load_texts_of_run`.
+    It is that of `text_file` ("-" is standard input), or else the run's validation split, whose
+    text is now at the path `own_text`, or None.
     """
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
         return texts.read_argument(text_file, "--text", data.units).read()[:_LENGTH]
-    return texts.load_texts_of_run(data, *own_text)["validation"].read()[:_LENGTH]
+    return texts.load_texts_of_run(data, own_text)["validation"].read()[:_LENGTH]
 
 
 def write_page(directory: Path, text: str, target: Path | None = None) -> None:

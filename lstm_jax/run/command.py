@@ -170,16 +170,10 @@ def define_run_flags() -> Callable[[], list[Path]]:
     return read
 
 
-def define_text_flags() -> Callable[[], list[str | None]]:
-    """Define the flags that name the text of a trained run; return a function that reads them.
-
-    It returns the path and directory of `texts.load_texts_of_run`.
-    """
+def define_text_flag() -> flags.FlagHolder[str | None]:
+    """Define the flag --data_path, for commands that read the text of a trained run again."""
     meaning = "The text that the run was trained on, if it was moved."
-    path = flags.DEFINE_string("data_path", None, meaning)
-    meaning = "TFDS's data directory. [default: that of the run]"
-    directory = flags.DEFINE_string("data_directory", None, meaning)
-    return lambda: [path.value, directory.value]
+    return flags.DEFINE_string("data_path", None, meaning)
 
 
 def define_dtype_flag() -> flags.FlagHolder[str | None]:

@@ -164,7 +164,7 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
     from selenium.webdriver.common.keys import Keys
 
     loaded = lstm_jax.load(trained)
-    text = page.read_text(trained, None, [])
+    text = page.read_text(trained, None, None)
     view = Page(browser, tmp_path / "page.html", loaded, text)
     find, area = view.find, view.find("#text")
     assert browser.title == "<i>name</i>: a language model in a page"

@@ -111,14 +111,13 @@ def test_a_directory_that_cannot_be_written(source: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_finds_its_text_again(source: Path, tmp_path: Path) -> None:
-    splits = texts.load_texts(make_data(tmp_path / "data"))
-    data = dataclasses.replace(make_data(tmp_path / "gone"), sha256=splits["train"].checksum)
-    again = texts.load_texts_of_run(data, directory=str(tmp_path / "data"))
+    splits = texts.load_texts(make_data(tmp_path))
+    data = dataclasses.replace(make_data(tmp_path), sha256=splits["train"].checksum)
+    again = texts.load_texts_of_run(data)
     for name, text in splits.items():
         assert again[name].read() == text.read()
-    assert not (tmp_path / "gone").exists()
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        texts.load_texts(dataclasses.replace(data, sha256="0", directory=str(tmp_path / "data")))
+        texts.load_texts(dataclasses.replace(data, sha256="0"))
 
 
 def test_tiny_shakespeare_is_read_from_the_wheel_or_as_tfds_has_prepared_it(
