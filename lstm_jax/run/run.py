@@ -198,8 +198,6 @@ def load(
     for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
-    if not paths:
-        raise UserError("no model is given: name the directory of one")
     with jax.enable_x64(False):  # Parameters are float32.
         members = [_load_one(path, dtype) for path in paths]
     if len(members) == 1:
