@@ -175,7 +175,6 @@ class LinearCell(Cell):
         raise NotImplementedError
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
-        """Return the next carry and the outputs."""
         a, b = self.coefficients(inputs)
         hidden = a * carry.hidden + b
         return HiddenCarry(hidden), hidden
@@ -183,7 +182,6 @@ class LinearCell(Cell):
     def run_parallel(
         self, carry: HiddenCarry, inputs: Inputs, reset: Reset | None
     ) -> tuple[HiddenCarry, Outputs]:
-        """Return the last carry and all outputs."""
         return ops.linear_scan(*self.coefficients(inputs), carry, reset=reset)
 
 

@@ -43,7 +43,6 @@ class Block(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        """Declare the parameters."""
         size, glorot = self.hidden_size, nn.initializers.glorot_uniform()
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -57,7 +56,6 @@ class Block(nn.Module):
         self.output_kernel = self.param("output_kernel", glorot, (_EXPANSION * size, size))
 
     def __call__(self, carry: BlockCarry, inputs: Inputs) -> tuple[BlockCarry, Outputs]:
-        """Return the next carry and the outputs."""
         x, before, u = self._convolve(carry, inputs[:, None])
         cell, outputs = self.cell(carry.cell, u[:, 0])
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)

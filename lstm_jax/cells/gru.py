@@ -20,17 +20,15 @@ class GRUCell(Cell):
     cuDNN, PyTorch and Keras compute this variant.
     """
 
-    # `lstm_jax.ops` computes the same equations faster. Without this line, a cell runs by its own.
+    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
     layer_params: ClassVar[type[Any]] = GRUParams
 
     def setup(self) -> None:
-        """Declare the parameters."""
         self.declare_kernels(3)
         zeros = nn.initializers.zeros
         self.recurrent_bias = self.param("recurrent_bias", zeros, (self.hidden_size,))
 
     def __call__(self, carry: HiddenCarry, inputs: Inputs) -> tuple[HiddenCarry, Outputs]:
-        """Return the next carry and the outputs."""
         xr, xz, xn = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self.project_hidden(carry.hidden), 3, axis=-1)
         r, z = nn.sigmoid(xr + hr), nn.sigmoid(xz + hz)
@@ -39,5 +37,4 @@ class GRUCell(Cell):
         return HiddenCarry(hidden), hidden
 
     def activation(self, carry: HiddenCarry) -> Outputs:
-        """Return the activations of the hidden units, in [-1, 1]."""
         return carry.hidden

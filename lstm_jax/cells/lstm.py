@@ -20,19 +20,15 @@ class LSTMCell(Cell):
         h' = o * tanh(c')
 
     The cell state passes through time without an activation, so that gradients vanish slowly.
-
-    This is the readable reference; `ops.lstm` computes the same from the same parameters.
     """
 
-    # `lstm_jax.ops` computes the same equations faster. Without this line, a cell runs by its own.
+    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
     layer_params: ClassVar[type[Any]] = LSTMParams
 
     def setup(self) -> None:
-        """Declare the parameters."""
         self.declare_kernels(4, forget_bias(4, 1.0))  # 1 by Jozefowicz et al. 2015.
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
         cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
@@ -44,5 +40,4 @@ class LSTMCell(Cell):
         return jnp.tanh(carry.cell)
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
-        """Return the carry at the start of a text: zeros."""
         return LSTMCarry.zeros(batch_size, self.hidden_size, float)

@@ -40,14 +40,12 @@ class MLSTMCell(Cell):
         self.gate_bias = self.param("gate_bias", bias_init, (2 * self.heads,))
 
     def __call__(self, carry: MLSTMCarry, inputs: Inputs) -> tuple[MLSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         carry, outputs = self.run_parallel(carry, inputs[:, None], None)
         return carry, outputs[:, 0]
 
     def run_parallel(
         self, carry: MLSTMCarry, inputs: Inputs, reset: Reset | None
     ) -> tuple[MLSTMCarry, Outputs]:
-        """Return the last carry and all outputs."""
         params = MLSTMParams(self.input_kernel, self.bias, self.gate_kernel, self.gate_bias)
         return ops.mlstm(params, inputs, carry, reset=reset, dtype=self.dtype)
 

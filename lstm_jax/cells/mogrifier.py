@@ -32,7 +32,6 @@ class MogrifierLSTMCell(LSTMCell):
         ]
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         hidden = carry.hidden
         for k, kernel in enumerate(self.round_kernels):
             if k % 2 == 0:

@@ -26,7 +26,6 @@ class MultiplicativeLSTMCell(LSTMCell):
         self.hidden_factor = self.param("hidden_factor", orthogonal, (self.hidden_size,) * 2)
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         scales = matmul(inputs, self.input_factor, self.dtype)
         m = scales * matmul(carry.hidden, self.hidden_factor, self.dtype)
         return super().__call__(carry._replace(hidden=m), inputs)

@@ -23,7 +23,7 @@ class PeepholeLSTMCell(LSTMCell):
     The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size].
     """
 
-    # `lstm_jax.ops` computes the same equations faster. Without this line, a cell runs by its own.
+    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
     layer_params: ClassVar[type[Any]] = PeepholeLSTMParams
 
     def setup(self) -> None:
@@ -32,7 +32,6 @@ class PeepholeLSTMCell(LSTMCell):
         self.peepholes = self.param("peepholes", nn.initializers.zeros, (3, self.hidden_size))
 
     def __call__(self, carry: LSTMCarry, inputs: Inputs) -> tuple[LSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         pi, pf, po = self.peepholes[:, None]
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)

@@ -52,7 +52,6 @@ class SLSTMCell(Cell):
         self.bias = self.param("bias", bias_init, (size,))
 
     def __call__(self, carry: SLSTMCarry, inputs: Inputs) -> tuple[SLSTMCarry, Outputs]:
-        """Return the next carry and the outputs."""
         batch = len(inputs)
         by_head = carry.hidden.reshape(batch, self.heads, -1).swapaxes(0, 1)
         recurrent = matmul(by_head, self.recurrent_kernel, self.dtype)  # [heads, batch, 4 * d].
