@@ -25,6 +25,7 @@ ROWS = (  # Configs in experiments/.
     "quick_variants.py:dropout",
     "quick_variants.py:no_skip_connections",
     "quick_variants.py:no_weight_decay",
+    "quick_variants.py:activation",
     "shakespeare_best.py",
     "penn_treebank.py",
     "penn_treebank.py:512",
