@@ -221,8 +221,8 @@ def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = Fa
     width, tile = len(b) if transpose_b else b.shape[1], _VECTORS * count_lanes()
     words, threads = -(-depth // numbers), native.count_threads()
     # The smaller factor is packed, and each thread packs a block of the other one at a time.
-    depth = min(words, _LARGEST_DEPTH)
-    packed, block = rows * depth, depth * tile
+    most = min(words, _LARGEST_DEPTH)
+    packed, block = rows * most, most * tile
     if rows > width:
         packed, block = -(-width // tile) * tile * words, _BLOCK * _DEPTH
     results = _floats(rows, width), _words(packed), _words(threads, block)
