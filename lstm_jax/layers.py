@@ -3,7 +3,7 @@
 `nnx_layers.py` has those of NNX.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, overload
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,15 @@ from jax.typing import ArrayLike, DTypeLike
 from lstm_jax import ops
 from lstm_jax.ops.api import Name
 from lstm_jax.ops.gates import GATINGS
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of a call besides `return_carry`, all optional."""
+
+    initial_carry: Any  # By default zeros.
+    seq_lengths: ArrayLike | None  # Integers [batch].
+    reset: ArrayLike | None  # [batch, time].
+    reverse: bool | None
 
 
 class Stack:
@@ -29,6 +38,14 @@ class Stack:
         """Return the parameters of a layer and direction with this number of input features."""
         raise NotImplementedError
 
+    @overload
+    def __call__(
+        self, inputs: ArrayLike, *, return_carry: Literal[False] = ..., **options: Unpack[Options]
+    ) -> jax.Array: ...
+    @overload
+    def __call__(
+        self, inputs: ArrayLike, *, return_carry: Literal[True], **options: Unpack[Options]
+    ) -> tuple[Any, jax.Array]: ...
     def __call__(
         self,
         inputs: Any,

@@ -8,7 +8,7 @@ same in C; `vjp.py` makes these differentiable.
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,20 @@ def rnn(
     return _run(RNN, params, inputs, carry, **options)
 
 
+@overload
+def run(
+    params: LSTMParams | PeepholeLSTMParams,
+    inputs: Inputs,
+    carry: LSTMCarry | None = None,
+    **options: Unpack[Options],
+) -> tuple[LSTMCarry, Outputs]: ...
+@overload
+def run(
+    params: GRUParams | RNNParams,
+    inputs: Inputs,
+    carry: HiddenCarry | None = None,
+    **options: Unpack[Options],
+) -> tuple[HiddenCarry, Outputs]: ...
 def run(
     params: Any, inputs: Inputs, carry: Any = None, **options: Unpack[Options]
 ) -> tuple[Any, Outputs]:
@@ -185,7 +199,8 @@ def step(
     """
     steps = jnp.expand_dims(jnp.asarray(inputs), axis=1)
     marks = None if reset is None else jnp.expand_dims(jnp.asarray(reset), axis=1)
-    last, outputs = run(params, steps, carry, reset=marks, dtype=dtype, implementation="scan")
+    options: Any = {"dtype": dtype, "implementation": "scan"}
+    last, outputs = _run(get_gating(params), params, steps, carry, marks, **options)
     return last, outputs[:, 0]
 
 

@@ -56,15 +56,15 @@ generation.stream_texts(*parts, length=9, samples=2)  # error: call-arg
 gru, lstm = ops.GRUParams.init(key, 4, 5), ops.LSTMParams.init(key, 4, 5)
 hidden: ops.HiddenCarry = ops.run(gru, inputs, reset=np.zeros((2, 3)))[0]
 both: ops.LSTMCarry = ops.step(lstm, inputs[:, 0], ops.run(lstm, inputs)[0], reset=np.ones(2))[0]
-both = ops.gru(gru, inputs)[0]  # error: assignment
-ops.gru(gru, inputs, both)  # error: arg-type
+both = ops.run(gru, inputs)[0]  # error: assignment
+ops.run(gru, inputs, both)  # error: call-overload
 both = ops.step(gru, inputs[:, 0], hidden)[0]  # error: assignment
 
 outputs: jax.Array = layers.LSTM(128, num_layers=2)(inputs, seq_lengths=np.ones(2, int))
 carry, outputs = layers.GRU(128)(inputs, return_carry=True)
 outputs = nnx_layers.GRU(4, 128, rngs=nnx.Rngs(0))(inputs, initial_carry=carry)
-layers.LSTM(128)(inputs, return_state=True)  # error: call-arg
-nnx_layers.LSTM(4, 128, rngs=nnx.Rngs(0))(inputs, lengths=None)  # error: call-arg
+text = layers.LSTM(128)(inputs)  # error: assignment
+text = nnx_layers.LSTM(4, 128, rngs=nnx.Rngs(0))(inputs)  # error: assignment
 layers.LSTM(128, return_carry=True)  # error: call-arg
 nnx_layers.LSTM(4, 128)  # error: call-arg
 """
