@@ -23,6 +23,7 @@ _VECTORS, _BLOCK, _DEPTH, _LARGEST_DEPTH = 4, 96, 256, 4096  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 _NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
+_LARGEST = 3e38  # Finite in bfloat16: infinity times a zero of a kernel would be NaN.
 
 # Gates, cell states, what the kernel multiplies, rounded, and outputs, [time, batch, n] each.
 Saved = tuple[Array, Array, Array, Array]
@@ -50,6 +51,7 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
         added = matmul(inputs.reshape(time * batch, features), input_kernel)
         added = added.reshape(time, batch, input_kernel.shape[1])
         inputs, input_kernel = inputs[..., :0], input_kernel[:0]
+    inputs = jnp.clip(inputs, -_LARGEST, _LARGEST)
     recurrent_kernel = gating.spread(params.recurrent_kernel, gating.of_hidden)
     parts = recurrent_kernel, gating.spread(input_kernel, gating.of_inputs), params.bias[None]
     packed = pack_gates(gating, jnp.concatenate([part.astype(dtype) for part in parts]))
@@ -205,7 +207,7 @@ def run_step(
     The kernel is from `pack_gates`, for any hidden size, and multiplies the rows [batch, depth].
     `added` [batch or 1, num_sums * hidden] is added to the sums.
     """
-    rows, size = rows.astype(packed.dtype), carry.hidden.shape[1]
+    size, rows = carry.hidden.shape[1], jnp.clip(rows, -_LARGEST, _LARGEST).astype(packed.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % packed.shape[-1])))
     *state, peepholes = _pad_state(carry, peepholes)
     arguments = rows, packed, pad_units(added, size), *state, peepholes

@@ -106,15 +106,16 @@ def test_a_step_of_every_kind_agrees_with_its_equations(gating: Gating, dtype: s
         assert measure_errors(found, expected) < (1e-5 if dtype == "float32" else 3e-3)
 
 
+@in_both
 @every_kind
 @jax.debug_nans(False)
-def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating) -> None:
+def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating, dtype: str) -> None:
     (params, inputs, carry), *_ = draw_layer(gating, (5, 3, 4, 20))
     inputs = inputs.at[2, 1, 3].set(jnp.inf).swapaxes(0, 1)
 
     def run(implementation: Any) -> Any:
         def loss_fn(bias: jax.Array) -> Any:
-            options: Any = {"implementation": implementation}
+            options: Any = {"implementation": implementation, "dtype": dtype}
             _, outputs = ops.run(params._replace(bias=bias), inputs, carry, **options)
             return outputs.sum(), outputs
 
@@ -122,7 +123,7 @@ def test_an_infinite_input_saturates_as_in_a_scan(gating: Gating) -> None:
 
     found, expected = run("c"), run("scan")
     assert np.isfinite(expected[0]).all() and np.isfinite(expected[1]).all()
-    assert_close(found, expected, 1e-5)
+    assert_close(found, expected, 1e-5 if dtype == "float32" else 3e-2)
 
 
 def test_wrong_arrays_are_errors_of_xla() -> None:
