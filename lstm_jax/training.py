@@ -192,8 +192,8 @@ def train(
             notes.append(f"Resuming from step {step} of {total_steps}, saved in {directory}")
         elif total_steps < _FEW_STEPS and not (config.max_steps or config.init_from):
             notes.append(
-                f"{total_steps} steps are few: `make train TEXT=... MINUTES=...` chooses settings "
-                "for a short text"
+                f"{total_steps} steps are few: for a short text, --config experiments/minutes.py:1 "
+                "chooses better settings (docs/choosing.md)"
             )
         setup = messages.describe_setup(config, vocabulary, ids, model.dtype, mesh)
         show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))

@@ -76,7 +76,8 @@ def describe_setup(
 def describe_validation(rows: Sequence["Row"], epochs: float, described: str) -> str:
     """Return a line about the last validation in a training of a number of epochs.
 
-    `described` is its loss, as `describe_loss` returns it.
+    `described` is its loss, as `describe_loss` returns it. Where the loss begins to rise, another
+    line says what to change.
     """
     validations = [row for row in rows if row["split"] == "validation"]
     best = min(validations, key=lambda row: row["loss"])
@@ -85,6 +86,13 @@ def describe_validation(rows: Sequence["Row"], epochs: float, described: str) ->
         line += (
             f"; best {best['loss']:.4f} at step {best['step']}; training loss "
             f"{train[-1]['loss']:.4f}, learning rate {train[-1]['learning_rate']:.3g}"
+        )
+    # Two validations in a row, because one may be worse by chance.
+    if [row["loss"] > 1.01 * best["loss"] for row in validations[-3:]] == [False, True, True]:
+        line += (
+            "\nThe validation loss rises: start again with more dropout, such as "
+            "--config.regularization.output_dropout=0.5, or with "
+            f"--config.num_epochs={max(round(best['epoch']), 1)} (docs/choosing.md)"
         )
     return line
 

@@ -18,8 +18,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.batches import Batch, make_batches
 from lstm_jax.devices import mesh
-from lstm_jax.run import checkpoints, metrics, workdir
-from lstm_jax.run.messages import Progress
+from lstm_jax.run import checkpoints, messages, metrics, workdir
 
 
 def list_steps(directory: Path, split: str = "validation") -> list[int]:
@@ -35,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first(clock: SimpleNamespace) -> None:
-    progress = Progress(140, 6400, print)
+    progress = messages.Progress(140, 6400, print)
     computed = SimpleNamespace(block_until_ready=lambda: setattr(clock, "now", clock.now + 3))
     slow: Any = computed  # It is computed three seconds after its call has returned.
     clock.now += 50  # It compiles.
@@ -55,7 +54,7 @@ def test_the_speed_is_that_of_the_steps_after_the_first(clock: SimpleNamespace) 
 def test_progress_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
-    progress = Progress(140, 6400, print)
+    progress = messages.Progress(140, 6400, print)
     clock.now += 30
     progress.report(1, 1 / 70, 2.5)
     clock.now += 5
@@ -66,6 +65,16 @@ def test_progress_is_a_line_every_ten_seconds(
         "step 1/140, epoch 0.01, loss 2.500",  # The speed was not measured yet.
         "step 21/140, epoch 0.30, loss 2.250, 6,400 tokens/s, 0:01:59 left",
     ]
+
+
+def test_a_line_says_what_to_change_once_if_the_validation_loss_rises() -> None:
+    rows: list[Any] = []
+    lines = []
+    for epoch, loss in enumerate([2.0, 1.9, 1.91, 1.95, 1.8, 1.9, 1.85, 1.9]):
+        rows.append({"step": epoch, "epoch": epoch, "split": "validation", "loss": loss})
+        lines.append(messages.describe_validation(rows, 7.0, ""))
+    (hint,) = [line for line in lines if "rises" in line]
+    assert lines.index(hint) == 6 and "num_epochs=4 (docs/choosing.md)" in hint
 
 
 def test_a_save_is_due_when_the_last_one_is_old(clock: SimpleNamespace, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_run_that_is_not_finite_stops_and_resumes(
     poison(monkeypatch, 93)
     with pytest.raises(UserError, match="finite at step 100: resume .* that of step 70, with a"):
         training.train(tiny_config, tmp_path)
-    assert "140 steps are few: `make train" in capsys.readouterr().out
+    assert "140 steps are few: for a short text, --config exp" in capsys.readouterr().out
     # Nothing of this logging interval is saved or logged.
     steps = [step for step, split, _ in runs.read_losses(tmp_path) if split == "train"]
     assert steps == list(range(10, 100, 10))
