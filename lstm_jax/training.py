@@ -7,14 +7,14 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, budget, generation
+from lstm_jax import batches, budget
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -131,7 +131,7 @@ def train(
                 if processes.is_first() and not quiet:
                     print(text, flush=True)
 
-        def record(step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
+        def record(step: int, split: str, loss: float, **extra: Any) -> None:
             """Write a row of metrics and pass it to `watch`, in process 0 only."""
             if split != "train":
                 bits = loss_lib.compute_bits_per_character(loss, sizes[split])
@@ -139,28 +139,21 @@ def train(
             if processes.is_first():
                 writer.write(step, step / steps_per_epoch, split, loss, **extra)
 
-        def generate_sample(params: model_lib.Params, key: jax.Array) -> str:
+        def generate_sample(run: Run) -> str:
             """Return a text that the model generates, as a terminal can show it."""
             length, temperature = config.sample.length, config.sample.temperature
-            controls = generation.Controls(temperature=temperature)
-            pieces = generation.stream_texts(
-                model, params, vocabulary, key, length=length, controls=controls, stop_token=False
-            )
-            return messages.make_printable("".join(text for (text,) in pieces))
+            options: Any = {"length": length, "temperature": temperature, "seed": config.seed}
+            return messages.make_printable(run.generate(stop_token=False, **options))
 
         def log(state: TrainState, step: int) -> TrainState:
             """Record the mean training loss since the last row; return the state with sums of 0."""
             number = int(state.loss_steps)
             loss = float(state.loss_sum) / number
             speed = progress.report(step, step / steps_per_epoch, loss)
-            extra: metrics.Extra = {
-                # In the six digits of float32.
-                "learning_rate": float(f"{float(schedule(step - 1)):.6g}"),
-                "gradient_norm": float(state.norm_sum) / number,
-            }
-            if speed:  # Otherwise it is unknown.
-                extra["tokens_per_second"] = round(speed)
-            record(step, "train", loss, **extra)
+            extra = {"tokens_per_second": round(speed)} if speed else {}  # Otherwise it is unknown.
+            rate = float(f"{float(schedule(step - 1)):.6g}")  # In the six digits of float32.
+            norm = float(state.norm_sum) / number
+            record(step, "train", loss, learning_rate=rate, gradient_norm=norm, **extra)
             return state.clear_sums()
 
         def save(state: TrainState, step: int) -> None:
@@ -170,9 +163,9 @@ def train(
 
         def validate(state: TrainState, step: int) -> bool:
             """Record the validation loss and a sample; return whether `patience` ends training."""
-            params, key = mesh_lib.get_local_copy((state.params, state.key))
+            params = mesh_lib.get_local_copy(state.params)
             loss = loss_lib.compute_loss(model, params, ids["validation"])
-            sample = generate_sample(params, jax.random.fold_in(key, step))
+            sample = generate_sample(Run(config, vocabulary, model, params, step))
             if processes.is_first():
                 record(step, "validation", loss, sample=sample)
                 workdir.append_sample(directory, step, config.sample.temperature, sample)
@@ -269,9 +262,7 @@ def train(
             if not is_finished:
                 record(run.step, "test", loss)
             plot_curves(directory)
-            # On a device, as in `validate`: else the function that generates is compiled again.
-            key = jax.device_put(jax.random.key(config.seed), jax.local_devices()[0])
-            sample = generate_sample(run.params, key)
+            sample = generate_sample(run)
             described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
             cell = config.model.cell
             own = ["--cell", cell] if config_lib.names_cell_file(cell) else []

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar, text
 
 from lstm_jax.data import files
@@ -22,23 +22,18 @@ from lstm_jax.errors import UserError, name_failure
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 
 
-class Extra(TypedDict, total=False):
-    """The optional fields of a row: numbers, which are shown by name, and a sample."""
-
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    bits_per_character: float
-    sample: str  # The generated text of a validation, for TensorBoard and `watch` only.
-
-
-class Row(Extra):
+class Row(TypedDict):
     """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
 
     step: int
     epoch: float  # The number of passes over the training text, with fractions.
     split: str
     loss: float
+    learning_rate: NotRequired[float]
+    gradient_norm: NotRequired[float]
+    tokens_per_second: NotRequired[float]
+    bits_per_character: NotRequired[float]
+    sample: NotRequired[str]  # The text of a validation, for TensorBoard and `watch` only.
     seconds: float  # Of training so far.
     time: str  # In UTC.
 
@@ -64,26 +59,28 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
-        self._events = EventsWriter(str(path.with_name("events")), f".{time.time_ns()}")
+        # TensorBoard reads files in the order of their names, and the clock may have been set back.
+        names = [file.name for file in path.parent.glob("events.out.tfevents.*")]
+        name = max(f"events.out.tfevents.{time.time_ns()}", f"{max(names, default='')}.1")
+        self._events = RecordWriter(str(path.with_name(name)))
         self.callback(self._events.close)
+        self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
         self._add(step=step + 1, session_log=start)
 
     def _add(self, **fields: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), **fields))
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.flush()
 
-    def write(
-        self, step: int, epoch: float, split: str, loss: float, **extra: Unpack[Extra]
-    ) -> None:
+    def write(self, step: int, epoch: float, split: str, loss: float, **extra: Any) -> None:
         """Record a loss in nats per token, and call `watch` with its row.
 
         `step` is the number of training steps done, `epoch` of passes over the training text,
         with fractions, and `split` is "train", "validation" or "test". The row comes last: a run
         that resumes records a test loss only if its row is missing.
         """
-        row: Row = {
+        row: Any = {
             "step": step,
             "epoch": round(epoch, 6),
             "split": split,
@@ -99,7 +96,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
             self._add(step=step, summary=text(f"{split}/sample", quoted))
-        self._watch({**row})  # A caller may take fields out.
+        self._watch(row.copy())  # A caller may take fields out.
         fields = {name: value for name, value in row.items() if name != "sample"}
         self._lines.write(f"{json.dumps(fields)}\n".encode())
         self._lines.flush()

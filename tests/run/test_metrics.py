@@ -1,6 +1,8 @@
 """Test the rows of metrics.jsonl, the events of TensorBoard, and the plot."""
 
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,11 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
         metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
-def test_tensorboard_shows_no_later_step_of_a_killed_process(tmp_path: Path) -> None:
+def test_tensorboard_shows_no_later_step_of_a_killed_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(2 * 10**18, -1)  # It is set back.
+    monkeypatch.setattr(time, "time_ns", clock.__next__)
     path = tmp_path / "metrics.jsonl"
     for step, losses in ((0, (4.0, 3.0, 2.0)), (10, (2.5,))):
         with metrics.MetricsWriter(path, step) as writer:
