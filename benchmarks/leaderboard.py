@@ -194,8 +194,9 @@ def main() -> None:
             bits = [loss / np.log(2) for loss in losses]
             spreads = frame.spread(taken, 2), f"{parameters / 1e6:.2f} M", frame.spread(losses)
             frame.print_row(program, f"{minutes:g}", *spreads, frame.spread(bits))
-    draw_losses(points, options.minutes.split(",")).savefig(board.directory / "leaderboard.svg")
-    print(f"Wrote {board.directory / 'leaderboard.svg'}")
+    path = board.directory / "leaderboard.svg"
+    draw_losses(points, options.minutes.split(",")).savefig(path, metadata={"Date": None})
+    print(f"Wrote {path}")
 
 
 def draw_losses(points: dict[str, list[list[Measured]]], asked: list[str]) -> Figure:
