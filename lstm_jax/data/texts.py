@@ -122,16 +122,15 @@ class Text(NamedTuple):
             return np.concatenate([np.zeros(0, dtype), *blocks])
         content = json.dumps([__version__, self.name, self.checksum, vocabulary.to_fields()])
         name = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}.ids"
-        path = user_cache.get_path("texts") / name
         try:
+            path = user_cache.make_directory("texts") / name
             if not path.exists():
                 note(f"Writing the ids of the {self.name} text, once, to {path}")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_file(path, (block.data for block in blocks))
         except OSError as error:
             raise UnavailableError(
-                f"can't write the ids of the text to {path.parent} ({error.strerror}): free space, "
-                "or set XDG_CACHE_HOME to another directory"
+                f"can't write the ids of the text to {error.filename} ({error.strerror}): free "
+                "space, or set XDG_CACHE_HOME to another directory"
             ) from None
         return np.memmap(path, dtype, mode="r")
 

@@ -37,7 +37,8 @@ def use_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    if directory := user_cache.make_directory("compiled"):
+    with contextlib.suppress(OSError):  # Without a directory, nothing is cached.
+        directory = user_cache.make_directory("compiled")
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

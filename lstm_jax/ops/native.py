@@ -16,7 +16,7 @@ import jax
 import jaxlib
 
 from lstm_jax import user_cache
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError, name_failure, warn
 from lstm_jax.ops.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
@@ -102,10 +102,8 @@ def build_library(flags: list[str]) -> Path:
     """
     source = [path.read_bytes() for path in (_SOURCE, _SOURCE.with_name("platform.h"))]
     name = f"lstm-{jaxlib.__version__}-{_hash(*source, *map(str.encode, flags))}"
-    directory = user_cache.make_directory("library")
-    if not directory:
-        raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
-    try:
+    with name_failure("can't use lstm-jax/library in XDG_CACHE_HOME or ~/.cache"):
+        directory = user_cache.make_directory("library")
         for path in directory.glob(f"{name}-*.so"):
             if path.stem == f"{name}-{_hash(path.read_bytes())}":
                 return path
@@ -114,8 +112,6 @@ def build_library(flags: list[str]) -> Path:
             _compile(built, flags)
             # It replaces a damaged one, or one that another process has built.
             return built.rename(directory / f"{name}-{_hash(built.read_bytes())}.so")
-    except OSError as error:
-        raise UserError(f"can't read or write {directory}: {error.strerror}") from None
 
 
 def _hash(*content: bytes) -> str:

@@ -296,6 +296,8 @@ def test_without_a_library_a_warning_says_why(
     with monkeypatch.context() as patch:
         patch.setattr(native, "_SOURCE", source)
         assert re.search(r"the C compiler cc can't compile .*lstm\.c: .*error", read_warning())
+        patch.setenv("XDG_CACHE_HOME", str(source))
+        assert "can't use lstm-jax/library in XDG_CACHE_HOME" in read_warning()
     assert list(cache.iterdir()) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = tmp_path / "cc"

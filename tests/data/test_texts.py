@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import draws
 from lstm_jax import config as config_lib
 from lstm_jax.data import texts
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, KINDS, SEPARATORS, TextSize, Vocabulary, split_text
 
@@ -323,6 +323,11 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
     with pytest.raises(UserError, match="is not UTF-8"):
         encode("characters")
     assert len(list(cache.iterdir())) == 9
+    source.write_bytes(before)
+    shutil.rmtree(cache)
+    cache.touch()
+    with pytest.raises(UnavailableError, match=f"can't write the ids of the text to {cache}"):
+        encode("characters")
 
 
 @pytest.mark.usefixtures("cache")
