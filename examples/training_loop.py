@@ -47,8 +47,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any, key:
     """Return the parameters after training."""
     parts = [dict(zip(_FIELDS, map(int, part.split("x")), strict=True)) for part in _BATCHES.value]
     configs = [complete_config(config, part) for part in parts or [{}]]
-    feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
-    lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
+    lengths = [part.num_epochs * batches.count_steps(len(ids), part.batches) for part in configs]
     chain, rates = make_optimizer(config, sum(lengths)), config.regularization
 
     def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
@@ -72,7 +71,8 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any, key:
         return optax.apply_updates(params, updates), opt_state, carry, key
 
     opt_state = chain.init(params)
-    for part, (feed, _), length in zip(configs, feeds, lengths, strict=True):
+    for part, length in zip(configs, lengths, strict=True):
+        feed = batches.make_batches(ids, part.batches, config.seed)
         carry = lstm.initial_carry(part.batches.batch_size)
         for _ in range(length):
             params, opt_state, carry, key = step(params, opt_state, carry, key, next(feed))

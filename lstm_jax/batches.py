@@ -1,6 +1,5 @@
 """Make training batches of token ids, with iterators that can start at any step."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -39,8 +38,8 @@ def make_batches(
     part: tuple[int, int] = (0, 1),
     first_step: int = 0,
     predictions: np.ndarray | None = None,
-) -> tuple[Iterator[Batch], int]:
-    """Return an endless iterator over training batches, and the number of steps per epoch.
+) -> Iterator[Batch]:
+    """Yield the training batches of one epoch after the other, without end.
 
     An epoch reads the text as a circle, from a random position on: the first token follows the
     last one. Less than a batch is left out. Each of the `batch_size` streams reads the same number
@@ -60,45 +59,42 @@ def make_batches(
       UserError: if the text is shorter than one batch.
     """
     steps_per_epoch = count_steps(len(ids), batches)
-    # Windows are numbered by stream, then by step.
-    streams = np.arange(batches.batch_size) * steps_per_epoch
-    streams_of_part = streams.reshape(part[1], -1)[part[0]]
-    offsets = np.arange(batches.window_length + 1)
-    draw = functools.lru_cache(1)(functools.partial(_draw_segments, len(ids), batches, seed))
-
-    def cut(step: int) -> Batch:
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        start, first, before = draw(epoch)
-        # `searchsorted` would convert all of `first` to another dtype of the windows.
-        windows = (streams_of_part + step_in_epoch).astype(first.dtype)
-        segments = np.searchsorted(first, windows, side="right") - 1
-        since = windows - first[segments]
-        begins = start + (before[segments] + since).astype(np.int64) * batches.window_length
-        positions = (begins[:, None] + offsets) % len(ids)
-        tokens = ids[positions].astype(np.int32, copy=False)
-        soft_targets = None if predictions is None else predictions[positions[:, 1:]]
-        return Batch(tokens[:, :-1], tokens[:, 1:], since == 0, soft_targets)
-
-    return map(cut, itertools.count(first_step)), steps_per_epoch
+    streams = np.arange(batches.batch_size).reshape(part[1], -1)[part[0]]
+    offsets = np.arange(batches.window_length + 1)  # Of the inputs, and of the last target.
+    first_epoch, first_step = divmod(first_step, steps_per_epoch)
+    for epoch in itertools.count(first_epoch):
+        start, windows, reset = _draw_epoch(len(ids), batches, seed, epoch)
+        for step in range(first_step, steps_per_epoch):
+            begins = start + windows[streams, step].astype(np.int64) * batches.window_length
+            positions = (begins[:, None] + offsets) % len(ids)
+            tokens = ids[positions].astype(np.int32, copy=False)
+            soft_targets = None if predictions is None else predictions[positions[:, 1:]]
+            yield Batch(tokens[:, :-1], tokens[:, 1:], reset[streams, step], soft_targets)
+        first_step = 0  # Of the next epoch.
 
 
-def _draw_segments(
+def _draw_epoch(
     length: int, batches: BatchesConfig, seed: int, epoch: int
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return the position that an epoch begins at, and its segments in the order of streams.
+    """Draw the order in which an epoch reads the windows of a text of `length` tokens.
 
-    For each segment, return its first window, and the number of windows before it in the text.
+    Return the position of window 0, in tokens; the number of the window that each stream reads at
+    each step, integers [batch_size, steps]; and whether a segment begins with it, bool of the same
+    shape.
     """
     rng = np.random.default_rng((seed, epoch))
-    steps_per_epoch = count_steps(length, batches)
-    number = batches.batch_size * steps_per_epoch
+    shape = batches.batch_size, count_steps(length, batches)
     probability = 1 if batches.kind == "windows" else batches.reset_probability
-    is_first = rng.random(number, np.float32) < probability
-    is_first[::steps_per_epoch] = True  # Of each stream.
-    # In the smallest dtype, the two arrays take 80 MB for 10 million windows.
-    first = np.flatnonzero(is_first).astype(np.min_scalar_type(-number))
-    order = rng.permutation(np.arange(len(first), dtype=first.dtype))
-    lengths = np.diff(first, append=number)[order]
-    before = np.empty_like(first)
-    before[order] = np.cumsum(lengths) - lengths
-    return int(rng.integers(length)), first, before
+    reset = rng.random(shape, np.float32) < probability
+    reset[:, 0] = True
+    # The first window of each segment, as windows are numbered stream by stream, and then as they
+    # are in the text. In the smallest dtype, 10 million windows take 40 MB.
+    stream_windows = np.flatnonzero(reset).astype(np.min_scalar_type(-reset.size))
+    sizes = np.diff(stream_windows, append=reset.size)  # Windows of each segment.
+    order = rng.permutation(len(sizes))  # Of the segments in the text.
+    text_windows = np.empty_like(stream_windows)
+    text_windows[order] = np.cumsum(sizes[order]) - sizes[order]
+    # In both, the other windows of a segment follow its first one.
+    windows = np.repeat(text_windows - stream_windows, sizes)
+    windows += np.arange(reset.size, dtype=windows.dtype)
+    return int(rng.integers(length)), windows.reshape(shape), reset

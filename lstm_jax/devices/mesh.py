@@ -58,7 +58,7 @@ def feed_batches(
     copied while the devices still compute the steps before it.
     """
     part, sharding = (jax.process_index(), jax.process_count()), NamedSharding(mesh, DIVIDED)
-    feed, _ = make_batches(ids, config.batches, config.seed, part, first_step, predictions)
+    feed = make_batches(ids, config.batches, config.seed, part, first_step, predictions)
     return (jax.make_array_from_process_local_data(sharding, batch) for batch in feed)
 
 

@@ -111,7 +111,7 @@ def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete = config_lib.complete_config(tiny_config)
-    on_host, _ = make_batches(np.zeros(20_000, np.uint8), complete.batches, 0)
+    on_host = make_batches(np.zeros(20_000, np.uint8), complete.batches, 0)
     monkeypatch.setattr(mesh, "feed_batches", lambda *args: on_host)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         training.train(tiny_config, tmp_path)
