@@ -36,9 +36,11 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> None:
     """Convert in the direction that the flags specify."""
-    if _WORKDIR.value is None or (_FROM.value is None) == (_TO.value is None):
+    is_given = [flag.value is not None for flag in (_FROM, _VOCABULARY, _TO)]
+    if _WORKDIR.value is None or is_given not in ([True, True, False], [False, False, True]):
         raise UserError(
-            "give --workdir DIR, and either --from FILE, to make this model, or --to, to convert it"
+            "give --workdir DIR, and either --from FILE and --vocabulary FILE, to make this model, "
+            "or --to, to convert it"
         )
     if len(_MODULES.value) != 3:
         raise UserError("--modules needs three names, such as encoder,rnn,decoder")
@@ -47,18 +49,12 @@ def main() -> None:
     from lstm_jax.run.workdir import expand_path
 
     directory, file = Path(_WORKDIR.value), expand_path(_FROM.value or _TO.value)
-    if _TO.value and file.suffix != ".safetensors":
-        transfer.export_folder(directory, file, _DTYPE.value)
-        return
-    if file.suffix != ".safetensors":
-        raise UserError(
-            f"the name of {file} must end in .safetensors: write weights with "
-            "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
-        )
-    if _TO.value:
+    if _FROM.value:
+        transfer.import_weights(file, directory, _VOCABULARY.value, _MODULES.value)
+    elif file.suffix == ".safetensors":
         transfer.export_weights(directory, file)
     else:
-        transfer.import_weights(file, directory, _VOCABULARY.value, _MODULES.value)
+        transfer.export_folder(directory, file, _DTYPE.value)
 
 
 if __name__ == "__main__":

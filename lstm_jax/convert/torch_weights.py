@@ -26,7 +26,10 @@ def read_file(path: Path) -> StateDict:
     try:
         arrays = safetensors.numpy.load_file(files.check_file(path))
     except Exception as error:  # It raises many kinds for a damaged file.
-        raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
+        raise UserError(
+            f"it is not a safetensors file ({one_line(error)[:200]}): write one with "
+            "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
+        ) from None
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} has numbers that are not finite")

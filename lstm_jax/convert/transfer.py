@@ -19,7 +19,7 @@ from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 def import_weights(
     source: Path,
     directory: Path,
-    vocabulary_file: str | None,
+    vocabulary_file: str,
     modules: Sequence[str] = ("embedding", "lstm", "linear"),
 ) -> None:
     """Make the folder of a model from a file of weights, or raise `UserError`.
@@ -27,12 +27,6 @@ def import_weights(
     The tokens are those of `vocabulary_file`, a vocabulary.json. `modules` are the names of the
     Embedding, the LSTM or GRU, and the Linear.
     """
-    example = '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
-    if not vocabulary_file:
-        raise UserError(
-            f"{source} does not contain its vocabulary: give --vocabulary FILE, with the tokens by "
-            f"id, such as {example}"
-        )
     config, directory = config_lib.default(), workdir.expand_path(directory).absolute()
     content = texts.read_argument(vocabulary_file, "--vocabulary", "characters").read()
     try:
@@ -43,7 +37,8 @@ def import_weights(
         config.data.units, config.data.document_separator = kind, separators[stop]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
-            f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as {example}"
+            f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as "
+            '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
         ) from None
     try:
         arrays = torch_weights.read_file(source)

@@ -260,8 +260,7 @@ def test_flags_set_fields(monkeypatch: pytest.MonkeyPatch) -> None:
         (["sweep", "--config", QUICK, "--seeds=2", "--space=a.py"], "use either --space"),
         (["sample"], "specify the trained model: --workdir DIR"),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
-        (["convert", "--workdir=x"], "give --workdir DIR, and either --from FILE"),
-        (["convert", "--workdir=x", "--from=good.txt"], "must end in .safetensors"),
+        (["convert", "--workdir=x", "--from=good.txt"], "either --from FILE and --vocabulary FILE"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )
