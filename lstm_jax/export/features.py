@@ -5,8 +5,6 @@ feature if the two are correlated. Of a thousand hidden units, some are correlat
 by chance, so they are selected on the first half of a text and evaluated on the second.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import regex
 
@@ -32,14 +30,6 @@ _POSITIONS = {
 }
 _LEAST = 0.1  # The lowest absolute correlation of a hidden unit that follows a feature.
 _BLOCK = 128  # The number of hidden units to correlate at a time, to bound memory.
-
-
-class Follower(NamedTuple):
-    """A hidden unit that follows a feature."""
-
-    feature: int  # Its index.
-    hidden_unit: int  # Its index.
-    correlation: float  # In the second half of the text; it was selected in the first.
 
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
@@ -73,14 +63,14 @@ def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.nd
 
 def find_followers(
     activations: np.ndarray, features: np.ndarray, each: int
-) -> tuple[list[Follower], np.ndarray]:
+) -> tuple[list[tuple[int, int]], np.ndarray]:
     """Find the hidden units that follow each feature; arguments as for `compute_correlations`.
 
     Returns:
-      Of the `each` hidden units with the largest absolute correlations with each feature in the
-      first half, those whose correlation in the second half has the same sign and is at least
-      `_LEAST`, the feature that is followed most closely first; and the correlations in the second
-      half, float64 [features, hidden_units].
+      Pairs of a feature and a hidden unit: of the `each` units with the largest absolute
+      correlations with each feature in the first half, those whose correlation in the second half
+      has the same sign and is at least `_LEAST`, the feature that is followed most closely first;
+      and the correlations in the second half, float64 [features, hidden_units].
     """
     half = activations.shape[1] // 2
     first_half = compute_correlations(activations[:, :half], features[:, :half])
@@ -88,7 +78,7 @@ def find_followers(
     rows = []
     for i, (first, second) in enumerate(zip(first_half, second_half, strict=True)):
         best = np.argsort(-np.abs(first), kind="stable")[:each]
-        indices = best[second[best] * np.sign(first[best]) >= _LEAST]
-        rows.append([Follower(i, int(k), float(second[k])) for k in indices])
-    rows.sort(key=lambda row: -abs(row[0].correlation) if row else 0)
-    return [follower for row in rows for follower in row], second_half
+        followers = best[second[best] * np.sign(first[best]) >= _LEAST]
+        rows.append([(i, int(k)) for k in followers])
+    rows.sort(key=lambda row: -abs(second_half[row[0]]) if row else 0)
+    return [pair for row in rows for pair in row], second_half

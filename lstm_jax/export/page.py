@@ -108,7 +108,7 @@ def make_page(trained: Run, name: str, text: str) -> bytes:
         "stop": vocabulary.stop,
         "lineBreak": "\r\n" if "\r\n" in text else "\n",
         "features": list(computed),
-        "followers": [follower._asdict() for follower in followers],
+        "followers": followers,
         "correlations": pack(correlations, "f4"),
         "model": pack_model(trained) if runs_in_page else None,
         "text": text[:_EXCERPT],
@@ -159,19 +159,14 @@ def _read(
 def pack_model(trained: Run) -> dict[str, Any]:
     """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
     model, params = trained.model, trained.params
-
-    def pack_array(array: jax.Array) -> dict[str, Any]:
-        """Return a kernel with its outputs as rows, or a vector."""
-        return pack_rows(np.asarray(array.T, order="C")) if array.ndim > 1 else pack(array)
-
     layers = [params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
     return {
         "skipConnections": model.skip_connections,
         "words": bpe.WORDS.pattern,  # What `bpe` divides into tokens.
         # A row for each token, as in the kernel of the dense layer.
-        "embedding": pack_array(params["embedding"]["embedding"].T),
-        "layers": jax.tree.map(pack_array, layers),
-        "dense": jax.tree.map(pack_array, params["dense"]),
+        "embedding": pack_param(params["embedding"]["embedding"].T),
+        "layers": jax.tree.map(pack_param, layers),
+        "dense": jax.tree.map(pack_param, params["dense"]),
     }
 
 
@@ -191,11 +186,14 @@ def _pack_record(
     }
 
 
-def pack_rows(matrix: np.ndarray) -> dict[str, Any]:
-    """Return a matrix as integers of 16 bits with a scale for each row, as the page reads it."""
-    largest = np.abs(matrix).max(axis=1, keepdims=True)
+def pack_param(array: jax.Array) -> dict[str, Any]:
+    """Return a kernel as integers of 16 bits, its outputs as rows with a scale each; or a bias."""
+    if array.ndim == 1:
+        return pack(array)
+    rows = np.asarray(array.T)
+    largest = np.abs(rows).max(axis=1, keepdims=True)
     scales = np.where(largest > 0, largest, 1) / np.float32(2**15 - 1)
-    return {**pack(np.round(matrix / scales), "i2"), "scales": pack(scales[:, 0])}
+    return {**pack(np.round(rows / scales), "i2"), "scales": pack(scales[:, 0])}
 
 
 def pack(array: np.typing.ArrayLike, dtype: str = "f4") -> dict[str, Any]:

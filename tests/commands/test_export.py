@@ -339,7 +339,7 @@ def test_the_page_contains_what_was_measured(cell: str, monkeypatch: pytest.Monk
         reading.activations.T, np.stack([*computed.values()]), 3
     )
     assert data["features"] == list(computed)
-    assert [tuple(follower.values()) for follower in data["followers"]] == followers
+    assert [*map(tuple, data["followers"])] == followers
     expected, packed = {"correlations": correlations}, {"correlations": data["correlations"]}
     assert (data["model"] is None, data["record"] is None) == (cell != "lstm", cell == "lstm")
     if recorded := data["record"]:
