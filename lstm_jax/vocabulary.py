@@ -89,7 +89,7 @@ class Vocabulary:
         does not occur.
         """
         counts = count_tokens([text] if isinstance(text, str) else text, kind, stop)
-        if stop and not counts.get(stop):
+        if stop and not counts.pop(stop, 0):
             name = "end of a file" if stop == FILE_END else repr(stop)
             raise UserError(
                 f"the training text has no {name} to end its documents: choose another "
@@ -105,8 +105,7 @@ class Vocabulary:
             )
         tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
         if kind == "bpe":
-            words = {word: count for word, count in counts.items() if word != stop}
-            tokens += bpe.learn_tokens(words, size - len(tokens), min_count)
+            tokens += bpe.learn_tokens(counts, size - len(tokens), min_count)
         return cls(tokens, kind, stop)
 
     @classmethod
