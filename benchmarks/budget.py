@@ -18,7 +18,7 @@ from typing import Any
 import frame
 from lstm_jax import budget
 from lstm_jax import config as config_lib
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 
 _OF_MODEL = ("batches.", "model.", "optimizer.", "regularization.")
 _SEARCH = "--sampler", "tpe", "--pruner", "none"
@@ -70,7 +70,7 @@ def main() -> None:
 
 def find_loss(directory: Path, split: str) -> float:
     """Return the lowest loss of a split that a run has measured."""
-    rows: list[Any] = metrics.read_metrics(directory / workdir.METRICS)
+    rows: list[Any] = workdir.read_metrics(directory)
     return min((row["loss"] for row in rows if row["split"] == split), default=float("inf"))
 
 

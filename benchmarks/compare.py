@@ -40,7 +40,7 @@ import lstm_jax
 from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import setup
-from lstm_jax.run import cell_file, metrics, workdir
+from lstm_jax.run import cell_file, workdir
 from lstm_jax.sweep import search
 
 EXPERIMENTS = ROOT / "experiments"
@@ -146,7 +146,7 @@ def measure(trial: FrozenTrial, directory: Path) -> Measured:
         trial.values[0],
         trial.user_attrs[search.TEST_LOSS],
         frame.evaluate(directory, "--split=test", f"--context={WINDOW}"),
-        max(row["step"] for row in metrics.read_metrics(directory / workdir.METRICS)),
+        max(row["step"] for row in workdir.read_metrics(directory)),
         trial.duration.total_seconds(),  # type: ignore[union-attr]
         measure_speed(directory),
         measure_generation(trained),

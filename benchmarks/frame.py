@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lstm_jax.config import names_cell_file
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +78,7 @@ def evaluate(directory: Path, *flags: object, measure: str = "loss") -> float:
 
 def measure_speed(directory: Path) -> float:
     """Return the median of the tokens a second that a run logged in training; 0 if it has none."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
+    rows = workdir.read_metrics(directory)
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return statistics.median(speeds or [0.0])
 

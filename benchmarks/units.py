@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from frame import count_steps, parse_flags, print_head, print_row, spread, train
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 
 SHORT = 40  # Steps of the run that measures the time of a step.
 # Flags of each kind. Words have short windows in small batches, as in shakespeare_words.py: a text
@@ -55,7 +55,7 @@ def main() -> None:
 
 def read_losses(directory: Path) -> tuple[float, float, float]:
     """Return the epochs of a run, and the losses of its best step, validation and test."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
+    rows = workdir.read_metrics(directory)
     validation, test = (
         min(row["bits_per_character"] for row in rows if row["split"] == split)
         for split in ("validation", "test")

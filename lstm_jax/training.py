@@ -119,7 +119,6 @@ def train(
             state = TrainState(params=items.params, **items.state)
             validation = read_validation(saved, step)
             is_validated, history = bool(validation), validation.get("history", items.history)
-        metrics_path = directory / workdir.METRICS
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == total_steps or is_out_of_patience(directory, config.patience)
         is_finished = is_over and bool(read_losses(directory, "test"))
@@ -158,8 +157,7 @@ def train(
 
         def save(state: TrainState, step: int) -> None:
             """Save a checkpoint."""
-            history = workdir.measure_history(directory)
-            checkpoints.save(step, state.params, state.rest, history)
+            checkpoints.save(step, state.params, state.rest)
 
         def validate(state: TrainState, step: int) -> bool:
             """Record the validation loss and a sample; return whether `patience` ends training."""
@@ -169,8 +167,8 @@ def train(
             if processes.is_first():
                 record(step, "validation", loss, sample=sample)
                 workdir.append_sample(directory, step, config.sample.temperature, sample)
-                checkpoints.record_validation(step, loss, workdir.measure_history(directory))
-                rows, epochs = metrics.read_metrics(metrics_path), total_steps / steps_per_epoch
+                checkpoints.record_validation(step, loss)
+                rows, epochs = workdir.read_metrics(directory), total_steps / steps_per_epoch
                 described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
                 title = messages.describe_validation(rows, epochs, described)
                 show(f"\n=== {title}\n{sample}\n")
@@ -205,7 +203,7 @@ def train(
             if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
-                writer = stack.enter_context(metrics.MetricsWriter(metrics_path, step, watch))
+                writer = stack.enter_context(metrics.MetricsWriter(directory, step, watch))
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
                     save(state, step)
@@ -331,7 +329,7 @@ def load_initial(
 
 def read_losses(directory: Path, split: str) -> dict[int, float]:
     """Return the losses in metrics.jsonl of a split by step."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
+    rows = workdir.read_metrics(directory)
     return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
@@ -362,5 +360,4 @@ def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: 
 def plot_curves(directory: Path) -> None:
     """Plot the losses of metrics.jsonl, in process 0 only."""
     if processes.is_first():
-        rows = metrics.read_metrics(directory / workdir.METRICS)
-        metrics.plot_metrics(rows, directory / workdir.CURVES)
+        metrics.plot_metrics(directory)

@@ -58,7 +58,7 @@ class KilledError(Exception):
 def kill_at(step: int, split: str) -> metrics.Watch:
     """Return a callback for `training.train` that ends the run after this row."""
 
-    def watch(row: metrics.Row) -> None:
+    def watch(row: workdir.Row) -> None:
         if (row["step"], row["split"]) == (step, split):
             raise KilledError
 
@@ -67,14 +67,14 @@ def kill_at(step: int, split: str) -> metrics.Watch:
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:
     """Return the losses of metrics.jsonl."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
+    rows = workdir.read_metrics(directory)
     return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
 def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
     """Return all numbers of metrics.jsonl that don't depend on the time, as in `read_events`."""
     others = ("step", "epoch", "split", *TIMES)
-    rows = metrics.read_metrics(directory / workdir.METRICS)
+    rows = workdir.read_metrics(directory)
     return [
         (row["step"], f"{row['split']}/{name}", value)
         for row in rows
@@ -146,5 +146,4 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
     """Wait until the run has written `number` lines of metrics."""
-    path = directory / workdir.METRICS
-    commands.wait_until(lambda: len(metrics.read_metrics(path)) >= number, process, 300)
+    commands.wait_until(lambda: len(workdir.read_metrics(directory)) >= number, process, 300)

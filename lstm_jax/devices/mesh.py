@@ -63,5 +63,5 @@ def feed_batches(
 
 
 def get_local_copy(tree: T) -> T:
-    """Return arrays that every device holds, on this process's first device."""
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+    """Return arrays that every device holds on this process's first device, others as they are."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, tree)

@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lstm_jax.data import files
-from lstm_jax.devices import processes
+from lstm_jax.devices import mesh, processes
 from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.model import Params
+from lstm_jax.run.workdir import list_steps, measure_history
 
 _UNFINISHED = ".unfinished"
 SEAL = "SHA256SUMS"
@@ -42,8 +43,9 @@ class CheckpointWriter:
     # renamed before its files are removed, so that a reader never sees half of it.
 
     def __init__(self, directory: Path, every_seconds: float = 0.0) -> None:
-        """Make the directory and remove unfinished checkpoints of killed processes."""
-        self._directory, self._every_seconds = directory.resolve(), every_seconds
+        """Make `directory`, in a working directory, and remove unfinished checkpoints from it."""
+        self._workdir, self._every_seconds = directory.parent, every_seconds
+        self._directory = directory.resolve()
         if processes.is_first():
             self._directory.mkdir(exist_ok=True)
             for path in self._directory.glob(f"*{_UNFINISHED}*"):
@@ -52,22 +54,21 @@ class CheckpointWriter:
         self.last_step = max(list_steps(self._directory), default=-1)  # Also of earlier processes.
         self._last_time = time.monotonic()  # Of the start, or of the last save.
 
-    def save(
-        self, step: int, params: Params, state: Mapping[str, object], history: Mapping[str, int]
-    ) -> None:
+    def save(self, step: int, params: Params, state: Mapping[str, object]) -> None:
         """Save a checkpoint after `step` training steps.
 
-        `state` is all of the training state but `params`, and `history` holds the sizes of the
+        `state` is all of the training state but `params`. The checkpoint also has the sizes of the
         files that the run appends to. Raise `UnavailableError` if it can't be written, or the one
         before is gone.
         """
+        history = measure_history(self._workdir)
         if jax.process_count() == 1:  # Save arrays that every device has from one, not in parts.
-            params, state = jax.tree.map(_take_one, (params, state))
+            params, state = mesh.get_local_copy((params, state))
         path = self._directory / f"{step}{_UNFINISHED}"
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             state=ocp.args.StandardSave(state),
-            history=ocp.args.JsonSave(dict(history)),
+            history=ocp.args.JsonSave(history),
         )
         try:
             if processes.is_first() and self.last_step >= 0:
@@ -102,12 +103,9 @@ class CheckpointWriter:
             (self._directory / str(old)).rename(unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next writer tries.
 
-    def record_validation(self, step: int, loss: float, history: Mapping[str, int]) -> None:
-        """Add to the checkpoint of `step` its validation loss, in nats per token.
-
-        `history` holds the sizes of the files that the run appends to, after the validation.
-        """
-        fields = {"loss": loss, "history": dict(history)}
+    def record_validation(self, step: int, loss: float) -> None:
+        """Add its validation loss, in nats per token, to a checkpoint, and the sizes of files."""
+        fields = {"loss": loss, "history": measure_history(self._workdir)}
         files.write_json(self._directory / str(step) / VALIDATION, fields)
 
     def is_due(self) -> bool:
@@ -180,12 +178,6 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
     return restored.params, step
 
 
-def list_steps(directory: Path) -> list[int]:
-    """Return the steps of all checkpoints in order."""
-    names = [path.name for path in directory.glob("*/")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
 def _rank(directory: Path, step: int) -> tuple[float, int]:
     """Rank by validation loss; without one, by step."""
     loss = read_validation(directory, step).get("loss")
@@ -240,11 +232,6 @@ def _restore_first(
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
     reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
     raise UserError(f"every checkpoint in {directory} is damaged ({reasons}): restore a copy")
-
-
-def _take_one(array: jax.Array) -> jax.Array:
-    """Return an array on one device, if every device has all of it."""
-    return array.addressable_data(0) if array.is_fully_replicated else array
 
 
 def _abstract(tree: Any) -> Any:

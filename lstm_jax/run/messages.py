@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -13,10 +12,8 @@ from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax.config import Config
 from lstm_jax.model import Params
+from lstm_jax.run.workdir import Row
 from lstm_jax.vocabulary import FILE_END, Ids, TextSize, Vocabulary
-
-if TYPE_CHECKING:  # Importing it imports TensorBoard's events.
-    from lstm_jax.run.metrics import Row
 
 # Control characters, which a terminal executes, as escapes; bytes that are not UTF-8 as U+FFFD.
 _PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n\r"}
@@ -73,7 +70,7 @@ def describe_setup(
     )
 
 
-def describe_validation(rows: Sequence["Row"], epochs: float, described: str) -> str:
+def describe_validation(rows: Sequence[Row], epochs: float, described: str) -> str:
     """Return a line about the last validation in a training of a number of epochs.
 
     `described` is its loss, as `describe_loss` returns it. Where the loss begins to rise, another

@@ -1,14 +1,14 @@
-"""Write, read and plot the losses of a run: metrics.jsonl and TensorBoard events."""
+"""Write and plot the losses of a run: metrics.jsonl, TensorBoard events and curves.png."""
 
 import contextlib
 import io
 import json
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -16,27 +16,10 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar, text
 
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, name_failure
+from lstm_jax.run.workdir import CURVES, METRICS, Row, read_metrics
 
 # From Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
-
-
-class Row(TypedDict):
-    """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
-
-    step: int
-    epoch: float  # The number of passes over the training text, with fractions.
-    split: str
-    loss: float
-    learning_rate: NotRequired[float]
-    gradient_norm: NotRequired[float]
-    tokens_per_second: NotRequired[float]
-    bits_per_character: NotRequired[float]
-    sample: NotRequired[str]  # The text of a validation, for TensorBoard and `watch` only.
-    seconds: float  # Of training so far.
-    time: str  # In UTC.
-
 
 # Called with each row, with the sample of a validation.
 Watch = Callable[[Row], object]
@@ -45,24 +28,24 @@ Watch = Callable[[Row], object]
 class MetricsWriter(contextlib.ExitStack[None]):
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
 
-    def __init__(self, path: Path, step: int, watch: Watch = lambda row: None) -> None:
-        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
+    def __init__(self, directory: Path, step: int, watch: Watch = lambda row: None) -> None:
+        """Open the files in the working directory of a run that is at `step`.
 
         The seconds of training continue from the last row.
         """
         super().__init__()
-        self._watch = watch
+        self._watch, path = watch, directory / METRICS
         self._lines = self.enter_context(path.open("ab"))
         # A killed process or a full disk can leave half a line.
         self._lines.truncate(path.read_bytes().rfind(b"\n") + 1)
-        rows = read_metrics(path)
+        rows = read_metrics(directory)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full.
         # TensorBoard reads files in the order of their names, and the clock may have been set back.
-        names = [file.name for file in path.parent.glob("events.out.tfevents.*")]
+        names = [file.name for file in directory.glob("events.out.tfevents.*")]
         name = max(f"events.out.tfevents.{time.time_ns()}", f"{max(names, default='')}.1")
-        self._events = RecordWriter(str(path.with_name(name)))
+        self._events = RecordWriter(str(directory / name))
         self.callback(self._events.close)
         self._add(file_version="brain.Event:2")
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
@@ -73,56 +56,43 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.flush()
 
-    def write(self, step: int, epoch: float, split: str, loss: float, **extra: Any) -> None:
+    def write(
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        loss: float,
+        sample: str | None = None,
+        **extra: float,
+    ) -> None:
         """Record a loss in nats per token, and call `watch` with its row.
 
-        `step` is the number of training steps done, `epoch` of passes over the training text,
-        with fractions, and `split` is "train", "validation" or "test". The row comes last: a run
-        that resumes records a test loss only if its row is missing.
+        For the arguments, see `Row`. The row comes last: a run that resumes records a test loss
+        only if its row is missing.
         """
-        row: Any = {
-            "step": step,
-            "epoch": round(epoch, 6),
-            "split": split,
-            "loss": loss,
-            **extra,
-            "seconds": round(time.monotonic() - self._start, 3),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        others = ("step", "epoch", "split", "time", "sample")
-        numbers = {name: x for name, x in row.items() if name not in others}
+        numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row: Any = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": now}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(step=step, summary=Summary(value=values))
-        if "sample" in row:  # As Markdown, with every line indented, it is shown as it is.
-            quoted = textwrap.indent(row["sample"], "    ", lambda line: True)
+        shown = row.copy()  # It is the caller's.
+        if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
+            quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(step=step, summary=text(f"{split}/sample", quoted))
-        self._watch(row.copy())  # A caller may take fields out.
-        fields = {name: value for name, value in row.items() if name != "sample"}
-        self._lines.write(f"{json.dumps(fields)}\n".encode())
+            shown["sample"] = sample
+        self._watch(shown)
+        self._lines.write(f"{json.dumps(row)}\n".encode())
         self._lines.flush()
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """Return the rows of a metrics.jsonl; [] if the file does not exist.
-
-    An incomplete last line, which is still being written, is left out. Raise `UserError` if the
-    file can't be read, or a line is not JSON.
-    """
-    with name_failure(f"can't read {path}"):
-        content = files.check_file(path).read_bytes() if path.exists() else b""
-    try:
-        return [json.loads(line) for line in content.split(b"\n")[:-1]]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None
-
-
-def plot_metrics(rows: Sequence[Row], path: Path) -> None:
-    """Write a figure of the losses of all splits over steps as a PNG file, atomically.
+def plot_metrics(directory: Path) -> None:
+    """Plot the losses of all splits over steps, from metrics.jsonl to curves.png, atomically.
 
     The first steps, which fall from ln(vocabulary size) and would flatten the rest, are left out.
     """
     from matplotlib.figure import Figure  # Importing it takes half a second.
 
+    rows = read_metrics(directory)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
@@ -137,4 +107,4 @@ def plot_metrics(rows: Sequence[Row], path: Path) -> None:
         axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    files.write_file(path, picture.getvalue())
+    files.write_file(directory / CURVES, picture.getvalue())

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -18,9 +18,6 @@ from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from lstm_jax.run.metrics import Row
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -62,11 +59,9 @@ class Run:
         return generation.prepare_params(self.model, self.params)
 
     @property
-    def metrics(self) -> list["Row"]:
+    def metrics(self) -> list[workdir.Row]:
         """Return the rows of metrics.jsonl; [] if a model has no run, or is an ensemble."""
-        from lstm_jax.run import metrics  # It imports TensorBoard's events.
-
-        return metrics.read_metrics(self.directory / workdir.METRICS) if self.directory else []
+        return workdir.read_metrics(self.directory) if self.directory else []
 
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
@@ -224,7 +219,15 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
     changes["dtype"] = dtype or config.model.dtype
     config = complete_config(config, {"model": changes})
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    params, step = workdir.load_params(directory, model_lib.get_param_shapes(model))
+    shapes = model_lib.get_param_shapes(model)
+    file, checkpoints = directory / workdir.MODEL, directory / workdir.CHECKPOINTS
+    if file.exists() and not checkpoints.exists():  # A run may have other weights of this name.
+        params, step = workdir.read_params(file, shapes)
+    else:
+        # A folder does not need Orbax, whose import takes half a second.
+        from lstm_jax.run.checkpoints import restore_best_params
+
+        params, step = restore_best_params(checkpoints, shapes)
     return Run(config, vocabulary, model, params, step, directory)
 
 

@@ -8,12 +8,13 @@ folder in the package.
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,22 @@ CURVES = "curves.png"
 HISTORY = (METRICS, SAMPLES)
 _LOCK = ".lock"
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"  # Folders of models.
+
+
+class Row(TypedDict):
+    """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
+
+    step: int
+    epoch: float  # The number of passes over the training text, with fractions.
+    split: str
+    loss: float
+    learning_rate: NotRequired[float]
+    gradient_norm: NotRequired[float]
+    tokens_per_second: NotRequired[float]
+    bits_per_character: NotRequired[float]
+    sample: NotRequired[str]  # The text of a validation, for TensorBoard and `watch` only.
+    seconds: float  # Of training so far.
+    time: str  # In UTC.
 
 
 def expand_path(directory: Path | str) -> Path:
@@ -92,11 +109,9 @@ def hold_lock(directory: Path) -> Iterator[str]:
 
 def has_run(directory: Path) -> bool:
     """Return whether a run in `directory` can resume; raise `UserError` if some files are gone."""
-    from lstm_jax.run import checkpoints
-
     names = (CONFIG, *HISTORY, MODEL)
     has_config, *others = ((directory / name).exists() for name in names)
-    has_checkpoint = bool(checkpoints.list_steps(directory / CHECKPOINTS))
+    has_checkpoint = bool(list_steps(directory / CHECKPOINTS))
     if (has_checkpoint or any(others)) and not (has_checkpoint and has_config):
         missing = CHECKPOINTS if has_config else CONFIG
         raise UserError(
@@ -104,6 +119,12 @@ def has_run(directory: Path) -> bool:
             "directory"
         )
     return has_checkpoint
+
+
+def list_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of all checkpoints in order."""
+    names = [path.name for path in checkpoints.glob("*/")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load_config(workdir: Path) -> Config:
@@ -133,21 +154,7 @@ def load_vocabulary(workdir: Path) -> Vocabulary:
         raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {error}") from None
 
 
-def load_params(workdir: Path, shapes: Any) -> tuple[model_lib.Params, int]:
-    """Return the best parameters of a run, and their step; of a folder, those of its file.
-
-    `shapes` is from `model.get_param_shapes`.
-    """
-    # A run may hold weights for another program under this name.
-    if (workdir / MODEL).exists() and not (workdir / CHECKPOINTS).exists():
-        return _read_params(workdir / MODEL, shapes)
-    # A folder does not need Orbax, whose import takes half a second.
-    from lstm_jax.run import checkpoints
-
-    return checkpoints.restore_best_params(workdir / CHECKPOINTS, shapes)
-
-
-def _read_params(path: Path, params: model_lib.Params) -> tuple[model_lib.Params, int]:
+def read_params(path: Path, params: model_lib.Params) -> tuple[model_lib.Params, int]:
     """Return float32 parameters of the shapes of `params`, and their step.
 
     Raise `UserError` if the file is damaged, or does not hold such arrays.
@@ -208,6 +215,21 @@ def save_fields(workdir: Path, config: Config, vocabulary: Vocabulary) -> None:
     """Write the files that `load_config` and `load_vocabulary` read."""
     files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
     files.write_json(workdir / CONFIG, config.to_dict())
+
+
+def read_metrics(workdir: Path) -> list[Row]:
+    """Return the rows of metrics.jsonl; [] if the file does not exist.
+
+    An incomplete last line, which is still being written, is left out. Raise `UserError` if the
+    file can't be read, or a line is not JSON.
+    """
+    path = workdir / METRICS
+    with name_failure(f"can't read {path}"):
+        content = files.check_file(path).read_bytes() if path.exists() else b""
+    try:
+        return [json.loads(line) for line in content.split(b"\n")[:-1]]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None
 
 
 def append_sample(workdir: Path, step: int, temperature: float, text: str) -> None:

@@ -38,7 +38,7 @@ from lstm_jax.errors import (
     one_line,
     run_user_code,
 )
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 from lstm_jax.run.interrupts import Stopped
 
 # From a trial to config fields, by dotted name.
@@ -236,7 +236,7 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
     return min(training.read_losses(directory, "validation").values())
 
 
-def _report_loss(trial: Trial, config: Config, row: metrics.Row) -> None:
+def _report_loss(trial: Trial, config: Config, row: workdir.Row) -> None:
     """Report the validation loss after an epoch, and stop a trial that the pruner rejects."""
     epoch = int(row["epoch"])
     if row["split"] != "validation" or not epoch or epoch != row["epoch"]:

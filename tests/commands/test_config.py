@@ -11,7 +11,7 @@ import commands
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.errors import UserError
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
@@ -36,7 +36,7 @@ def test_an_experiment_that_no_page_runs_trains_and_resumes(
     every = config.log_every_steps
     for config.max_steps in (every, 2 * every):
         training.train(config, tmp_path)
-    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
+    rows = workdir.read_metrics(tmp_path)
     assert {row["split"] for row in rows} == {"train", "validation", "test"}
 
 

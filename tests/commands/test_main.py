@@ -22,7 +22,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
 from lstm_jax.generation import Controls
-from lstm_jax.run import command, interrupts, metrics, workdir
+from lstm_jax.run import command, interrupts, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_sample_and_evaluate_need_only_the_directory(trained: Path, tmp_path: Pa
     assert list(result) == ["split", "loss", *bits, "perplexity", "tokens", "step"]
     assert result["bits_per_character"] == pytest.approx(result["bits_per_token"])
     assert (result["split"], result["tokens"]) == ("validation", 999)
-    rows = metrics.read_metrics(moved / workdir.METRICS)
+    rows = workdir.read_metrics(moved)
     recorded = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)
 

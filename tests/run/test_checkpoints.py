@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints
+from lstm_jax.run import checkpoints, workdir
 
 PARAMS = {"w": jnp.zeros(3)}
 KEY = jax.random.key(0)
@@ -23,7 +23,7 @@ STATE = {"key": KEY, "count": jnp.int32(0)}
 def save(writer: checkpoints.CheckpointWriter, step: int) -> None:
     params = {"w": jnp.full(3, float(step))}
     state = {"key": jax.random.key(step), "count": jnp.int32(step)}
-    writer.save(step, params, state, {"metrics.jsonl": step})
+    writer.save(step, params, state)
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +32,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved")
     writer = checkpoints.CheckpointWriter(directory)
     save(writer, 1)
-    writer.record_validation(1, 2.5, {})
+    writer.record_validation(1, 2.5)
     save(writer, 2)
     return directory
 
 
 def test_the_latest_two_and_the_best_are_kept_and_restored(tmp_path: Path) -> None:
     losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5}
-    writer = checkpoints.CheckpointWriter(tmp_path)
+    directory = tmp_path / workdir.CHECKPOINTS
+    writer = checkpoints.CheckpointWriter(directory)
     for step, loss in losses.items():
+        (tmp_path / workdir.METRICS).write_bytes(bytes(step))
         save(writer, step)
         if loss is not None:
-            writer.record_validation(step, loss, {})
-    assert checkpoints.list_steps(tmp_path) == [2, 5, 6]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
-    params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
+            writer.record_validation(step, loss)
+    assert workdir.list_steps(directory) == [2, 5, 6]
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "5", "6"]
+    params, step = checkpoints.restore_best_params(directory, PARAMS)
     assert step == 2
     np.testing.assert_array_equal(params["w"], np.full(3, 2.0))
-    step, items = checkpoints.restore_latest(tmp_path, PARAMS, STATE)
+    step, items = checkpoints.restore_latest(directory, PARAMS, STATE)
     assert step == 6 and items.history == {"metrics.jsonl": 6}
     np.testing.assert_array_equal(items.params["w"], np.full(3, 6.0))
     assert int(items.state["count"]) == 6
@@ -173,7 +175,7 @@ def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Pat
     for name in ("3.unfinished", "4.unfinished.orbax-checkpoint-tmp"):
         shutil.copytree(saved / "2", directory / name)
     (directory / "notes.txt").write_text("of the user's")
-    assert checkpoints.list_steps(directory) == [1, 2]
+    assert workdir.list_steps(directory) == [1, 2]
     checkpoints.CheckpointWriter(directory)
     assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
 
@@ -206,7 +208,7 @@ def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
         for step in range(2, 20):
             save(writer, step)
             if step % 3 == 0:
-                writer.record_validation(step, 1 / step, {})
+                writer.record_validation(step, 1 / step)
         end.set()
         reader.result()
     assert len(set(steps)) > 3 and steps == sorted(steps)
@@ -218,7 +220,7 @@ def test_runs_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
     def save_all(name: str) -> list[int]:
         for number in range(8):
             save(checkpoints.CheckpointWriter(tmp_path / name), number)
-        return checkpoints.list_steps(tmp_path / name)
+        return workdir.list_steps(tmp_path / name)
 
     with ThreadPoolExecutor(2) as pool:
         assert [*pool.map(save_all, "ab")] == [[6, 7]] * 2

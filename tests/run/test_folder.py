@@ -81,7 +81,7 @@ def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, copy: Path
         flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
         (copy / workdir.MODEL).write_bytes(flipped)
         with pytest.raises(UserError, match=r"is damaged|does not hold the model"):
-            workdir.load_params(copy, model_lib.get_param_shapes(model))
+            workdir.read_params(copy / workdir.MODEL, model_lib.get_param_shapes(model))
 
 
 def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(

@@ -14,7 +14,7 @@ import pytest
 import draws
 import lstm_jax
 import runs
-from lstm_jax.run import checkpoints, workdir
+from lstm_jax.run import workdir
 
 pytestmark = [pytest.mark.process, pytest.mark.drawn]
 
@@ -84,7 +84,7 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
     wait(processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _ in finish(processes)] == [143] * 2
-    assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
+    assert workdir.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
     (end,) = finish([runs.start(runs.make_arguments(text_file, directory, "--config.mesh.data=8"))])
     assert end[0] == 0, end
     assert_close(directory, whole)

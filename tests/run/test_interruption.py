@@ -33,7 +33,7 @@ with workdir.hold_lock(Path(sys.argv[1])):
 def list_undamaged(directory: Path) -> list[int]:
     """Return the steps of the checkpoints of a run, of which there are some, none damaged."""
     saved = directory / workdir.CHECKPOINTS
-    steps = checkpoints.list_steps(saved)
+    steps = workdir.list_steps(saved)
     assert steps and all(checkpoints.find_damage(saved / str(step)) is None for step in steps)
     return steps
 

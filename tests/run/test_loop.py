@@ -18,7 +18,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax import training
 from lstm_jax.batches import Batch, make_batches
 from lstm_jax.devices import mesh
-from lstm_jax.run import checkpoints, messages, metrics, workdir
+from lstm_jax.run import checkpoints, messages, workdir
 
 
 def list_steps(directory: Path, split: str = "validation") -> list[int]:
@@ -147,8 +147,8 @@ def test_max_steps_ends_the_run_and_its_schedule(
     tiny_config.max_steps = 103
     training.train(tiny_config, tmp_path)
     assert "=== epoch 1.471 of 1.471: validation loss" in capsys.readouterr().out
-    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
-    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
+    assert workdir.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
+    rows = workdir.read_metrics(tmp_path)
     (rate,) = [row["learning_rate"] for row in rows if (row["step"], row["split"]) == (60, "train")]
     schedule = optimizer_lib.make_schedule(tiny_config.optimizer, 103)
     assert rate == pytest.approx(float(schedule(59)), rel=1e-5)
@@ -156,7 +156,7 @@ def test_max_steps_ends_the_run_and_its_schedule(
     output = capsys.readouterr().out
     assert "is finished, at step 103: to train longer" in output
     # A validation is part of its checkpoint, also where a longer run has none.
-    tiny_config.max_steps, recorded = 0, list[metrics.Row]()
+    tiny_config.max_steps, recorded = 0, list[workdir.Row]()
     training.train(tiny_config, tmp_path, recorded.append)
     assert [row["step"] for row in recorded if row["split"] == "validation"] == [140]
     assert list_steps(tmp_path) == [0, 70, 103, 140]

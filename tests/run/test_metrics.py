@@ -11,14 +11,12 @@ from PIL import Image
 
 import runs
 from lstm_jax.errors import UserError
-from lstm_jax.run import metrics
+from lstm_jax.run import metrics, workdir
 
 
 def test_a_row_is_written_after_tensorboard_and_watch_have_it(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-
-    def watch(row: metrics.Row) -> None:
-        assert all(written["split"] == "train" for written in metrics.read_metrics(path))
+    def watch(row: workdir.Row) -> None:
+        assert all(written["split"] == "train" for written in workdir.read_metrics(tmp_path))
         assert ("test/loss" in {tag for _, tag, _ in runs.read_events(tmp_path)}) == (
             row["split"] == "test"
         )
@@ -26,13 +24,14 @@ def test_a_row_is_written_after_tensorboard_and_watch_have_it(tmp_path: Path) ->
         if row["split"] == "test":
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), metrics.MetricsWriter(path, 0, watch) as writer:
+    with pytest.raises(ZeroDivisionError), metrics.MetricsWriter(tmp_path, 0, watch) as writer:
         writer.write(10, 0.5, "train", 2.5)
         writer.write(10, 0.5, "test", 2.5)
-    assert [(row["split"], row["step"]) for row in metrics.read_metrics(path)] == [("train", 10)]
+    rows = workdir.read_metrics(tmp_path)
+    assert [(row["split"], row["step"]) for row in rows] == [("train", 10)]
 
 
-def drop_times(rows: list[metrics.Row]) -> list[dict[str, Any]]:
+def drop_times(rows: list[workdir.Row]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in rows]
 
 
@@ -50,41 +49,41 @@ def test_tensorboard_has_the_samples(trained: Path) -> None:
 
 def test_rows_are_appended_and_an_incomplete_or_damaged_line_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert metrics.read_metrics(path) == []
+    assert workdir.read_metrics(tmp_path) == []
     row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 100}
-    with metrics.MetricsWriter(path, 0) as writer:
+    with metrics.MetricsWriter(tmp_path, 0) as writer:
         writer.write(**row)
     with path.open("ab") as file:
         file.write(b'{"step": 20, "lo')
-    assert drop_times(metrics.read_metrics(path)) == [row]
-    with metrics.MetricsWriter(path, 10) as writer:
+    assert drop_times(workdir.read_metrics(tmp_path)) == [row]
+    with metrics.MetricsWriter(tmp_path, 10) as writer:
         writer.write(20, 1, "validation", 2.25)
-    rows = drop_times(metrics.read_metrics(path))
+    rows = drop_times(workdir.read_metrics(tmp_path))
     assert rows == [row, {"step": 20, "epoch": 1, "split": "validation", "loss": 2.25}]
     content = path.read_bytes()
     for line in (b"\xff\xfe{\n", b"[" * 10**5 + b"\n"):
         path.write_bytes(content + line)
         with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-            metrics.read_metrics(path)
+            workdir.read_metrics(tmp_path)
     path.write_text(json.dumps({**row, "seconds": 100.0}) + "\n")
-    with metrics.MetricsWriter(path, 20) as writer:
+    with metrics.MetricsWriter(tmp_path, 20) as writer:
         writer.write(30, 1, "train", 2.0)
-    assert 100 <= metrics.read_metrics(path)[-1]["seconds"] < 200
+    assert 100 <= workdir.read_metrics(tmp_path)[-1]["seconds"] < 200
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
-    path = tmp_path / "curves.png"
     rows: list[Any] = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
-    metrics.plot_metrics(rows, path)
-    with Image.open(path) as picture:
+    for some in (rows[-1:], [], rows):  # It does not fail if there is nothing to draw.
+        lines = [f"{json.dumps(row)}\n" for row in some]
+        (tmp_path / workdir.METRICS).write_text("".join(lines))
+        metrics.plot_metrics(tmp_path)
+    with Image.open(tmp_path / workdir.CURVES) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
         assert tuple(bytes.fromhex(hexadecimal)) in colors
-    assert list(tmp_path.iterdir()) == [path]
-    for few in (rows[-1:], []):
-        metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
+    assert {path.name for path in tmp_path.iterdir()} == {workdir.METRICS, workdir.CURVES}
 
 
 def test_tensorboard_shows_no_later_step_of_a_killed_process(
@@ -94,7 +93,7 @@ def test_tensorboard_shows_no_later_step_of_a_killed_process(
     monkeypatch.setattr(time, "time_ns", clock.__next__)
     path = tmp_path / "metrics.jsonl"
     for step, losses in ((0, (4.0, 3.0, 2.0)), (10, (2.5,))):
-        with metrics.MetricsWriter(path, step) as writer:
+        with metrics.MetricsWriter(tmp_path, step) as writer:
             for number, loss in enumerate(losses, 1):
                 writer.write(step + 10 * number, 1.0, "train", loss)
         path.unlink()

@@ -25,7 +25,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import training
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, messages, metrics, workdir
+from lstm_jax.run import checkpoints, messages, workdir
 from lstm_jax.run.interrupts import Stopped
 from lstm_jax.train_step import TrainState, TrainStep
 
@@ -102,7 +102,7 @@ def test_a_run_writes_all_its_files(trained: Path) -> None:
     files = ".lock config.json curves.png metrics.jsonl samples.txt vocabulary.json"
     assert names == {"checkpoints", *files.split()}
     assert len(list(trained.glob("events.out.tfevents.*"))) >= 1
-    rows = metrics.read_metrics(trained / workdir.METRICS)
+    rows = workdir.read_metrics(trained)
     assert [row["epoch"] for row in rows if row["split"] == "validation"] == [0, 1, 2]
     train_rows = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train_rows] == list(range(10, train_rows[-1]["step"] + 1, 10))
@@ -121,7 +121,7 @@ def test_a_run_writes_all_its_files(trained: Path) -> None:
 
 
 def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
-    rows = metrics.read_metrics(trained / workdir.METRICS)
+    rows = workdir.read_metrics(trained)
     validation = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     (test,) = [row for row in rows if row["split"] == "test"]
     assert test["step"] == min(validation, key=lambda step: validation[step])
@@ -260,7 +260,7 @@ def test_a_run_that_is_not_finite_stops_and_resumes(
     steps = [step for step, split, _ in runs.read_losses(tmp_path) if split == "train"]
     assert steps == list(range(10, 100, 10))
     assert all(np.isfinite(loss) for *_, loss in runs.read_losses(tmp_path))
-    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
+    assert workdir.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
     tiny_config.optimizer.learning_rate = 0.01
     training.train(tiny_config, tmp_path)
     output = capsys.readouterr().out
