@@ -108,72 +108,20 @@ def train(
         counts = None if is_resumed else texts.count_ids(ids["train"], len(vocabulary))
         state = init_state(model, optimizer, config, initial_params, counts).place(mesh)
         step, is_validated, history = 0, False, dict[str, int]()
+        checkpoint_path = directory / workdir.CHECKPOINTS
         if is_resumed:
-            saved = directory / workdir.CHECKPOINTS
-            step, items = restore_latest(saved, state.params, state.rest)
+            step, items = restore_latest(checkpoint_path, state.params, state.rest)
             if step > total_steps:
                 raise UserError(
                     f"the run in {directory} has trained {step} steps already: raise "
                     "--config.num_epochs or --config.max_steps, or use another --workdir"
                 )
             state = TrainState(params=items.params, **items.state)
-            validation = read_validation(saved, step)
+            validation = read_validation(checkpoint_path, step)
             is_validated, history = bool(validation), validation.get("history", items.history)
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == total_steps or is_out_of_patience(directory, config.patience)
         is_finished = is_over and bool(read_losses(directory, "test"))
-
-        def show(text: str) -> None:
-            """Print to standard output, in process 0 only."""
-            # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
-            with contextlib.suppress(BrokenPipeError):
-                if processes.is_first() and not quiet:
-                    print(text, flush=True)
-
-        def record(step: int, split: str, loss: float, **extra: Any) -> None:
-            """Write a row of metrics and pass it to `watch`, in process 0 only."""
-            if split != "train":
-                bits = loss_lib.compute_bits_per_character(loss, sizes[split])
-                extra["bits_per_character"] = bits
-            if processes.is_first():
-                writer.write(step, step / steps_per_epoch, split, loss, **extra)
-
-        def generate_sample(run: Run) -> str:
-            """Return a text that the model generates, as a terminal can show it."""
-            length, temperature = config.sample.length, config.sample.temperature
-            options: Any = {"length": length, "temperature": temperature, "seed": config.seed}
-            return messages.make_printable(run.generate(stop_token=False, **options))
-
-        def log(state: TrainState, step: int) -> TrainState:
-            """Record the mean training loss since the last row; return the state with sums of 0."""
-            number = int(state.loss_steps)
-            loss = float(state.loss_sum) / number
-            speed = progress.report(step, step / steps_per_epoch, loss)
-            extra = {"tokens_per_second": round(speed)} if speed else {}  # Otherwise it is unknown.
-            rate = float(f"{float(schedule(step - 1)):.6g}")  # In the six digits of float32.
-            norm = float(state.norm_sum) / number
-            record(step, "train", loss, learning_rate=rate, gradient_norm=norm, **extra)
-            return state.clear_sums()
-
-        def save(state: TrainState, step: int) -> None:
-            """Save a checkpoint."""
-            checkpoints.save(step, state.params, state.rest)
-
-        def validate(state: TrainState, step: int) -> bool:
-            """Record the validation loss and a sample; return whether `patience` ends training."""
-            params = mesh_lib.get_local_copy(state.params)
-            loss = loss_lib.compute_loss(model, params, ids["validation"])
-            sample = generate_sample(Run(config, vocabulary, model, params, step))
-            if processes.is_first():
-                record(step, "validation", loss, sample=sample)
-                workdir.append_sample(directory, step, config.sample.temperature, sample)
-                checkpoints.record_validation(step, loss)
-                rows, epochs = workdir.read_metrics(directory), total_steps / steps_per_epoch
-                described = messages.describe_loss(loss, vocabulary.token_name, sizes["validation"])
-                title = messages.describe_validation(rows, epochs, described)
-                show(f"\n=== {title}\n{sample}\n")
-            return is_out_of_patience(directory, config.patience)
-
         if is_finished:
             notes = [
                 f"The run in {directory} is finished, at step {step}: to train longer, raise "
@@ -186,8 +134,17 @@ def train(
                 f"{total_steps} steps are few: for a short text, --config experiments/minutes.py:1 "
                 "chooses better settings (docs/choosing.md)"
             )
-        setup = messages.describe_setup(config, vocabulary, ids, model.dtype, mesh)
+
+        def show(text: str) -> None:
+            """Print to standard output, in process 0 only."""
+            # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
+            with contextlib.suppress(BrokenPipeError):
+                if processes.is_first() and not quiet:
+                    print(text, flush=True)
+
+        setup = messages.describe_setup(config.batches, vocabulary, ids, model.dtype, mesh)
         show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))
+        sampling: Any = {**vars(config.sample), "seed": config.seed, "stop_token": False}
 
         if not is_finished:  # A finished run keeps its config.
             train_step = make_train_step(model, optimizer, config, mesh)
@@ -198,16 +155,50 @@ def train(
             feed = mesh_lib.feed_batches(ids["train"], config, mesh, step, predictions)
             tokens_per_step = config.batches.batch_size * config.batches.window_length
             progress = messages.Progress(total_steps, tokens_per_step, show)
-            every = config.checkpoint_every_seconds
-            checkpoints = CheckpointWriter(directory / workdir.CHECKPOINTS, every)
+            checkpoints = CheckpointWriter(checkpoint_path, config.checkpoint_every_seconds)
             if processes.is_first():  # Now that no mistake is left.
                 workdir.restore_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
                 writer = stack.enter_context(metrics.MetricsWriter(directory, step, watch))
+
+            def record(step: int, split: str, loss: float, **extra: Any) -> None:
+                """Write a row of metrics and pass it to `watch`, in process 0 only."""
+                if split != "train":
+                    bits = loss_lib.compute_bits_per_character(loss, sizes[split])
+                    extra["bits_per_character"] = bits
+                if processes.is_first():
+                    writer.write(step, step / steps_per_epoch, split, loss, **extra)
+
+            def log(state: TrainState, step: int) -> TrainState:
+                """Record the mean training loss since the last row; return a state without it."""
+                number = int(state.loss_steps)
+                loss, norm = float(state.loss_sum) / number, float(state.norm_sum) / number
+                speed = progress.report(step, step / steps_per_epoch, loss)
+                extra = {"tokens_per_second": round(speed)} if speed else {}  # Else it is unknown.
+                rate = float(f"{float(schedule(step - 1)):.6g}")  # In the six digits of float32.
+                record(step, "train", loss, learning_rate=rate, gradient_norm=norm, **extra)
+                return state.clear_sums()
+
+            def validate(state: TrainState, step: int) -> bool:
+                """Record the validation loss and a sample; return whether `patience` is over."""
+                params = mesh_lib.get_local_copy(state.params)
+                loss = loss_lib.compute_loss(model, params, ids["validation"])
+                run = Run(config, vocabulary, model, params, step)
+                sample = messages.make_printable(run.generate(**sampling))
+                if processes.is_first():
+                    record(step, "validation", loss, sample=sample)
+                    workdir.append_sample(directory, step, config.sample.temperature, sample)
+                    checkpoints.record_validation(step, loss)
+                    rows, epochs = workdir.read_metrics(directory), total_steps / steps_per_epoch
+                    described = messages.describe_loss(loss, vocabulary, sizes["validation"])
+                    title = messages.describe_validation(rows, epochs, described)
+                    show(f"\n=== {title}\n{sample}\n")
+                return is_out_of_patience(directory, config.patience)
+
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
-                    save(state, step)
-                is_over = is_validated and is_out_of_patience(directory, config.patience)
+                    checkpoints.save(step, state.params, state.rest)
+                is_over = is_out_of_patience(directory, config.patience)
                 if not is_validated and (not step % validate_every or step == total_steps):
                     is_over = validate(state, step)
                 while step < total_steps and not is_over:
@@ -219,20 +210,19 @@ def train(
                     progress.after_step(step, state.loss_sum)
                     logs = not step % config.log_every_steps
                     validates = not step % validate_every or step == total_steps
-                    waits = logs or validates or not step % _STEPS_BETWEEN_WAITS
-                    if waits:
+                    if logs or validates or not step % _STEPS_BETWEEN_WAITS:
                         jax.block_until_ready(state.loss_sum)
-                    # Processes are at one step, and agree, only where they wait.
-                    agree = waits or jax.process_count() == 1
-                    code = processes.max_over_processes(stop.code) if agree else 0
-                    saves = validates or code or (agree and checkpoints.is_due())
+                    elif jax.process_count() > 1:
+                        continue  # Processes are at one step, and agree, only where they wait.
+                    stops = processes.max_over_processes(stop.code)
+                    saves = validates or stops or checkpoints.is_due()
                     if logs or saves:
-                        raise_if_not_finite(checkpoints, state, step)
+                        raise_if_not_finite(state, step, checkpoints.last_step)
                     if logs:
                         state = log(state, step)
                     if saves:
-                        save(state, step)
-                    if code:
+                        checkpoints.save(step, state.params, state.rest)
+                    if stops:
                         break
                     if validates:  # After the save: a run that is killed in it resumes from here.
                         is_over = validate(state, step)
@@ -243,7 +233,8 @@ def train(
                         f"not improved for {config.patience} validations"
                     )
                 if code := processes.max_over_processes(stop.code):
-                    plot_curves(directory)
+                    if processes.is_first():
+                        metrics.plot_metrics(directory)
                     show(
                         f"\nStopped at step {step} of {total_steps}. Everything is saved in "
                         f"{directory}: the same command resumes."
@@ -253,21 +244,19 @@ def train(
         # The test loss of the best checkpoint.
         processes.wait_for_all("all is saved")
         run = load(directory)
-        loss = read_losses(directory, "test").get(run.step)
-        if loss is None:
-            loss = loss_lib.compute_loss(run.model, run.params, ids["test"])
+        if not is_finished:
+            record(run.step, "test", loss_lib.compute_loss(run.model, run.params, ids["test"]))
         if processes.is_first():
-            if not is_finished:
-                record(run.step, "test", loss)
-            plot_curves(directory)
-            sample = generate_sample(run)
-            described = messages.describe_loss(loss, vocabulary.token_name, sizes["test"])
+            metrics.plot_metrics(directory)
+            step, loss = read_losses(directory, "test").popitem()
+            sample = messages.make_printable(run.generate(**sampling))
+            described = messages.describe_loss(loss, vocabulary, sizes["test"])
             cell = config.model.cell
             own = ["--cell", cell] if config_lib.names_cell_file(cell) else []
             command = make_command("sample", "--workdir", str(directory), *own)
             show(
                 f"\n{sample}\n\n"
-                f"Test loss at step {run.step}, the step with the best validation loss: "
+                f"Test loss at step {step}, the step with the best validation loss: "
                 f"{described}\n"
                 f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
                 f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
@@ -346,18 +335,12 @@ def is_out_of_patience(directory: Path, patience: int) -> bool:
     return bool(processes.max_over_processes(is_over))
 
 
-def raise_if_not_finite(checkpoints: CheckpointWriter, state: TrainState, step: int) -> None:
+def raise_if_not_finite(state: TrainState, step: int, last_step: int) -> None:
     """Raise `NotFiniteError` if a parameter, or a loss or gradient since the last row, is not."""
     numbers = {"params": state.params, "loss": state.loss_sum, "norm": state.norm_sum}
     if not jax.jit(model_lib.is_finite)(numbers):
         raise NotFiniteError(
             f"the loss, a gradient or a parameter is not finite at step {step}: resume from the "
-            f"last good checkpoint, that of step {checkpoints.last_step}, with a lower "
+            f"last good checkpoint, that of step {last_step}, with a lower "
             "--config.optimizer.learning_rate"
         )
-
-
-def plot_curves(directory: Path) -> None:
-    """Plot the losses of metrics.jsonl, in process 0 only."""
-    if processes.is_first():
-        metrics.plot_metrics(directory)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
-from lstm_jax.config import Config
+from lstm_jax.config import BatchesConfig
 from lstm_jax.model import Params
 from lstm_jax.run.workdir import Row
 from lstm_jax.vocabulary import FILE_END, Ids, TextSize, Vocabulary
@@ -41,21 +41,21 @@ def format_parameters(params: Params) -> str:
     return "\n".join(f"{name:<{width}}  {shape:>14}  {count:>12,}" for name, shape, count in rows)
 
 
-def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
+def describe_loss(loss: float, vocabulary: Vocabulary, size: TextSize) -> str:
     """Return a loss in nats per token, in bits per character, and as a perplexity."""
     return (
-        f"{loss:.4f} nats per {token_name}, "
+        f"{loss:.4f} nats per {vocabulary.token_name}, "
         f"{loss_lib.compute_bits_per_character(loss, size):.4f} bits per character, "
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
 
 
 def describe_setup(
-    config: Config, vocabulary: Vocabulary, ids: dict[str, Ids], dtype: str, mesh: Mesh
+    config: BatchesConfig, vocabulary: Vocabulary, ids: dict[str, Ids], dtype: str, mesh: Mesh
 ) -> str:
     """Describe the text with its first window, and the devices, with matmuls in `dtype`."""
-    steps_per_epoch = batches.count_steps(len(ids["train"]), config.batches)
-    window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
+    steps_per_epoch = batches.count_steps(len(ids["train"]), config)
+    window = ids["train"][: min(config.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     return (

@@ -63,7 +63,7 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     size = hold_text(text.encode(), "words").measure(vocabulary, vocabulary.encode(text))
     assert loss_lib.compute_bits_per_character(1.5, size) == pytest.approx(expected)
-    assert messages.describe_loss(1.5, vocabulary.token_name, size) == (
+    assert messages.describe_loss(1.5, vocabulary, size) == (
         f"1.5000 nats per word, {expected:.4f} bits per character, perplexity 4.482"
     )
     # A first token that is a byte of a character does not count as this character.
