@@ -59,7 +59,7 @@ _FIRST_SIZE, _FIRST_TOKENS = 256, 1e6  # Measured first, with dropout for this n
 _LARGEST_EMBEDDING = 256
 _TOKENS_PER_WEIGHT = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
-_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_PER_EPOCH = 16, 64, 100
+_BATCHES, _STEPS_PER_EPOCH = (16, 32, 64), 100
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
 _SHARE = 0.97  # Of the time that is left; the speed may fall.
 _SECONDS_OF_EVALUATION = 4.0  # To compile it, generation, and to write the last files.
@@ -88,7 +88,7 @@ def choose_tokens(config: Config, directory: Path) -> Config:
             "config.minutes chooses the sizes of a new model, without teachers: leave out "
             "--init_from and --config.distill.teachers, or set the sizes in another config"
         )
-    return _fill(config, texts.choose_fields(config.data))
+    return _fill(config, texts.choose_tokens_and_splits(config.data))
 
 
 def choose_fields(
@@ -96,13 +96,12 @@ def choose_fields(
 ) -> tuple[Config, str]:
     """Choose all open fields, and return the config with a line that says what was chosen and why.
 
-    `ids` are those of each split, and `end` is a time of `time.monotonic`.
+    `ids` are those of train, validation and test, and `end` is a time of `time.monotonic`.
     """
-    lengths = {name: len(of_split) for name, of_split in ids.items()}
-    length, window = lengths["train"], config.batches.window_length
-    batch_size = 2 ** int(math.log2(max(length / window / _STEPS_PER_EPOCH, 1)))
-    batch_size = min(max(batch_size, _SMALLEST_BATCH), _LARGEST_BATCH)
-    config = _fill(config, {"batches.batch_size": batch_size})
+    length, validation, test = map(len, ids.values())
+    window = config.batches.window_length
+    suitable = [n for n in _BATCHES if n * window * _STEPS_PER_EPOCH <= length]
+    config = _fill(config, {"batches.batch_size": max(suitable, default=_BATCHES[0])})
     batch_size, tokens_per_step = config.batches.batch_size, config.batches.batch_size * window
 
     sizes = _SIZES if "model.hidden_size" in config.open else (config.model.hidden_size,)
@@ -133,12 +132,12 @@ def choose_fields(
         speed, ratio = speeds[near], size / near[0]
         rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
         left = _SHARE * last.seconds_left - speed.compile_seconds - _SECONDS_OF_EVALUATION
-        tokens, once = left * rate, lengths["validation"] + lengths["test"]
-        evaluated = once + count_validations(tokens) * lengths["validation"]
+        tokens = left * rate
+        evaluated = validation + test + count_validations(tokens) * validation
         return max(tokens - evaluated / _EVALUATION, 0.0)
 
     def count_validations(tokens: float) -> int:
-        most = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / lengths["validation"]
+        most = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / validation
         return min(max(int(most), 1), _VALIDATIONS)
 
     def has_enough(size: int) -> bool:
@@ -153,7 +152,7 @@ def choose_fields(
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
-    rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _LARGEST_BATCH)
+    rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _BATCHES[-1])
     config = _fill(
         config,
         {

@@ -245,7 +245,7 @@ def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
     return hold_text(content + end, units, f"{path} ({flag})")
 
 
-def choose_fields(data: DataConfig) -> dict[str, Any]:
+def choose_tokens_and_splits(data: DataConfig) -> dict[str, Any]:
     """Return the kind of tokens and the fractions of the splits that suit a text.
 
     Tokens are characters, or bytes if a text is not UTF-8 or has too many different characters,

@@ -86,7 +86,7 @@ def test_the_start_and_the_size_of_a_text_choose_its_tokens_and_splits(tmp_path:
     for name, content in (contents | {"long": b"ab" * 10_000_000}).items():
         (tmp_path / name).write_bytes(content)
         data = open_config(1, **{"data.path": str(tmp_path / name)}).data
-        chosen[name] = texts.choose_fields(data)
+        chosen[name] = texts.choose_tokens_and_splits(data)
     kinds = {name: fields["data.units"] for name, fields in chosen.items()}
     assert kinds == {"latin1": "bytes", "many": "bytes", "few": "characters", "long": "characters"}
     assert chosen["few"]["data.fractions"] == (0.9, 0.05, 0.05)
