@@ -44,16 +44,14 @@ def main() -> int:
     from lstm_jax import training
     from lstm_jax.devices import setup
     from lstm_jax.devices.processes import join_processes
-    from lstm_jax.run import workdir
 
     setup.use_cores(experiment)
-    directory = workdir.expand_path(_WORKDIR.value or Path("runs", name))
     processes = [flag.value for flag in _PROCESSES]
     alone = not _DISTRIBUTED.value and processes == [None] * 3
     with contextlib.nullcontext() if alone else join_processes(*processes):
         setup.keep_freed_memory()
         try:
-            training.train(experiment, directory)
+            training.train(experiment, _WORKDIR.value or Path("runs", name))
         except interrupts.Stopped as stopped:
             return stopped.code
     return 0

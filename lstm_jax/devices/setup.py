@@ -70,8 +70,7 @@ def count_useful_cores(config: Config) -> int:
             "windows", model.dtype, hidden_size, gating=model.gating.name
         ):
             return 1
-    limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
-    return max(n for n in range(1, limit + 1) if batch_size % n == 0)
+    return min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
 
 
 def keep_freed_memory() -> None:

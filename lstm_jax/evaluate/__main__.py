@@ -70,8 +70,7 @@ def main() -> None:
         text = parts[0]._replace(name=_SPLIT.value, end=parts[-1].end)
         ids, result = text.encode(vocabulary), {"split": _SPLIT.value}
     if _DYNAMIC.value:
-        default = 0.1 if len(vocabulary) < 1000 else 1.0
-        epsilon = default if _EPSILON.value is None else _EPSILON.value
+        epsilon = _EPSILON.value or (0.1 if len(vocabulary) < 1000 else 1.0)
         settings = dynamic.Settings(_RATE.value, _DECAY.value, _SEGMENT.value, epsilon)
         train_ids = splits["train"].encode(vocabulary)
         losses = dynamic.adapt_to_text(list_members(model, params), train_ids, ids, settings)

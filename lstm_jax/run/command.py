@@ -178,9 +178,5 @@ def define_text_flag() -> flags.FlagHolder[str | None]:
 
 def define_dtype_flag() -> flags.FlagHolder[str | None]:
     """Define the flag --dtype, for commands that run a trained model."""
-    return flags.DEFINE_enum(
-        "dtype",
-        None,
-        config.DTYPES,
-        "Dtype of matmuls, instead of the run's; auto: the faster one here.",
-    )
+    meaning = "Dtype of matmuls, instead of the run's; auto: the faster one here."
+    return flags.DEFINE_enum("dtype", None, config.DTYPES, meaning)

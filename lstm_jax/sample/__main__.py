@@ -36,9 +36,7 @@ def main() -> None:
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
 
-    trained = load(directories, _DTYPE.value)
-    vocabulary = trained.vocabulary
-    prompt = _PROMPT.value
+    trained, prompt = load(directories, _DTYPE.value), _PROMPT.value
     trained.warn_of_unknown(prompt)
 
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
@@ -47,7 +45,7 @@ def main() -> None:
     for pieces in generation.stream_texts(
         trained.model,
         trained.params,
-        vocabulary,
+        trained.vocabulary,
         jax.random.key(_SEED.value),
         prompt=prompt,
         length=_LENGTH.value,
