@@ -56,13 +56,6 @@ OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 REASON = "reason"  # Why it can't be trained.
 
-# Heartbeats, what they need, and two samplers are experimental.
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
-# Queue a trial again, with its parameters and losses. If the storage has heartbeats, Optuna does so
-# for a trial of a dead worker, whose death it may have caused.
-retry = Retry(max_retry=10, inherit_intermediate_values=True)
-retry_interrupted = Retry(max_retry=None, inherit_intermediate_values=True)
-
 
 class Sweep(NamedTuple):
     """The sweep that a worker takes part in."""
@@ -104,7 +97,8 @@ def open_sweep(
     prune: bool = False,
 ) -> Sweep:
     """Open or create a sweep in a directory; see `python -m lstm_jax.sweep --help`."""
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # The caller may have reset it.
+    # Heartbeats, what they need, and two samplers are experimental.
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     points = list_points(space, experiment) if grid else None
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
@@ -137,7 +131,8 @@ def open_study(name: str, location: str, **options: Any) -> Study:
                     engine_kwargs={"connect_args": settings},
                     heartbeat_interval=BEAT_SECONDS,
                     grace_period=STALE_SECONDS,
-                    heartbeat_stale_trial_callback=retry,
+                    # At most ten times: a trial may cause the death of its workers.
+                    heartbeat_stale_trial_callback=Retry(10, inherit_intermediate_values=True),
                 )
                 if "://" in location
                 else JournalStorage(JournalFileBackend(os.path.expanduser(location)))
@@ -229,7 +224,8 @@ def _run_trial(sweep: Sweep, trial: Trial) -> float:
         is_interrupted = isinstance(error, (Stopped, UnavailableError, OSError))
         # A grid needs all its points; a mistake in sampled settings would be repeated forever.
         if is_interrupted or sweep.points is not None:
-            retry_interrupted(sweep.study, sweep.study.trials[trial.number])
+            retry = Retry(inherit_intermediate_values=True)
+            retry(sweep.study, sweep.study.trials[trial.number])
         raise
     (test,) = training.read_losses(directory, "test").values()
     trial.set_user_attr(TEST_LOSS, test)
