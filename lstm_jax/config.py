@@ -279,9 +279,7 @@ def load(name: str) -> Any:
 
     `name` is that of `--config`: FILE, for what `get_config()` of this file returns, or FILE:WORD,
     for `get_config(WORD)`. `lstm_jax.config.load("experiments/quick.py")` works in any directory.
-
-    Raises:
-      UserError: if there is no such file, or its code fails.
+    Raise `UserError` if there is no such file, or its code fails.
     """
     name, word = split_name(name)
     file = find_experiment(name)
@@ -383,8 +381,7 @@ def check_value(name: str, value: Any) -> Any:
 def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
     """Return a value in a type, such as int, if it meets a condition on x.
 
-    Raises:
-      UserError: with the name that messages have for it, if it does not.
+    If it does not, raise `UserError` with the name of the field, flag or argument.
     """
     check_type(name, value, kind)
     value = getattr(value, "item", lambda: value)()  # Of a number of NumPy.
