@@ -62,6 +62,7 @@ _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _BATCHES, _STEPS_PER_EPOCH = (16, 32, 64), 100
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
 _SHARE = 0.97  # Of the time that is left; the speed may fall.
+_SHARE_OF_MEASURING = 0.004  # Of the minutes, for each size that is measured.
 _SECONDS_OF_EVALUATION = 4.0  # To compile it, generation, and to write the last files.
 _EVALUATION = 2.5  # Tokens that are evaluated in the time of one in training.
 _VALIDATIONS, _SHARE_OF_VALIDATIONS = 8, 0.1  # At most, in this share of the time.
@@ -178,7 +179,7 @@ def choose_fields(
 
 
 def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> Speed:
-    """Measure a training step, for a second.
+    """Measure a training step, for a second or a small share of the time.
 
     All processes return the numbers of the slowest, so that they choose the same.
     """
@@ -188,8 +189,8 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     state = init_state(model, optimizer, config).place(mesh)
     train_step = make_train_step(model, optimizer, config, mesh)
     feed = mesh_lib.feed_batches(ids, config, mesh)
-    times = list[float]()
-    while len(times) < 4 or sum(times[2:]) < 1:
+    times, seconds = list[float](), max(1.0, _SHARE_OF_MEASURING * 60 * config.minutes)
+    while len(times) < 4 or sum(times[2:]) < seconds:
         began = time.monotonic()
         state = train_step(state, next(feed))
         jax.block_until_ready(state.loss_sum)
