@@ -117,7 +117,7 @@ def list_calls(gating: Gating, dtype: str, parts: int, *sizes: int) -> list[Call
 
     def run(params: Any, inputs: Any, carry: Any) -> None:
         for marks in (Marks(None, None), Marks(mask, mask)):
-            layer = Layer(gating, dtype, params, inputs, carry, marks)
+            layer = Layer(gating, dtype, 1, params, inputs, carry, marks)
             (last, outputs), saved = in_c.forward(layer)
             in_c.backward(layer, saved, last, outputs)
         kernel = in_c.pack_gates(gating, jnp.zeros((features, len(bias)), dtype))

@@ -136,8 +136,9 @@ def run_layer(
     """Run an implementation of the package as `run_equations` does, as on a kind of device."""
     pair = (None, None) if marks is None else (marks == in_c.RESET, marks == in_c.FROZEN)
     params, inputs, carry = arguments
-    layer = Layer(gating, dtype, expand(params), inputs, carry, Marks(*pair))
-    last, outputs = api.run_layer(name, backend, layer)
+    axis = int(backend != "cpu")
+    layer = Layer(gating, dtype, axis, expand(params), inputs, carry, Marks(*pair))
+    last, outputs = api.IMPLEMENTATIONS[name](layer)
     return outputs, last
 
 

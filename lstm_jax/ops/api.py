@@ -8,6 +8,7 @@ same in C; `vjp.py` makes these differentiable.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from lstm_jax.matmul import multiply_columns, round_factor
-from lstm_jax.ops import choice, in_c, vjp, xla
+from lstm_jax.ops import choice, in_c, xla
 from lstm_jax.ops.gates import (
     GATINGS,
     GRU,
@@ -47,6 +48,11 @@ from lstm_jax.ops.sequences import (
 
 Name = Literal["auto", "scan", "xla", "c"]
 Carry = TypeVar("Carry")
+IMPLEMENTATIONS: dict[str, Callable[[Layer], tuple[Any, Array]]] = {
+    "scan": xla.scan,
+    "xla": xla.run,
+    "c": in_c.run,
+}
 
 
 class Options(TypedDict, total=False):
@@ -231,30 +237,21 @@ def _run(
     multiplied = low if wide == jnp.float32 else wide.name
     name = implementation if time else "scan"
     name = choice.choose(name, gating, size=hidden, dtype=multiplied)
-    static = gating, name, jax.default_backend(), reverse, wide, low
-    return _compute(*static, params, inputs, first, reset, lengths)
+    axis = int(jax.default_backend() != "cpu")
+    return _compute(gating, name, axis, reverse, wide, low, params, inputs, first, reset, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=range(6))
 def _compute(
-    gating: Gating, name: str, backend: str, reverse: bool, wide: Any, low: str, *arrays: Any
+    gating: Gating, name: str, axis: int, reverse: bool, wide: Any, low: str, *arrays: Any
 ) -> tuple[Any, Outputs]:
     def run(params: Any, inputs: Array, carry: Any, marks: Marks) -> tuple[Any, Array]:
         inputs, marks = inputs.swapaxes(0, 1), jax.tree.map(jnp.transpose, marks)
-        layer = Layer(gating, low, expand(params), inputs, carry, marks)
-        last, outputs = run_layer(name, backend, layer)
+        layer = Layer(gating, low, axis, expand(params), inputs, carry, marks)
+        last, outputs = IMPLEMENTATIONS[name](layer)
         return last, outputs.swapaxes(0, 1)
 
     return run_in_order(run, wide, reverse, *arrays)
-
-
-def run_layer(name: str, backend: str, layer: Layer) -> tuple[Any, Array]:
-    """Run a layer with the named implementation, as on a kind of device."""
-    if name == "scan":
-        return xla.scan(layer)
-    if name == "c":
-        return in_c.run(layer)
-    return vjp.run(xla.IMPLEMENTATIONS[backend != "cpu"], layer)
 
 
 _static: Any = functools.partial(dataclasses.field, metadata={"static": True})

@@ -260,6 +260,7 @@ class Layer(NamedTuple):
 
     gating: Gating
     dtype: str  # What operands of matmuls are rounded to, "float32" or "bfloat16".
+    axis: int  # Of the features in the arrays of a step: 0 in XLA on CPUs, otherwise 1.
     params: GatedParams
     inputs: Float[Array, "time batch features"]
     carry: Any  # Before the first step.

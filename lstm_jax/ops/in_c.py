@@ -44,7 +44,7 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
     each step then reads a kernel of half the size. `differentiable` has no effect: the library
     always stores them.
     """
-    gating, dtype, params, inputs, carry, marks = layer
+    gating, dtype, _, params, inputs, carry, marks = layer
     (time, batch, features), input_kernel = inputs.shape, params.input_kernel
     added = jnp.zeros((time, batch, 0))
     if dtype == "float32":
@@ -74,7 +74,7 @@ def backward(layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs) -> tup
 
     `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
-    gating, dtype, params, _, carry, marks = layer
+    gating, dtype, _, params, _, carry, marks = layer
     gates, cells, _, outputs = saved
     (time, batch, hidden), width = outputs.shape, len(params.bias)
     # The transposed kernel in tiles: [tiles, words, columns of a tile, in a word].
@@ -101,7 +101,7 @@ def differentiate_params(
     layer: Layer, saved: Saved, d_sums: Sums
 ) -> tuple[GatedParams, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and of the inputs, from those of the sums."""
-    gating, dtype, params, inputs, *_ = layer
+    gating, dtype, _, params, inputs, *_ = layer
     _, cells, rows, outputs = saved
     (time, batch, hidden), features = outputs.shape, inputs.shape[2]
     flat, read, x = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows, inputs))
@@ -123,7 +123,7 @@ def differentiate_params(
     return d_params, d_inputs.reshape(inputs.shape)
 
 
-_IMPLEMENTATION = vjp.Implementation(forward, backward, differentiate_params, batch_axis=1)
+_IMPLEMENTATION = vjp.Implementation(forward, backward, differentiate_params)
 
 
 def run(layer: Layer) -> tuple[Any, Outputs]:
@@ -137,7 +137,7 @@ def run(layer: Layer) -> tuple[Any, Outputs]:
     kernel, rows = (pad_units(x, hidden, 1e-20) for x in (params.input_kernel, rows))
     *carry, peepholes = _pad_state(layer.carry, params.peepholes)
     params = GatedParams(kernel, rows, pad_units(params.bias, hidden), peepholes)
-    padded = layer._replace(params=params, carry=LSTMCarry(*carry))
+    padded = layer._replace(axis=1, params=params, carry=LSTMCarry(*carry))
     last, outputs = vjp.run(_IMPLEMENTATION, padded)
     return _make_carry(layer.gating, last, hidden), outputs[..., :hidden]
 

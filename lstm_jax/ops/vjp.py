@@ -17,18 +17,19 @@ from lstm_jax.ops.gates import Layer, Outputs, align
 
 
 class Implementation(NamedTuple):
-    """A way to run a gated recurrence; `xla` shows the arguments and results of its functions."""
+    """A way to run a gated recurrence; `xla` shows the arguments and results of its functions.
+
+    Arrays that `forward` saves are [time, batch, n], or [time, n, batch] if `Layer.axis` is 0.
+    """
 
     forward: Callable[..., tuple[tuple[Any, Array], Any]]
     backward: Callable[..., tuple[Array, Any]]
     differentiate_params: Callable[..., tuple[Any, Array]]
-    batch_axis: int  # Of all arrays that `forward` saves.
 
 
 def run(implementation: Implementation, layer: Layer) -> tuple[Any, Outputs]:
     """Return the last carry and the outputs."""
-    gating, dtype, *arrays = layer
-    return _run((implementation, gating, dtype), *align(arrays))
+    return _run((implementation, *layer[:3]), *align(layer[3:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -40,29 +41,29 @@ def _run_forward(
     static: tuple[Any, ...], *arrays: Any, differentiable: bool = True
 ) -> tuple[Any, Any]:
     """Return the last carry and the outputs, and what the backward pass needs."""
-    implementation, gating, dtype = static
+    implementation, gating, dtype, axis = static
     if differentiable:
         arrays = _forbid(gating.name, arrays)
 
     def forward(*arrays: Any) -> Any:
-        layer = Layer(gating, dtype, *arrays)
+        layer = Layer(gating, dtype, axis, *arrays)
         return implementation.forward(layer, differentiable=differentiable)
 
-    merged = _merge(forward, (None, 1, 0, 1), ((0, 1), implementation.batch_axis))
+    merged = _merge(forward, (None, 1, 0, 1), ((0, 1), 2 - axis))
     results, saved = merged(*arrays)
     return results, (arrays, saved)
 
 
 def _run_backward(static: tuple[Any, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    implementation, gating, dtype = static
+    implementation, gating, dtype, axis = static
     (arrays, saved), cotangents = _forbid(gating.name, (residuals, cotangents))
 
     def backward(*arrays: Any) -> Any:
-        return implementation.backward(Layer(gating, dtype, *arrays[:4]), *arrays[4:])
+        return implementation.backward(Layer(gating, dtype, axis, *arrays[:4]), *arrays[4:])
 
-    merged = _merge(backward, (None, 1, 0, 1, implementation.batch_axis, 0, 1), (1, 0))
+    merged = _merge(backward, (None, 1, 0, 1, 2 - axis, 0, 1), (1, 0))
     d_sums, d_carry = merged(*arrays, saved, *cotangents)
-    layer = Layer(gating, dtype, *arrays)
+    layer = Layer(gating, dtype, axis, *arrays)
     grads = *implementation.differentiate_params(layer, saved, d_sums), d_carry
     return *jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, arrays[:3]), None
 

@@ -9,8 +9,6 @@
 - On GPUs, the time of a small layer depends mostly on how many GPU kernels each step launches: here
   at most five, the loop counter included (`benchmarks/accelerators.py` counts them). A step reads
   and writes one array each, and none of the kernels only pads or converts an array.
-
-`axis` is that of the features in an array of a step: 0 on CPUs, otherwise 1.
 """
 
 import functools
@@ -33,7 +31,7 @@ _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
 
 def scan(layer: Layer) -> tuple[Any, Outputs]:
     """Run the reference, which JAX can transform in any way; return the last carry and outputs."""
-    gating, dtype, *arrays = layer
+    gating, dtype, _, *arrays = layer
     params, inputs, carry, marks = align(arrays)
     bias = gating.take(params.bias, gating.of_inputs)
     by_inputs = matmul(inputs, params.input_kernel, dtype, bias)
@@ -51,17 +49,15 @@ def scan(layer: Layer) -> tuple[Any, Outputs]:
     return lax.scan(step, carry, (by_inputs, marks))
 
 
-def forward(
-    layer: Layer, axis: int, differentiable: bool = True
-) -> tuple[tuple[Any, Outputs], Saved]:
+def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Saved]:
     """Return the last carry and the outputs, and what each step saves for the backward pass.
 
     That is the derivatives if `differentiable`, the cell state if gates see it, and the hidden
     state: on CPUs a list of arrays [time, hidden, batch], otherwise one, [time, batch, n * hidden].
     """
-    gating, _, params, inputs, carry, marks = layer
-    rounded = [_round(layer, x, axis) for x in (*params[:2], inputs)]
-    input_kernel, kernel, added = _swap_layout(rounded, axis)
+    gating, dtype, axis, params, inputs, carry, marks = layer
+    rounded = [_round(layer, x) for x in (*params[:2], inputs)]
+    input_kernel, kernel, added = _swap_layout(layer, rounded)
     bias = gating.take(params.bias, gating.of_inputs)
     if axis:
         added = matmul_rounded(added, input_kernel) + bias[None, None]
@@ -71,7 +67,7 @@ def forward(
 
     def round_hidden(state: Any) -> Array | None:
         """Return the factor of the next matmul, if it is not the hidden state itself."""
-        return None if layer.dtype == "float32" else _round(layer, state.hidden, axis)
+        return None if dtype == "float32" else _round(layer, state.hidden)
 
     def step(before: tuple[Any, Array | None], read: tuple[Array, Marks]) -> tuple[Any, Saved]:
         (state, rounded), (added, mark) = before, read
@@ -87,56 +83,52 @@ def forward(
         # XLA's CPU backend would compute all of them twice to concatenate them.
         return (after, round_hidden(after)), jnp.concatenate(saved, axis) if axis else saved
 
-    first = _swap_layout(carry, axis)
+    first = _swap_layout(layer, carry)
     (last, _), saved = lax.scan(step, (first, round_hidden(first)), (added, marks))
-    last, outputs = _swap_layout((last, _split(saved, layer, axis)[-1]), axis)
+    last, outputs = _swap_layout(layer, (last, _split(layer, saved)[1][-1]))
     return (last._replace(hidden=outputs[-1]), outputs), saved
 
 
-def backward(
-    layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs, axis: int
-) -> tuple[Sums, Any]:
+def backward(layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs) -> tuple[Sums, Any]:
     """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
 
     `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
-    if axis:
+    if layer.axis:
         return _run_back_in_rows(layer, saved, d_last, d_outputs)
-    kernel = _round(layer, layer.params.recurrent_kernel, axis)
-    d_last, d_outputs = _swap_layout((d_last, d_outputs), axis)
+    kernel = _round(layer, layer.params.recurrent_kernel)
+    d_last, d_outputs = _swap_layout(layer, (d_last, d_outputs))
 
     def step(d_after: Any, read: tuple[Any, Marks, Array]) -> tuple[Any, Array]:
         saved, mark, d_output = read
         d_after = _add_hidden(d_after, d_output)
-        d_sums, d_before = _pull_back(layer, saved, mark, d_after, axis)
+        d_sums, d_before = _pull_back(layer, saved, mark, d_after)
         row = jnp.concatenate(d_sums)  # Not in bfloat16, which XLA's CPU backend stores slowly.
-        product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]], axis))
-        product = clear(product.astype(row.dtype), mark.reset, axis)
+        product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]]))
+        product = clear(product.astype(row.dtype), mark.reset, layer.axis)
         return _add_hidden(d_before, product), row
 
     d_first, rows = lax.scan(step, d_last, (saved, layer.marks, d_outputs), reverse=True)
-    rows, d_first = _swap_layout((rows, d_first), axis)
+    rows, d_first = _swap_layout(layer, (rows, d_first))
     return rows, d_first
 
 
-def _pull_back(
-    layer: Layer, saved: Saved, mark: Marks, d_after: Any, axis: int
-) -> tuple[Arrays, Any]:
+def _pull_back(layer: Layer, saved: Saved, mark: Marks, d_after: Any) -> tuple[Arrays, Any]:
     """Return the cotangents of a step's sums, and of its carry without the part through h U."""
-    factors = _split(saved, layer, axis)[: -_count_states(layer)]
+    factors, _ = _split(layer, saved)
     d_sums, d_before = layer.gating.pull_back(tuple(factors), d_after)
     if mark.frozen is not None:
         d_before = _add_hidden(d_before, jnp.zeros_like(d_after.hidden))
-    d_before = _keep(d_after, d_before, mark.frozen, axis)
-    return clear(d_sums, mark.frozen, axis), clear(d_before, mark.reset, axis)
+    d_before = _keep(d_after, d_before, mark.frozen, layer.axis)
+    return clear(d_sums, mark.frozen, layer.axis), clear(d_before, mark.reset, layer.axis)
 
 
 def _run_back_in_rows(
     layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs
 ) -> tuple[Sums, Any]:
     """Run backwards on GPUs and TPUs, whose steps make one array each."""
-    gating, _, params, _, _, marks = layer
-    kernel = _round(layer, params.recurrent_kernel, 1)
+    gating, marks = layer.gating, layer.marks
+    kernel = _round(layer, layer.params.recurrent_kernel)
     steps, batch, hidden = d_outputs.shape
     width, zeros = gating.num_sums * hidden, jnp.zeros_like(d_last.hidden)
     # Which parts of the carry's cotangent do not come from the matmul of a step.
@@ -167,7 +159,7 @@ def _run_back_in_rows(
         # Not from the carry: that would launch one more GPU kernel.
         kept = read_kept(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
         d_after = _add_hidden(kept, product + d_output)
-        row = make_row(*_pull_back(layer, saved, mark, d_after, 1))
+        row = make_row(*_pull_back(layer, saved, mark, d_after))
         row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
         product = matmul_rounded(row, padded).astype(zeros.dtype)
@@ -181,25 +173,25 @@ def _run_back_in_rows(
 
 
 def differentiate_params(
-    layer: Layer, saved: Saved, d_sums: Sums, axis: int
+    layer: Layer, saved: Saved, d_sums: Sums
 ) -> tuple[GatedParams, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
-    gating, _, params, inputs, carry, marks = layer
-    states = _split(saved, layer, axis)[-_count_states(layer) :]
-    first = _swap_layout(carry.hidden, axis)[None]
+    gating, _, axis, params, inputs, carry, marks = layer
+    _, states = _split(layer, saved)
+    first = _swap_layout(layer, carry.hidden)[None]
     before = clear(jnp.concatenate([first, states[-1][:-1]]), marks.reset, axis + 1)
-    rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]), axis)
+    rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]))
     by_inputs, by_hidden = (gating.take(rows, x) for x in (gating.of_inputs, gating.of_hidden))
     # Features first, before they are rounded: otherwise XLA's CPU backend multiplies in float32.
     columns = [
-        _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], len(rows)), axis)
-        for x in (_swap_layout(inputs, axis), before)
+        _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], len(rows)))
+        for x in (_swap_layout(layer, inputs), before)
     ]
     d_kernels = [*map(matmul_rounded, columns, (by_inputs, by_hidden))]
     d_bias = d_sums.sum(axis=(0, 1), dtype=before.dtype)
-    d_peepholes = layer.differentiate_peepholes(d_sums, _swap_layout(states[0], axis))
+    d_peepholes = layer.differentiate_peepholes(d_sums, _swap_layout(layer, states[0]))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T, axis))
+    d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T))
     d_params = GatedParams(d_kernels[0], d_kernels[1], d_bias, d_peepholes)
     return d_params, d_inputs.reshape(inputs.shape)
 
@@ -217,25 +209,21 @@ def _add_hidden(carry: Any, term: Float[Array, "..."]) -> Any:
     return carry._replace(hidden=term if carry.hidden is None else carry.hidden + term)
 
 
-def _swap_layout(tree: Any, axis: int) -> Any:
+def _swap_layout(layer: Layer, tree: Any) -> Any:
     """Return arrays [..., batch, n] as loops have them, or the reverse."""
-    return tree if axis else jax.tree.map(lambda x: x.swapaxes(-1, -2), tree)
+    return tree if layer.axis else jax.tree.map(lambda x: x.swapaxes(-1, -2), tree)
 
 
-def _count_states(layer: Layer) -> int:
-    """Return how many of the last arrays that a step saves are states: h, and c if gates see it."""
-    return 1 if layer.params.peepholes is None else 2
+def _split(layer: Layer, saved: Saved) -> tuple[list[Array], list[Array]]:
+    """Return the derivatives and the states, c if gates see it and h, of all steps or of one."""
+    if not isinstance(saved, list):
+        number = saved.shape[-1] // len(layer.params.recurrent_kernel)
+        saved = jnp.split(saved, number, axis=-1)
+    states = 1 if layer.params.peepholes is None else 2
+    return saved[:-states], saved[-states:]
 
 
-def _split(x: Saved, layer: Layer, axis: int) -> list[Array]:
-    """Divide saved arrays, or those of one step, into arrays with the features of hidden units."""
-    if isinstance(x, list):
-        return x
-    at = axis + x.ndim - 2
-    return jnp.split(x, x.shape[at] // len(layer.params.recurrent_kernel), at)
-
-
-def _round(layer: Layer, x: Array, axis: int) -> Array:
+def _round(layer: Layer, x: Array) -> Array:
     """Round a factor of a matmul.
 
     On CPUs, multiply in bfloat16 where that is faster. XLA's CPU backend has no bfloat16 matmuls
@@ -246,7 +234,7 @@ def _round(layer: Layer, x: Array, axis: int) -> Array:
     if layer.dtype == "float32":  # Before sizes are compared: `jax.export` has symbolic ones.
         return x
     time, batch, _ = layer.inputs.shape
-    native = not axis and is_faster_in_bfloat16() and time > 1 and batch > 1
+    native = not layer.axis and is_faster_in_bfloat16() and time > 1 and batch > 1
     return round_factor(x, layer.dtype, native)
 
 
@@ -258,12 +246,5 @@ def split_number(x: Array, dtype: DTypeLike) -> list[Array]:
     return [high.astype(dtype), (x - high).astype(dtype)]
 
 
-IMPLEMENTATIONS = [
-    vjp.Implementation(
-        functools.partial(forward, axis=axis),
-        functools.partial(backward, axis=axis),
-        functools.partial(differentiate_params, axis=axis),
-        batch_axis=2 - axis,
-    )
-    for axis in (0, 1)
-]
+# Runs a layer as `scan` does, faster.
+run = functools.partial(vjp.run, vjp.Implementation(forward, backward, differentiate_params))

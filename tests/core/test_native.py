@@ -130,7 +130,7 @@ def test_wrong_arrays_are_errors_of_xla() -> None:
     (params, inputs, carry), *_ = draw_layer(GRU, (3, 2, 5, 16))
     marks = Marks(jnp.zeros((2, 3), bool), None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="ARGUMENT: lstm_forward: wrong arrays"):
-        in_c.run(Layer(GRU, "float32", expand(params), inputs, carry, marks))
+        in_c.run(Layer(GRU, "float32", 1, expand(params), inputs, carry, marks))
 
 
 @in_both
