@@ -47,21 +47,17 @@ def name_processor(library: native.Library) -> str:
     return "AMX" if library.uses_amx else processor.find_vendor()
 
 
-def list_rows() -> list[Row]:
-    """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
-    library = native.load_library() if jax.default_backend() == "cpu" else None
-    name, dtypes = library and name_processor(library), native.list_dtypes()
-    return [row for row in TABLE if name in row.processors.split() and row.dtype in dtypes]
-
-
 def runs_in_c(work: str, dtype: str, hidden_size: int = 0, gating: str = "lstm") -> bool:
-    """Return whether the library runs such layers here."""
-    if dtype not in native.list_dtypes():  # Do not compile the library.
-        return False
+    """Return whether the library runs such layers here, by `TABLE`."""
+    library = native.load_library() if is_available(dtype) else None
+    name = library and name_processor(library)
     return any(
-        work in row.work.split() and dtype == row.dtype and hidden_size <= row.largest
-        for row in list_rows()
-        if gating in row.gatings.split()
+        name in row.processors.split()
+        and work in row.work.split()
+        and dtype == row.dtype
+        and gating in row.gatings.split()
+        and hidden_size <= row.largest
+        for row in TABLE
     )
 
 
