@@ -127,19 +127,15 @@ class LanguageModel(nn.Module):
         return import_cell(self.cell) if isinstance(self.cell, str) else self.cell
 
     @property
-    def runs_gated_layers(self) -> bool:
-        """Return whether `lstm_jax.ops` can run the layers."""
-        return self.block == "none" and "layer_params" in vars(self.cell_class)
+    def gating(self) -> Gating | None:
+        """Return the recurrence that `lstm_jax.ops` can run; None for other cells and blocks."""
+        params: Any = vars(self.cell_class).get("layer_params")
+        return GATINGS.get(params) if self.block == "none" else None
 
     @property
     def uses_ops(self) -> bool:
         """Return whether `lstm_jax.ops` runs the layers."""
-        return self.runs_gated_layers and self.recurrence != "scan"
-
-    @property
-    def gating(self) -> Gating:
-        """Return the recurrence of gated layers."""
-        return GATINGS[vars(self.cell_class)["layer_params"]]
+        return self.gating is not None and self.recurrence != "scan"
 
     @nn.nowrap  # So that an unbound model can call it.
     def make_cells(self) -> list[nn.Module]:
@@ -203,7 +199,7 @@ class LanguageModel(nn.Module):
         selects a row of the result. So the backward pass needs no matmul for the gradient of the
         inputs.
         """
-        params = base.get_layer_params(self.layers[0])
+        params = base.make_ops_params(self.layers[0])
         table = matmul(self.embedding.embedding, params.input_kernel, self.dtype)
         return params._replace(input_kernel=table)
 
@@ -268,7 +264,7 @@ class LanguageModel(nn.Module):
         bound, layers = self.bind({"params": params}), []
         if self.uses_ops:
             layers = [ops.prepare(bound.fold_embedding(), is_one_hot=True, dtype=self.dtype)]
-            others = map(base.get_layer_params, bound.layers[1:])
+            others = map(base.make_ops_params, bound.layers[1:])
             layers += [ops.prepare(layer, dtype=self.dtype) for layer in others]
         return Prepared(params, layers, round_factor(bound.head_kernel().T, self.dtype))
 
@@ -312,10 +308,12 @@ def make_model(
     fields["options"] = nn.FrozenDict(config.options)
     if config.cell not in CELLS:
         fields["cell"] = LOADED[config.cell]
-    if config.dtype == "auto":
-        fields["dtype"] = "float32"
     model = LanguageModel(vocabulary_size, stop_id=stop_id, **fields)
-    if config.recurrence in ("xla", "c") and not model.runs_gated_layers:
+    if config.dtype == "auto":
+        cell_fields = {field.name for field in dataclasses.fields(model.cell_class)}
+        dtype = choice.choose_dtype(model.uses_ops) if "dtype" in cell_fields else "float32"
+        model = model.clone(dtype=dtype)
+    if config.recurrence in ("xla", "c") and not model.gating:
         raise UserError(
             f"config.model.recurrence is {config.recurrence!r}, which supports only the cells "
             "lstm, peephole, gru and rnn, without a block: 'auto' supports any cell"
@@ -325,9 +323,6 @@ def make_model(
             f"config.model.recurrence is 'c', which can't multiply in {model.dtype} here: choose "
             "'auto'"
         )
-    cell_fields = {field.name for field in dataclasses.fields(model.cell_class)}
-    if config.dtype == "auto" and "dtype" in cell_fields:
-        model = model.clone(dtype=choice.choose_dtype(model.uses_ops))
     if not isinstance(model.cell, str):
         with base.name_cell_error(model.cell_class):
             jax.eval_shape(functools.partial(_run_both, model), jax.random.key(0))

@@ -92,7 +92,7 @@ def run_cell(
     that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
     where `reset` is true read the initial carry.
     """
-    if implementation != "scan" and (params := get_layer_params(cell)):
+    if implementation != "scan" and (params := make_ops_params(cell)):
         options: Any = {"dtype": cell.dtype, "implementation": implementation}
         return ops.run(params, inputs, carry, reset=reset, **options)
     if implementation != "scan" and hasattr(cell, "run_parallel"):
@@ -100,8 +100,8 @@ def run_cell(
     return _scan(cell, carry, (inputs, reset))
 
 
-def get_layer_params(cell: Any) -> Any:
-    """Return the parameters of a cell that `lstm_jax.ops` can run; None for another one."""
+def make_ops_params(cell: Any) -> Any:
+    """Return the parameters of a cell as `lstm_jax.ops` takes them; None if it can't run it."""
     if "layer_params" not in vars(type(cell)):  # A subclass may have other equations.
         return None
     return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))

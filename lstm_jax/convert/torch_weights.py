@@ -105,8 +105,8 @@ def from_model(model: LanguageModel, params: Params, modules: Sequence[str] = ()
     The names of the modules are by default `embedding`, `lstm` or `gru`, and `linear`.
     """
     has_one_size = len({*model.sizes[1:]}) == 1
-    is_plain = has_one_size and not model.skip_connections and model.block == "none"
-    if not (model.cell in ("lstm", "gru") and is_plain):
+    is_plain = has_one_size and not model.skip_connections
+    if not (model.cell in ("lstm", "gru") and model.gating and is_plain):
         raise UserError(
             "PyTorch has only the cells lstm and gru, layers of one size, no blocks and no "
             "skip_connections"

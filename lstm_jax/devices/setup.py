@@ -66,9 +66,8 @@ def count_useful_cores(config: Config) -> int:
     is_alone = jax.process_count() == 1
     if is_alone and hidden_size > LARGEST_HIDDEN_IN_C and config.model.recurrence in ("auto", "c"):
         model = model_lib.make_model(dataclasses.replace(config.model, recurrence="auto"), 1)
-        if model.runs_gated_layers and choice.runs_in_c(
-            "windows", model.dtype, hidden_size, gating=model.gating.name
-        ):
+        gating, dtype = model.gating, model.dtype
+        if gating and choice.runs_in_c("windows", dtype, hidden_size, gating.name):
             return 1
     return min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
 

@@ -219,8 +219,8 @@ class OwnLSTMCell(LSTMCell):
 
 def test_only_cells_with_the_equations_of_a_layer_run_as_one() -> None:
     for name in ("lstm", "peephole", "gru", "rnn"):
-        assert model_lib.LanguageModel(11, 6, 9, cell=name).runs_gated_layers
-    assert not model_lib.LanguageModel(11, 6, 9, cell="mogrifier").runs_gated_layers
+        assert model_lib.LanguageModel(11, 6, 9, cell=name).gating
+    assert not model_lib.LanguageModel(11, 6, 9, cell="mogrifier").gating
     block = config.ModelConfig(block="residual", recurrence="xla")
     with pytest.raises(UserError, match="only the cells lstm, .* without a block"):
         model_lib.make_model(block, 11)
