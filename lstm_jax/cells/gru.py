@@ -1,7 +1,5 @@
 """The GRU cell."""
 
-from typing import Any, ClassVar
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -20,8 +18,7 @@ class GRUCell(Cell):
     cuDNN, PyTorch and Keras compute this variant.
     """
 
-    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
-    layer_params: ClassVar[type[Any]] = GRUParams
+    layer_params = GRUParams  # Remove it if you change the equations: see `Cell`.
 
     def setup(self) -> None:
         self.declare_kernels(3)

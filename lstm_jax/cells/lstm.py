@@ -22,8 +22,7 @@ class LSTMCell(Cell):
     The cell state passes through time without an activation, so that gradients vanish slowly.
     """
 
-    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
-    layer_params: ClassVar[type[Any]] = LSTMParams
+    layer_params: ClassVar[Any] = LSTMParams  # Remove it if you change the equations: see `Cell`.
 
     def setup(self) -> None:
         self.declare_kernels(4, forget_bias(4, 1.0))  # 1 by Jozefowicz et al. 2015.

@@ -1,7 +1,5 @@
 """The peephole LSTM cell."""
 
-from typing import Any, ClassVar
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -23,8 +21,7 @@ class PeepholeLSTMCell(LSTMCell):
     The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size].
     """
 
-    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
-    layer_params: ClassVar[type[Any]] = PeepholeLSTMParams
+    layer_params = PeepholeLSTMParams  # Remove it if you change the equations: see `Cell`.
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and the peephole weights, initially 0."""

@@ -1,7 +1,5 @@
 """The simple recurrent cell."""
 
-from typing import Any, ClassVar
-
 import jax.numpy as jnp
 
 from lstm_jax.cells.base import Cell, Inputs, Outputs
@@ -11,8 +9,7 @@ from lstm_jax.ops.gates import HiddenCarry, RNNParams
 class RNNCell(Cell):
     """One step of a simple recurrent network (Elman 1990): h' = tanh(x W + h U + b)."""
 
-    # `lstm_jax.ops` runs the same equations, faster. Without this line, those below run.
-    layer_params: ClassVar[type[Any]] = RNNParams
+    layer_params = RNNParams  # Remove it if you change the equations: see `Cell`.
 
     def setup(self) -> None:
         self.declare_kernels(1)
