@@ -1,5 +1,6 @@
 """Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
+import functools
 from typing import Any
 
 import jax
@@ -26,13 +27,15 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     decay: dict[str, Any] = {"weight_decay": optimizer.weight_decay}
     learning_rate, momentum = make_schedule(optimizer, total_steps), optimizer.momentum
     settings = learning_rate, optimizer.b1, optimizer.b2, optimizer.epsilon
-    adam = optax.adamw(*settings, **decay, mask=_is_matrix)
+    mask = functools.partial(jax.tree_util.tree_map_with_path, _is_matrix)
+    labels = functools.partial(jax.tree_util.tree_map_with_path, _name_optimizer)
+    adam = optax.adamw(*settings, **decay, mask=mask)
     muon = contrib.muon(learning_rate, beta=momentum, consistent_rms=0.2, **decay)
     sgd = optax.sgd(learning_rate, momentum)
     transformations: dict[OptimizerName, list[optax.GradientTransformation]] = {
         "adam": [adam],
-        "muon": [optax.partition({"muon": muon, "adam": adam}, _label_params)],
-        "sgd": [optax.add_decayed_weights(**decay, mask=_is_matrix), sgd],
+        "muon": [optax.partition({"muon": muon, "adam": adam}, labels)],
+        "sgd": [optax.add_decayed_weights(**decay, mask=mask), sgd],
     }
     norm = optimizer.max_gradient_norm
     # The state has the same structure either way, so that a resumed run may change the norm.
@@ -53,21 +56,13 @@ def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedul
     return optax.join_schedules([warmup, after[optimizer.schedule]], [warmup_steps])
 
 
-def _is_matrix(params: optax.Params) -> optax.Params:
-    """Return which parameters have two axes or more, and are not `_VECTORS`."""
-
-    def is_matrix(path: Any, array: jax.Array) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return array.ndim > 1 and not name.endswith(_VECTORS)
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+def _is_matrix(path: Any, array: jax.Array) -> bool:
+    """Return whether a parameter has two axes or more, and is not one of `_VECTORS`."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return array.ndim > 1 and not name.endswith(_VECTORS)
 
 
-def _label_params(params: optax.Params) -> optax.Params:
-    """Label each parameter with its optimizer: Muon updates all matrices of recurrent layers."""
-
-    def label(path: Any, array: jax.Array, is_matrix: bool) -> str:
-        is_other = array.ndim != 2 or path[0].key in ("embedding", "dense")
-        return "adam" if is_other or not is_matrix else "muon"
-
-    return jax.tree_util.tree_map_with_path(label, params, _is_matrix(params))
+def _name_optimizer(path: Any, array: jax.Array) -> OptimizerName:
+    """Return "muon" for a matrix of a recurrent layer, otherwise "adam"."""
+    is_other = array.ndim != 2 or path[0].key in ("embedding", "dense")
+    return "adam" if is_other or not _is_matrix(path, array) else "muon"
