@@ -38,22 +38,10 @@ def linear_scan(
 ) -> tuple[HiddenCarry, Outputs]:
     """Compute h' = a * h + b over time, as in minGRU, minLSTM, RG-LRU and state space models.
 
-    Args:
-      decays: a, floats [batch, time, features].
-      terms: b, of the same shape.
-      carry: h before the first step that is computed; zeros without one.
-      reset: as in `lstm`, and so are `lengths` and `reverse`.
-      lengths: integers [batch].
-      reverse: whether to run from the last step to the first.
-      implementation: "scan", step by step; "parallel", an associative scan in log2(time) rounds
-        (Blelloch 1990); "auto", "scan" on CPUs, where it reads the memory once, and "parallel"
-        elsewhere.
-
-    Returns:
-      The last carry, and h of all steps, [batch, time, features], in the dtypes that `lstm` has.
-
-    Raises:
-      ValueError: if a shape or dtype does not fit.
+    The decays a and the terms b are floats [batch, time, features]. `implementation` is "scan",
+    step by step; "parallel", an associative scan in log2(time) rounds (Blelloch 1990); or "auto",
+    "scan" on CPUs, where it reads the memory once, and "parallel" elsewhere. Other arguments,
+    results (the outputs are h) and errors are those of `lstm`.
     """
     a, b, first, reset, lengths = check(
         decays=(decays, Float[Array, "batch time hidden"]),
