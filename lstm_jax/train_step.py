@@ -102,15 +102,14 @@ def make_train_step(
     Every device of the mesh computes the gradient for its part of the batch, one microbatch after
     the other. The mean over the devices is the gradient for the whole batch.
     """
-    rates, compute_grads = config.regularization, _make_compute_grads(model, config)
+    rates = config.regularization
+    compute = compute_grads = _make_compute_grads(model, config)
 
     def compute_mean_grads(*arguments: Any) -> Any:
         means, carry = compute_grads(*arguments)
         return jax.lax.pmean(means, DATA), carry
 
-    if mesh.size == 1:
-        compute = compute_grads  # A collective operation would copy all gradients.
-    else:
+    if mesh.size > 1:  # On one device, a collective operation would copy all gradients.
         compute = jax.shard_map(
             compute_mean_grads,
             mesh=mesh,
