@@ -78,9 +78,8 @@ def load_library() -> Library | None:
 def list_flags() -> list[str] | None:
     """Return the compiler's flags for this processor; None if it can't run the library."""
     features = read_cpu_features()
-    found = (flags for needed, flags in SETS if features.issuperset(needed.split()))
-    flags = next(found, None)
-    return None if flags is None else [*FLAGS, *flags.split()]
+    usable = (flags for needed, flags in SETS if features.issuperset(needed.split()))
+    return next(([*FLAGS, *flags.split()] for flags in usable), None)
 
 
 def list_dtypes() -> list[str]:
