@@ -2,7 +2,7 @@
 
     make pretrained
 
-Three seeds of experiments/shakespeare_best.py are teachers: the model of experiments/quick.py
+Three seeds of experiments/shakespeare_teacher.py are teachers: the model of experiments/quick.py
 learns the mean of their probabilities. It is written in bfloat16; its card has the losses as
 stored, the commands and the commit. The same command resumes. `tests/run/test_pretrained.py` holds
 the checksum and a sample of the result: change them with it.
@@ -16,7 +16,7 @@ from frame import ROOT, evaluate, run_python, train
 
 FOLDER = ROOT / "lstm_jax" / "pretrained" / "tiny-shakespeare"
 RUNS = Path("runs", "pretrained")  # Relative, as in the config of the model.
-TEACHER = ("--config", "experiments/shakespeare_best.py")
+TEACHER = ("--config", "experiments/shakespeare_teacher.py")
 STUDENT = (
     "--config",
     "experiments/quick.py",
