@@ -30,7 +30,16 @@ from lstm_jax.data import files, standard_texts
 from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, name_failure, note
 from lstm_jax.version import __version__
-from lstm_jax.vocabulary import SEPARATORS, UNKNOWN_ID, Ids, TextSize, Vocabulary, count_tokens
+from lstm_jax.vocabulary import (
+    FILE_END,
+    SEPARATORS,
+    UNKNOWN_ID,
+    Ids,
+    TextSize,
+    Vocabulary,
+    count_tokens,
+    split_text,
+)
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
 _MOST_CHARACTERS = 1000  # Different ones, of which each has an embedding.
@@ -38,7 +47,7 @@ _BLOCK_BYTES = 2**20  # That are read at a time.
 _MOST_EVALUATED = 500_000  # Bytes of the validation split and of the test split of a long text.
 _BLOCK = 2**24  # Ids that are counted at a time.
 _COMMA, _SEMICOLON = r",(?!\])", r";(?!\])"  # In brackets, as in [,], they are part of a name.
-_FILE_END = SEPARATORS["file"].encode()
+_FILE_END = FILE_END.encode()
 
 # Where a block can end, so that its tokens are those of the whole text; the last such place first
 # ("r"). Characters: but not within line breaks, which may be a stop token. Others: after a line
@@ -131,7 +140,9 @@ class Text(NamedTuple):
         Nothing predicts that.
         """
         start, counts, stop = next(self.read_blocks()), Counter[str](), vocabulary.stop
-        first = vocabulary.split(start)[0]
+        first = vocabulary.tokens[ids[0]]
+        if ids[0] == UNKNOWN_ID:
+            first = next(split_text(start, self.units, stop))
         if UNKNOWN_ID in ids:
             counts = count_tokens(self.read_blocks(), self.units, stop) - Counter([first])
         if self.units == "tokens":  # The text may begin without the space of a token.
@@ -239,7 +250,7 @@ def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
     """
     with name_failure(f"can't read {path} ({flag})"):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    end = _FILE_END if stop.encode() == _FILE_END else b""
+    end = _FILE_END if stop == FILE_END else b""
     if units != "bytes":
         content = content.removeprefix(codecs.BOM_UTF8)
     return hold_text(content + end, units, f"{path} ({flag})")
