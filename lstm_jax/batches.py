@@ -56,7 +56,7 @@ def make_batches(
       predictions: the probabilities that teachers give to each token of the text, [n, vocabulary].
 
     Raises:
-      UserError: if the text is shorter than one batch.
+      UserError: with the first batch, if the text is shorter than one.
     """
     steps_per_epoch = count_steps(len(ids), batches)
     streams = np.arange(batches.batch_size).reshape(part[1], -1)[part[0]]
