@@ -10,7 +10,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Return the fields that minutes.py chooses for a quarter of an hour, and 30 epochs."""
+    """Return what minutes.py chose for a quarter of an hour, with dropout rounded and 30 epochs."""
     config: ConfigDict = config_lib.load("experiments/quick.py")
 
     config.model.hidden_size = 512
