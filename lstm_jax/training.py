@@ -157,7 +157,7 @@ def train(
             progress = messages.Progress(total_steps, tokens_per_step, show)
             checkpoints = CheckpointWriter(checkpoint_path, config.checkpoint_every_seconds)
             if processes.is_first():  # Now that no mistake is left.
-                workdir.restore_history(directory, history)
+                workdir.truncate_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
                 writer = stack.enter_context(metrics.MetricsWriter(directory, step, watch))
 

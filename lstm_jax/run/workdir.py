@@ -248,7 +248,7 @@ def measure_history(workdir: Path) -> dict[str, int]:
     return sizes
 
 
-def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
+def truncate_history(workdir: Path, sizes: Mapping[str, int]) -> None:
     """Remove what was appended since `measure_history` gave `sizes`; warn if content is lost."""
     for name in HISTORY:
         path, size = workdir / name, sizes.get(name, 0)

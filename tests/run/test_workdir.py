@@ -52,12 +52,12 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
     (tmp_path / workdir.METRICS).write_text("first\nsecond\n")
     (tmp_path / workdir.SAMPLES).write_text("not there when saved")
     (tmp_path / "notes.txt").write_text("of the user's")
-    workdir.restore_history(tmp_path, {**sizes, "../notes.txt": 0})
+    workdir.truncate_history(tmp_path, {**sizes, "../notes.txt": 0})
     texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert texts == {workdir.METRICS: "first\n", workdir.SAMPLES: "", "notes.txt": "of the user's"}
     assert capsys.readouterr().err == ""
     (tmp_path / workdir.METRICS).write_text("fir")
-    workdir.restore_history(tmp_path, sizes)
+    workdir.truncate_history(tmp_path, sizes)
     assert capsys.readouterr().err == (
         f"warning: {tmp_path / workdir.METRICS} has lost some of its content\n"
     )
