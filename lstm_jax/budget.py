@@ -61,6 +61,9 @@ _TOKENS_PER_WEIGHT = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _BATCHES, _STEPS_PER_EPOCH = (16, 32, 64), 100
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
+# AdamW's weights are a mean of the last 1 / (learning rate * decay) updates, which should be those
+# of one or two epochs (Wang & Aitchison 2024), but of more for a short text, which has dropout.
+_EPOCHS_OF_UPDATES, _LARGEST_DECAY = 1.3, 0.15
 _SHARE = 0.97  # Of the time that is left; the speed may fall.
 _SHARE_OF_MEASURING = 0.004  # Of the minutes, for each size that is measured.
 _SECONDS_OF_EVALUATION = 4.0  # To compile it, generation, and to write the last files.
@@ -154,12 +157,13 @@ def choose_fields(
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
     rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _BATCHES[-1])
+    config = _fill(config, {"optimizer.learning_rate": float(f"{rate:.2g}")})
+    decay = tokens_per_step / (_EPOCHS_OF_UPDATES * length * config.optimizer.learning_rate)
     config = _fill(
         config,
         {
-            "optimizer.learning_rate": float(f"{rate:.2g}"),
             "optimizer.warmup_steps": min(50, steps // 10),
-            "optimizer.weight_decay": 0.15,
+            "optimizer.weight_decay": float(f"{min(decay, _LARGEST_DECAY):.2g}"),
             "num_epochs": math.ceil(tokens / length),
             "max_steps": steps,
             "validate_every_steps": math.ceil(steps / count_validations(tokens)),

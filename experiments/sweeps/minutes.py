@@ -16,7 +16,7 @@ def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
         "model.embedding_size": min(size, 256),
         "batches.batch_size": trial.suggest_categorical("batch_size", [16, 32, 64]),
         "optimizer.learning_rate": trial.suggest_float("learning_rate", 3e-3, 3e-2, log=True),
-        "optimizer.weight_decay": trial.suggest_float("weight_decay", 0.05, 0.5, log=True),
+        "optimizer.weight_decay": trial.suggest_float("weight_decay", 0.01, 0.5, log=True),
         "regularization.embedding_dropout": dropout / 6,
         "regularization.input_dropout": dropout / 2,
         "regularization.hidden_dropout": dropout * 2 / 3,

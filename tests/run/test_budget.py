@@ -65,6 +65,8 @@ def test_a_shorter_text_has_smaller_batches_and_more_dropout() -> None:
     dropout = [config.regularization.output_dropout for config in chosen]
     assert dropout[0] > dropout[1] > dropout[2] == 0
     assert chosen[2].num_epochs == 1
+    decay = [config.optimizer.weight_decay for config in chosen]
+    assert decay[0] == decay[1] == 0.15 and 0 < decay[2] < 0.01
 
 
 def test_a_set_field_stays_and_the_others_follow() -> None:
