@@ -259,18 +259,19 @@ def read_argument(path: str, flag: str, units: str, stop: str = "") -> Text:
 def choose_tokens_and_splits(data: DataConfig) -> dict[str, Any]:
     """Return the kind of tokens and the fractions of the splits that suit a text.
 
-    Tokens are characters, or bytes if a text is not UTF-8 or has too many different characters,
-    which only its start is read for. A long text has short validation and test splits.
+    Tokens are characters, or bytes if a text is not UTF-8 or has too many different characters. A
+    long text has short validation and test splits.
     """
     if not data.path:
         return {"data.units": "characters", "data.fractions": data.fractions}
     sources = _list_sources(itertools.chain(*find_files(data.path)), data)
+    size, characters = sum(x.stop - x.start for x in sources), set[str]()
     try:
-        start = next(Text(sources, 0, sources[0].stop, "characters").read_blocks(), "")
+        for block in Text(sources, 0, size, "characters").read_blocks():
+            characters.update(block)
     except UserError:  # It is not UTF-8.
-        start = ""
-    is_text = 0 < len(set(start)) <= _MOST_CHARACTERS
-    size = sum(source.stop for source in sources)
+        characters.clear()
+    is_text = 0 < len(characters) <= _MOST_CHARACTERS
     share = float(f"{min(0.05, _MOST_EVALUATED / max(size, 1)):.2g}")
     fractions = (1 - 2 * share, share, share)
     return {"data.units": "characters" if is_text else "bytes", "data.fractions": fractions}

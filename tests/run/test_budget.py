@@ -81,10 +81,11 @@ def test_a_set_field_stays_and_the_others_follow() -> None:
     assert choose(config, 10**6).optimizer.learning_rate == 1e-3
 
 
-def test_the_start_and_the_size_of_a_text_choose_its_tokens_and_splits(tmp_path: Path) -> None:
-    chosen = {}
-    many = "".join(map(chr, range(0x4E00, 0x5200))).encode()
-    contents = {"latin1": "é".encode("latin-1") * 99, "many": many, "few": "ab é".encode() * 99}
+def test_the_characters_and_the_size_of_a_text_choose_its_tokens_and_splits(tmp_path: Path) -> None:
+    chosen, start = {}, b"ab" * 1_000_000
+    many = start + "".join(map(chr, range(0x4E00, 0x5200))).encode()
+    latin1 = start + "é".encode("latin-1")
+    contents = {"latin1": latin1, "many": many, "few": "ab é".encode() * 99}
     for name, content in (contents | {"long": b"ab" * 10_000_000}).items():
         (tmp_path / name).write_bytes(content)
         data = open_config(1, **{"data.path": str(tmp_path / name)}).data
