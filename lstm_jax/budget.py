@@ -1,10 +1,10 @@
 """Choose the fields that a config with `minutes` leaves open, for its text and this machine.
 
 The model is the largest that reads enough tokens for its weights in the time, or a short text often
-enough. The batch depends on the length of the text, the learning rate on both, and dropout on the
-epochs and the weights for each token of the text. The numbers were fitted to 38 runs of half a
-minute to five minutes on texts of 20 KB to 26 MB; `benchmarks/budget.py` compares the result with a
-search.
+enough. The batch depends on the length of the text, the learning rate on batch and hidden size, and
+dropout on the epochs and the weights for each token of the text. The numbers were fitted to 38 runs
+of half a minute to five minutes on texts of 20 KB to 26 MB; `benchmarks/budget.py` compares the
+result with a search.
 """
 
 import math
@@ -60,6 +60,7 @@ _LARGEST_EMBEDDING = 256
 _TOKENS_PER_WEIGHT = 3  # A larger model reads too few in the time.
 _GROWTH = 1.65  # The time of a step grows as this power of the hidden size.
 _BATCHES, _STEPS_PER_EPOCH = (16, 32, 64), 100
+_LEARNING_RATE = 0.015  # With `_FIRST_SIZE` hidden units and the largest batch.
 _EPOCHS = 64  # A model that reads a short text so often may be larger than others.
 # AdamW's weights are a mean of the last 1 / (learning rate * decay) updates, which should be those
 # of one or two epochs (Wang & Aitchison 2024), but of more for a short text, which has dropout.
@@ -156,7 +157,7 @@ def choose_fields(
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
     tokens = steps * tokens_per_step
     config = set_size(size, tokens)
-    rate = 0.015 * math.sqrt(_FIRST_SIZE / size * batch_size / _BATCHES[-1])
+    rate = _LEARNING_RATE * math.sqrt(_FIRST_SIZE / size * batch_size / _BATCHES[-1])
     config = _fill(config, {"optimizer.learning_rate": float(f"{rate:.2g}")})
     decay = tokens_per_step / (_EPOCHS_OF_UPDATES * length * config.optimizer.learning_rate)
     config = _fill(

@@ -334,7 +334,7 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
                 f"did you mean {' or '.join(similar)}?" if similar else "docs/config.md lists all"
             )
             raise UserError(f"there is no field {name}: {hint}")
-    if values["minutes"]:
+    if values["minutes"]:  # None leaves a field open, for `budget.py`.
         still_open = {*values["open"]} - {*dict(flatten(changes))}
         still_open |= {name for name, value in values.items() if value is None}
         values |= {name: FIELDS[name].default for name in still_open}

@@ -13,7 +13,7 @@ from lstm_jax.config import OptimizerConfig, OptimizerName, Schedule
 _VECTORS = "/peepholes", "/convolution"
 
 
-def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make Adam (Kingma & Ba 2015), Muon or SGD, after clipping by the global norm.
 
     Weight decay applies to kernels and embeddings, see `_is_matrix`. It is decoupled from the
@@ -24,9 +24,9 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     with Adam for the rest. Its updates are scaled to the root mean square of Adam's (Liu et al.
     2025, "Muon is Scalable for LLM Training"), so that both use one learning rate and weight decay.
     """
-    decay: dict[str, Any] = {"weight_decay": optimizer.weight_decay}
-    learning_rate, momentum = make_schedule(optimizer, total_steps), optimizer.momentum
-    settings = learning_rate, optimizer.b1, optimizer.b2, optimizer.epsilon
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    learning_rate, momentum = make_schedule(config, total_steps), config.momentum
+    settings = learning_rate, config.b1, config.b2, config.epsilon
     mask = functools.partial(jax.tree_util.tree_map_with_path, _is_matrix)
     labels = functools.partial(jax.tree_util.tree_map_with_path, _name_optimizer)
     adam = optax.adamw(*settings, **decay, mask=mask)
@@ -37,15 +37,15 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
         "muon": [optax.partition({"muon": muon, "adam": adam}, labels)],
         "sgd": [optax.add_decayed_weights(**decay, mask=mask), sgd],
     }
-    norm = optimizer.max_gradient_norm
+    norm = config.max_gradient_norm
     # The state has the same structure either way, so that a resumed run may change the norm.
     clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    return optax.chain(clip, *transformations[optimizer.name])
+    return optax.chain(clip, *transformations[config.name])
 
 
-def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`."""
-    peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
+    peak, warmup_steps = config.learning_rate, config.warmup_steps
     decay_steps = max(total_steps - warmup_steps, 1)
     after: dict[Schedule, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
@@ -53,7 +53,7 @@ def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedul
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
     }
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.join_schedules([warmup, after[optimizer.schedule]], [warmup_steps])
+    return optax.join_schedules([warmup, after[config.schedule]], [warmup_steps])
 
 
 def _is_matrix(path: Any, array: jax.Array) -> bool:

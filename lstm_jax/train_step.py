@@ -68,7 +68,7 @@ def init_state(
 
     `trained` holds parameters to start from; `model` may have more tokens than they have, whose
     parameters are then drawn. For `counts`, see `model.init_params`. Raise `UserError` for a rate
-    of dropout that can't apply to the parameters; warn of one in vain.
+    of dropout that can't apply to the parameters; warn of one that has no effect.
     """
     init_key, key = jax.random.split(jax.random.key(config.seed))
     params = model_lib.init_params(model, init_key, counts)
@@ -86,9 +86,16 @@ def init_state(
             trained,
         )
     # Separate arrays, because a step donates each of them.
-    counters = jnp.int32(0), jnp.zeros(()), jnp.zeros(()), jnp.int32(0)
-    carry = model.initial_carry(config.batches.batch_size)
-    return TrainState(params, optimizer.init(params), carry, key, *counters)
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        carry=model.initial_carry(config.batches.batch_size),
+        key=key,
+        step=jnp.int32(0),
+        loss_sum=jnp.zeros(()),
+        norm_sum=jnp.zeros(()),
+        loss_steps=jnp.int32(0),
+    )
 
 
 def make_train_step(
@@ -160,7 +167,7 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         loss = objective = bound.compute_losses(dropped, targets).mean()
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(bound.predict(dropped), soft_targets)
-            objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
+            objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
         # Activation regularization (AR after dropout, TAR before it; Merity et al. 2017).
         if rates.activation:
             objective += rates.activation * jnp.square(dropped).mean()

@@ -27,15 +27,15 @@ from lstm_jax.errors import NotFiniteError, UserError, make_command
 from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
 from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
-from lstm_jax.run.run import Run, load
+from lstm_jax.run.run import GenerateOptions, Run, load
 from lstm_jax.train_step import TrainState, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary
 
-# JAX dispatches steps asynchronously; a stop has to wait for those that it is ahead of the devices.
+# JAX dispatches steps asynchronously; a run that stops first waits for all of them.
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
 # a step is dispatched while 32 computations are in flight on one of the devices.
 _STEPS_BETWEEN_WAITS = 16
-_SECONDS_TO_START = 3  # That imports take, of the minutes of a run.
+_SECONDS_TO_START = 3  # Imports take these of the minutes of a run.
 _FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
 
 
@@ -120,8 +120,8 @@ def train(
             validation = read_validation(checkpoint_path, step)
             is_validated, history = bool(validation), validation.get("history", items.history)
         # Training longer removes the test loss, and may have ended before its first step.
-        is_over = step == total_steps or is_out_of_patience(directory, config.patience)
-        is_finished = is_over and bool(read_losses(directory, "test"))
+        is_over = step == total_steps or find_reason_to_stop(directory, config)
+        is_finished = bool(is_over) and bool(read_losses(directory, "test"))
         if is_finished:
             notes = [
                 f"The run in {directory} is finished, at step {step}: to train longer, raise "
@@ -144,7 +144,12 @@ def train(
 
         setup = messages.describe_setup(config.batches, vocabulary, ids, model.dtype, mesh)
         show("\n".join([messages.format_parameters(state.params), "", setup, *notes]))
-        sampling: Any = {**vars(config.sample), "seed": config.seed, "stop_token": False}
+        sampling: GenerateOptions = {
+            "length": config.sample.length,
+            "temperature": config.sample.temperature,
+            "seed": config.seed,
+            "stop_token": False,
+        }
 
         if not is_finished:  # A finished run keeps its config.
             train_step = make_train_step(model, optimizer, config, mesh)
@@ -179,8 +184,8 @@ def train(
                 record(step, "train", loss, learning_rate=rate, gradient_norm=norm, **extra)
                 return state.clear_sums()
 
-            def validate(state: TrainState, step: int) -> bool:
-                """Record the validation loss and a sample; return whether `patience` is over."""
+            def validate(state: TrainState, step: int) -> str:
+                """Record the validation loss and a sample; return `find_reason_to_stop`."""
                 params = mesh_lib.get_local_copy(state.params)
                 loss = loss_lib.compute_loss(model, params, ids["validation"])
                 run = Run(config, vocabulary, model, params, step)
@@ -193,15 +198,15 @@ def train(
                     described = messages.describe_loss(loss, vocabulary, sizes["validation"])
                     title = messages.describe_validation(rows, epochs, described)
                     show(f"\n=== {title}\n{sample}\n")
-                return is_out_of_patience(directory, config.patience)
+                return find_reason_to_stop(directory, config)
 
             with StopRequest() as stop:
                 if not is_resumed:  # A run that is killed in this validation resumes from step 0.
                     checkpoints.save(step, state.params, state.rest)
-                is_over = is_out_of_patience(directory, config.patience)
+                reason = find_reason_to_stop(directory, config)
                 if not is_validated and (not step % validate_every or step == total_steps):
-                    is_over = validate(state, step)
-                while step < total_steps and not is_over:
+                    reason = validate(state, step)
+                while step < total_steps and not reason:
                     batch = next(feed)
                     # Any other transfer to the devices is an error.
                     with jax.transfer_guard("disallow"):
@@ -225,13 +230,10 @@ def train(
                     if stops:
                         break
                     if validates:  # After the save: a run that is killed in it resumes from here.
-                        is_over = validate(state, step)
+                        reason = validate(state, step)
                         progress.stop_clock()
-                if is_over and step < total_steps:
-                    show(
-                        f"Training ends at step {step} of {total_steps}: the validation loss has "
-                        f"not improved for {config.patience} validations"
-                    )
+                if reason and step < total_steps:
+                    show(f"Training ends at step {step} of {total_steps}: {reason}")
                 if code := processes.max_over_processes(stop.code):
                     if processes.is_first():
                         metrics.plot_metrics(directory)
@@ -322,17 +324,18 @@ def read_losses(directory: Path, split: str) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
-def is_out_of_patience(directory: Path, patience: int) -> bool:
-    """Return whether the last `patience` > 0 validations did not improve on those before.
+def find_reason_to_stop(directory: Path, config: Config) -> str:
+    """Return why training ends before its last step, or "".
 
-    A run that was stopped or killed and has resumed has the same rows as one that was not, so both
-    end at the same step. Process 0 decides.
+    The rows of metrics.jsonl decide, in process 0: a run that was stopped or killed and has resumed
+    has the same rows as one that was not, so both end at the same step.
     """
-    if not patience:
-        return False  # Without reading the file.
+    if not (patience := config.patience):
+        return ""  # Without reading the file.
     losses = [*read_losses(directory, "validation").values()] if processes.is_first() else []
     is_over = patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-    return bool(processes.max_over_processes(is_over))
+    reason = f"the validation loss has not improved for {patience} validations"
+    return reason if processes.max_over_processes(is_over) else ""
 
 
 def raise_if_not_finite(state: TrainState, step: int, last_step: int) -> None:

@@ -90,7 +90,9 @@ def run_cell(
 
     With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
     that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
-    where `reset` is true read the initial carry.
+    where `reset` is true read the initial carry. `LanguageModel.run` and `prepare_step` call
+    `lstm_jax.ops` themselves for a first layer that can be folded into the embedding, and for
+    single steps in generation.
     """
     if implementation != "scan" and (params := make_ops_params(cell)):
         options: Any = {"dtype": cell.dtype, "implementation": implementation}

@@ -2,8 +2,9 @@
 
 A step first computes sums, [batch, hidden] each, of which most read the inputs x and the hidden
 state h: x W + h U + b. A `Gating` is the rest: an elementwise function from the sums and the carry
-to the next carry and to factors (`activate`), with which the step back multiplies (`pull_back`);
-`lstm.c` has the same in C. All implementations share the `Layer` and the functions at the end.
+to the next carry and to factors (`activate`), by which `pull_back` multiplies the cotangents of the
+carry; `lstm.c` has the same in C. All implementations share the `Layer` and the functions at the
+end.
 """
 
 from collections.abc import Callable

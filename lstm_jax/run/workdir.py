@@ -37,7 +37,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
-# first removes what was appended later. TensorBoard hides what was.
+# first removes what was appended later. TensorBoard hides rows that were repeated.
 HISTORY = (METRICS, SAMPLES)
 _LOCK = ".lock"
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"  # Folders of models.
