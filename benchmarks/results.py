@@ -27,7 +27,6 @@ ROWS = (  # Configs in experiments/.
     "quick_variants.py:no_weight_decay",
     "quick_variants.py:activation",
     "shakespeare_best.py",
-    "shakespeare_teacher.py",
     "penn_treebank.py",
     "penn_treebank.py:512",
     "penn_treebank.py:1024",

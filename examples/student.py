@@ -1,6 +1,6 @@
 """Train a model that is as good as an ensemble of models of its size.
 
-    python examples/student.py --config experiments/shakespeare_teacher.py --out runs/student
+    python examples/student.py --config experiments/shakespeare_best.py --out runs/student
 
 1. Teachers are trained, each with its own seed.
 2. Together they generate a text, four times as long as the training text.
