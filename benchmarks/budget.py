@@ -33,7 +33,7 @@ def main() -> None:
     loaded = config_lib.load(str(experiments / "quick.py"))
     quick = dict(config_lib.flatten(config_lib.complete_config(loaded)))
     as_quick = [
-        f"--config.{name}={quick[name]}" for name in budget.FIELDS if name.startswith(_OF_MODEL)
+        f"--config.{name}={quick[name]}" for name in budget.OPENABLE if name.startswith(_OF_MODEL)
     ]
     head = "minutes", "taken", "chosen", "validation", "test", "as quick.py", "best trial"
     frame.print_head("text", *head)

@@ -54,6 +54,7 @@ def main() -> None:
     ]
     (FOLDER / "README.md").write_text(
         f"---\nlibrary_name: lstm-jax\npipeline_tag: text-generation\n---\n\n# {FOLDER.name}\n\n"
+        f"    python -m lstm_jax.sample --model {FOLDER.name} --prompt ROMEO:\n\n"
         f"Losses as stored, in bfloat16: {', '.join(stored)} nats per character.\n\n"
         "It learned from three teachers, seeds 0 to 2, and from text that they generated. `make "
         f"pretrained` trained all at commit {commit}:\n\n"

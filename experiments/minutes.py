@@ -28,5 +28,5 @@ def get_config(minutes: str = "10") -> ConfigDict:
     config.regularization.activation = 0.5
     config.regularization.temporal_activation = 0.25
 
-    config.update_from_flattened_dict(dict.fromkeys(budget.FIELDS))
+    config.update_from_flattened_dict(dict.fromkeys(budget.OPENABLE))  # None: open.
     return config

@@ -87,8 +87,8 @@ def _draw_epoch(
     probability = 1 if batches.kind == "windows" else batches.reset_probability
     reset = rng.random(shape, np.float32) < probability
     reset[:, 0] = True
-    # The number of the first window of each segment: in the streams, one after the other, and then
-    # in the text. In the smallest dtype, 10 million windows take 40 MB.
+    # The first window of each segment, by its position in the streams, which follow one another,
+    # and then by that in the text. In the smallest dtype, 10 million windows take 40 MB.
     stream_windows = np.flatnonzero(reset).astype(np.min_scalar_type(-reset.size))
     sizes = np.diff(stream_windows, append=reset.size)  # Windows of each segment.
     order = rng.permutation(len(sizes))  # Of the segments in the text.

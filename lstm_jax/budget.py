@@ -1,7 +1,7 @@
 """Choose the fields that a config with `minutes` leaves open, for its text and this machine.
 
-The model is the largest that reads enough tokens for its weights in the time, or a short text often
-enough. The batch depends on the length of the text, the learning rate on batch and hidden size, and
+The model is the largest that reads three tokens for each weight in the time, or a short text 64
+times. The batch depends on the length of the text, the learning rate on batch and hidden size, and
 dropout on the epochs and the weights for each token of the text. The numbers were fitted to 38 runs
 of half a minute to five minutes on texts of 20 KB to 26 MB; `benchmarks/budget.py` compares the
 result with a search.
@@ -38,8 +38,7 @@ _DROPOUT = {
     "output": (0.0, 0.3, 0.45, 0.6, 0.7),
     "recurrent": (0.0, 0.1, 0.25, 0.5, 0.6),
 }
-# The fields that can be left open.
-FIELDS = (
+OPENABLE = (  # The fields that can be left open.
     "data.units",
     "data.fractions",
     "batches.batch_size",

@@ -176,7 +176,7 @@ class LanguageModel(nn.Module):
         """
         reset = self.find_resets(ids)
         below, carries = self.embedding.embedding[ids], []
-        # The one-hot input needs two matmuls of this size, the embedded row three.
+        # Training needs two matmuls of this size for one-hot inputs, and three for embedded ones.
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None

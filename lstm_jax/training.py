@@ -69,7 +69,7 @@ def train(
     end = time.monotonic() + 60 * config.minutes - _SECONDS_TO_START
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))  # The caller may have enabled it.
-        # The caller may have set a mesh: this is none.
+        # An empty mesh, instead of one that the caller may have set.
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
         cell_file.load_cell(config.model.cell)
         if config.open:
@@ -137,7 +137,7 @@ def train(
 
         def show(text: str) -> None:
             """Print to standard output, in process 0 only."""
-            # What reads the output, such as `tee`, may have ended with the same Ctrl-C: still save.
+            # The same Ctrl-C may have ended `tee`, which reads the output: the run saves anyway.
             with contextlib.suppress(BrokenPipeError):
                 if processes.is_first() and not quiet:
                     print(text, flush=True)
@@ -161,7 +161,7 @@ def train(
             tokens_per_step = config.batches.batch_size * config.batches.window_length
             progress = messages.Progress(total_steps, tokens_per_step, show)
             checkpoints = CheckpointWriter(checkpoint_path, config.checkpoint_every_seconds)
-            if processes.is_first():  # Now that no mistake is left.
+            if processes.is_first():  # After the last check of the input.
                 workdir.truncate_history(directory, history)
                 workdir.save_fields(directory, config, vocabulary)
                 writer = stack.enter_context(metrics.MetricsWriter(directory, step, watch))
@@ -185,7 +185,7 @@ def train(
                 return state.clear_sums()
 
             def validate(state: TrainState, step: int) -> str:
-                """Record the validation loss and a sample; return `find_reason_to_stop`."""
+                """Record the validation loss and a sample; return a reason to stop, or ""."""
                 params = mesh_lib.get_local_copy(state.params)
                 loss = loss_lib.compute_loss(model, params, ids["validation"])
                 run = Run(config, vocabulary, model, params, step)

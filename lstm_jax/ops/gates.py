@@ -250,7 +250,7 @@ GATINGS: dict[type[Any], Gating] = {
 
 
 class Marks(NamedTuple):
-    """Steps that do not simply read the carry; None is nowhere."""
+    """Steps that do not simply read the carry; None means that there are none."""
 
     reset: Bool[Array, "time batch"] | None  # They read a carry of zeros.
     frozen: Bool[Array, "time batch"] | None  # They leave the carry as it is; outputs aren't used.

@@ -39,10 +39,10 @@ def count_lanes() -> int:
 def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Saved]:
     """Return the last carry and the outputs, and what the derivatives need.
 
-    Among it are `rows` [time, batch, depth], what the loop multiplies, rounded: the hidden state,
-    the inputs in bfloat16, and 1 for the bias. In float32, one matmul multiplies all inputs before:
-    each step then reads a kernel of half the size. `differentiable` has no effect: the library
-    always stores them.
+    The derivatives need `rows` [time, batch, depth], by which the loop multiplies, in `dtype`: the
+    hidden state, the inputs in bfloat16, and 1 for the bias. In float32, one matmul multiplies all
+    inputs before: each step then reads a kernel of half the size. `differentiable` has no effect:
+    the library always stores them.
     """
     gating, dtype, _, params, inputs, carry, marks = layer
     (time, batch, features), input_kernel = inputs.shape, params.input_kernel

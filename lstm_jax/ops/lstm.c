@@ -751,7 +751,7 @@ static size_t size(void **buffers, int i, int axis) {
   return axis < buffer->rank ? buffer->dims[axis] : 0;
 }
 
-// Return how many numbers of an array in float32 or bfloat16 a word has.
+// Return the number of elements of an array, float32 or bfloat16, in a word of 32 bits.
 static int numbers(void **buffers, int i) {
   XLA_FFI_DataType dtype = ((XLA_FFI_Buffer *)buffers[i])->dtype;
   return dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32;

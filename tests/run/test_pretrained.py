@@ -13,8 +13,8 @@ from lstm_jax.run import workdir
 
 NAME = "tiny-shakespeare"
 # `make pretrained` writes another model: change both with it.
-SHA256 = "9b1cf0c7b4074ade82db66e4c44f0abb32b83ba5fa1ee35e957b6945cc4e4dab"
-SAMPLE = "ROMEO:\nThe senate of the sea of the devil\nThat we may see the stat"
+SHA256 = "48baedbe79c56d0bc0fc010c8de835753f64e1f3b682f224ed455e01a27a1972"
+SAMPLE = "ROMEO:\nI will not speak to the contrary.\n\nCAPULET:\nWhat says he?\n\n"
 
 
 @pytest.fixture(scope="module")
