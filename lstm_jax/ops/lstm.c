@@ -16,6 +16,7 @@
 #include "xla/ffi/api/c_api.h"
 
 enum { AMX_ROWS = 16, VECTORS = 4, TILE = LANES * VECTORS };
+enum { LINE = 16 };   // Words in a line of the cache.
 enum { AHEAD = 16 };  // Words of the depth to prefetch: Intel's own prefetches come too late.
 
 enum { FLOAT32 = 1, BFLOAT16 = 2 };  // Numbers in a word.
@@ -66,19 +67,16 @@ typedef struct {
 INLINE void add_words(int numbers, int rows, const word *a, size_t words, const word *packed,
                       size_t k, size_t end, int skipped, Floats sum[ROWS][VECTORS]) {
   for (packed += k * TILE; k < end; k++, packed += TILE) {
-    Words b[VECTORS];
+    Words x[ROWS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) x[r] = (Words){0} + a[r * words + k];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       if (v == skipped) continue;
-      b[v] = load_words(packed + v * LANES);
-      __builtin_prefetch(packed + v * LANES + AHEAD * TILE);
-    }
+      Words b = load_words(packed + v * LANES);
+      if (v * LANES % LINE == 0) __builtin_prefetch(packed + v * LANES + AHEAD * TILE);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-      Words x = (Words){0} + a[r * words + k];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++)
-        if (v != skipped) sum[r][v] = add_products(numbers, sum[r][v], x, b[v]);
+      for (int r = 0; r < rows; r++) sum[r][v] = add_products(numbers, sum[r][v], x[r], b);
     }
   }
 }
@@ -218,6 +216,8 @@ static Words load_across(Factor f, size_t i, size_t k) {
   Words x = {0};
   Halves low = {0}, high = {0};
   size_t n = i < f.along ? f.along - i : 0, at = k * f.numbers * f.along + i;
+  size_t later = (at + AHEAD * f.numbers * f.along) * sizeof(word) / f.numbers;
+  __builtin_prefetch((const char *)f.array + later);
   if (f.numbers == FLOAT32) {
     copy_first(&x, (const float *)f.array + at, n * sizeof(float), sizeof(x));
     return x;
@@ -245,16 +245,17 @@ static void pack_columns(Factor f, size_t j, size_t k, size_t end, word *packed)
 // Arrange words [k, end) of rows [first, last) of a left factor as [rows, words].
 static void pack_rows(Factor f, size_t first, size_t last, size_t k, size_t end, word *packed) {
   size_t words = end - k;
-  for (size_t i = first; i < last; i += LANES, packed += LANES * words)
-    for (size_t w = 0; w < words; w += LANES) {
+  for (size_t w = 0; w < words; w += LANES)
+    for (size_t i = first; i < last; i += LANES) {
       Words x[LANES];
       size_t n = last - i < LANES ? last - i : LANES;
       for (size_t r = 0; r < LANES; r++)
         x[r] = f.is_transposed ? load_across(f, i, least(k + w + r, end - 1))
                                : load_along_depth(f, i + r, k + w);
       if (f.is_transposed) transpose(x);
+      word *to = packed + (i - first) * words + w;
       for (size_t r = 0; r < n; r++)
-        copy_first(packed + r * words + w, &x[r], (words - w) * sizeof(word), sizeof(x[r]));
+        copy_first(to + r * words, &x[r], (words - w) * sizeof(word), sizeof(x[r]));
     }
 }
 
@@ -303,12 +304,12 @@ typedef struct {
 // Pack words of a factor: columns in tiles of [words, columns], or rows as [rows, words].
 static void pack(const void *work, size_t part, size_t parts) {
   const Pack p = *(const Pack *)work;
-  size_t words = p.end - p.begin, along = p.factor.along, unit = p.is_right ? TILE : LANES;
-  for (size_t i = part * unit; i < along; i += parts * unit)
+  size_t words = p.end - p.begin, along = p.factor.along;
+  for (size_t i = part * TILE; i < along; i += parts * TILE)
     if (p.is_right)
       pack_columns(p.factor, i, p.begin, p.end, p.packed + i * words);
     else
-      pack_rows(p.factor, i, least(i + LANES, along), p.begin, p.end, p.packed + i * words);
+      pack_rows(p.factor, i, least(i + TILE, along), p.begin, p.end, p.packed + i * words);
 }
 
 typedef struct {
