@@ -22,8 +22,8 @@ class Row(NamedTuple):
 
 
 # XLA runs all other layers. Measured at 256 to 1,024 hidden units on two cores of AMD's Zen 4 and
-# Intel's Emerald Rapids, with and without AMX, and at up to 2,048 on Zen 5 (docs/speed.md). Nobody
-# has measured AVX2 and NEON, which have the rows of AMD.
+# Intel's Emerald Rapids, with and without AMX, and at up to 2,048 on Zen 5 (docs/speed.md). AVX2
+# was measured beside PyTorch only, NEON not at all: they have the rows of AMD.
 TABLE = (
     Row("AMD NEON", "windows steps", "bfloat16", "lstm peephole_lstm gru rnn"),
     Row("AMD AVX2 NEON", "windows steps", "float32", "lstm peephole_lstm rnn", 1280),
