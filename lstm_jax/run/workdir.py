@@ -109,8 +109,9 @@ def hold_lock(directory: Path) -> Iterator[str]:
 
 def has_run(directory: Path) -> bool:
     """Return whether a run in `directory` can resume; raise `UserError` if some files are gone."""
-    names = (CONFIG, *HISTORY, MODEL)
-    has_config, *others = ((directory / name).exists() for name in names)
+    paths = (directory / name for name in (CONFIG, *HISTORY, MODEL))
+    # A run that is killed in its first save leaves an empty file of metrics.
+    has_config, *others = (path.exists() and path.stat().st_size > 0 for path in paths)
     has_checkpoint = bool(list_steps(directory / CHECKPOINTS))
     if (has_checkpoint or any(others)) and not (has_checkpoint and has_config):
         missing = CHECKPOINTS if has_config else CONFIG

@@ -29,6 +29,13 @@ with workdir.hold_lock(Path(sys.argv[1])):
     time.sleep(60)
 """
 
+KILLED_IN_THE_FIRST_SAVE = """
+import os, runpy, signal
+import orbax.checkpoint as ocp
+ocp.Checkpointer.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_module("lstm_jax.main", run_name="__main__", alter_sys=True)
+"""
+
 
 def list_undamaged(directory: Path) -> list[int]:
     """Return the steps of the checkpoints of a run, of which there are some, none damaged."""
@@ -76,6 +83,17 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_result(
         process.communicate()
     result = commands.run("main", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
+    runs.assert_same(whole, tmp_path / "run")
+
+
+def test_a_run_killed_in_its_first_save_starts_again(
+    whole: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = runs.make_arguments(text_file, tmp_path / "run")
+    command = [sys.executable, "-c", KILLED_IN_THE_FIRST_SAVE, *arguments]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    commands.get_output("main", *arguments)
     runs.assert_same(whole, tmp_path / "run")
 
 
