@@ -38,9 +38,9 @@ from optuna.trial import FrozenTrial
 import frame
 import lstm_jax
 from frame import ROOT, count_steps, measure_speed, print_head, print_row, spread, time_call
-from lstm_jax import generation
+from lstm_jax import cells, generation
 from lstm_jax.devices import setup
-from lstm_jax.run import cell_file, workdir
+from lstm_jax.run import workdir
 from lstm_jax.sweep import search
 
 EXPERIMENTS = ROOT / "experiments"
@@ -140,7 +140,7 @@ def measure_once(trial: FrozenTrial, sweep: Path) -> Measured:
 
 def measure(trial: FrozenTrial, directory: Path) -> Measured:
     """Measure a trained model."""
-    cell_file.load_cell(workdir.load_config(directory).model.cell)  # It may be in a file.
+    cells.load_cell(workdir.load_config(directory).model.cell)  # It may be in a file.
     trained = lstm_jax.load(directory)
     return Measured(
         trial.values[0],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lstm_jax.config import names_cell_file
+from lstm_jax import cells
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def train(directory: Path, *flags: str) -> float:
 def evaluate(directory: Path, *flags: object, measure: str = "loss") -> float:
     """Return the loss, or another field of its output, that `lstm_jax.evaluate` measures."""
     cell = workdir.load_config(directory).model.cell
-    own = ["--cell", cell] if names_cell_file(cell) else []
+    own = ["--cell", cell] if cells.names_file(cell) else []
     output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *own, *flags)
     return float(json.loads(output.splitlines()[-1])[measure])
 

@@ -18,11 +18,11 @@ import optax
 from absl import flags
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from lstm_jax import batches, loss, model, optimizer, train_step
+from lstm_jax import batches, cells, loss, model, optimizer, train_step
 from lstm_jax.cells.base import reset_carry
 from lstm_jax.config import Config, complete_config
 from lstm_jax.data import texts
-from lstm_jax.run import cell_file, command
+from lstm_jax.run import command
 
 command.define_config_flag("The experiment.")
 _OPTIMIZER = flags.DEFINE_string("optimizer", "adam", "The x in Optax's scale_by_x.")
@@ -85,7 +85,7 @@ def main() -> None:
     splits = texts.load_texts(config.data)
     tokens = splits["train"].make_vocabulary(config.data)
     ids, _ = texts.encode_splits(splits, tokens)
-    cell_file.load_cell(config.model.cell)
+    cells.load_cell(config.model.cell)
     lstm = model.make_model(config.model, len(tokens), tokens.stop_id)
     initial_key, key = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     initial = model.init_params(lstm, initial_key, texts.count_ids(ids["train"], len(tokens)))

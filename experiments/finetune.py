@@ -5,6 +5,7 @@
 
 from ml_collections import ConfigDict
 
+from lstm_jax import cells
 from lstm_jax import config as config_lib
 from lstm_jax.run import workdir
 
@@ -23,7 +24,7 @@ def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
 
     config.model.update(trained.to_dict()["model"])
     config.model.recurrence = "auto"  # The model may have been trained on another kind of device.
-    if config_lib.names_cell_file(trained.model.cell):
+    if cells.names_file(trained.model.cell):
         # The file is code: it runs only if the user names it.
         config.model.cell, config.model.options = "lstm", {}
 

@@ -24,8 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ml_collections import ConfigDict
 
-from lstm_jax import vocabulary
-from lstm_jax.cells import CELLS
+from lstm_jax import cells, vocabulary
 from lstm_jax.errors import UserError, check_type, run_user_code
 
 T = TypeVar("T")
@@ -54,11 +53,6 @@ def field(default: T, meaning: str, allowed: str | tuple[str, ...] = "", **more:
     """Define a field of a section; for `more`, see `Field`."""
     defined = Field("", default, meaning, allowed, **more)
     return dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
-
-
-def names_cell_file(name: str) -> bool:
-    """Return whether a name has the form FILE.py:CLASS."""
-    return re.fullmatch(r"[^\0]+\.py:\w+", name) is not None
 
 
 # fmt: off
@@ -126,7 +120,7 @@ class ModelConfig:
         "has embedding_size.", _SIZE, also="hidden units")
     num_layers: int = field(1, "Recurrent layers.", "1 <= x <= 100")
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
-        "(docs/cells.md).", (*CELLS, _OWN_CELL))
+        "(docs/cells.md).", (*cells.CELLS, _OWN_CELL))
     options: Mapping[str, Option] = field({}, "Options that the cell declares, "
         "as in --config.model.options.rounds=3.",
         "all(isinstance(v, bool | int | float | str) for v in x.values())")
@@ -232,8 +226,8 @@ class Config:
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
-    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
-        _AMOUNT, resume=True)
+    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: one "
+        "after each step.", _AMOUNT, resume=True)
     data: DataConfig = DataConfig()
     batches: BatchesConfig = BatchesConfig()
     model: ModelConfig = ModelConfig()
@@ -373,7 +367,7 @@ def check_value(name: str, value: Any) -> Any:
         value = tuple(value)
     if isinstance(allowed, str):
         return check_number(f"config.{name}", value, kind, allowed)
-    if value in allowed or (_OWN_CELL in allowed and names_cell_file(str(value))):
+    if value in allowed or (_OWN_CELL in allowed and cells.names_file(str(value))):
         return value
     raise UserError(f"config.{name} is {value!r:.99}: it must be {_list_allowed(allowed)}")
 

@@ -45,7 +45,7 @@ class Controls(NamedTuple):
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
 
 # The type and the condition of each number that flags and functions take, as in `config.Field`.
-_NUMBERS: dict[str, tuple[type, str]] = {
+_RANGES: dict[str, tuple[type, str]] = {
     "temperature": (float, "x == 0 or 1e-6 <= x <= 1e6"),
     "top_k": (int, "0 <= x < 2**31"),
     "top_p": (float, "0 < x <= 1"),
@@ -59,7 +59,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
 
 def check_number(name: str, value: Any) -> Any:
     """Return a number; raise `UserError` if the flag or argument `name` can't have it."""
-    return config_lib.check_number(name, value, *_NUMBERS[name])
+    return config_lib.check_number(name, value, *_RANGES[name])
 
 
 def make_control_arrays(controls: Controls) -> Controls:
@@ -95,7 +95,8 @@ def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
         return ordered.max(axis=-1, keepdims=True, where=keep, initial=0)
 
     filtered = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
-    unlimited = jnp.full_like(gaps[:, :1], jnp.inf)  # Sorting takes time.
+    unlimited = jnp.full_like(gaps[:, :1], jnp.inf)
+    # Sorting takes time.
     keep = gaps <= jax.lax.cond(filtered, find_largest_gap, lambda: unlimited)
     keep &= gaps <= -jnp.log(controls.min_p)
     first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)

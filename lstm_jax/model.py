@@ -46,7 +46,7 @@ Masks = Sequence[Float[Array, "batch _"] | None]
 Record = tuple[Float[Array, "batch hidden"], Float[Array, "batch hidden"]]
 
 
-_DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
+_DRAWING = threading.Lock()  # BLAS's limit of threads is that of the process.
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 # The number of tokens from which `compute_cross_entropy` is faster than logits and their gradient.
@@ -176,7 +176,8 @@ class LanguageModel(nn.Module):
         """
         reset = self.find_resets(ids)
         below, carries = self.embedding.embedding[ids], []
-        # Training needs two matmuls of this size for one-hot inputs, and three for embedded ones.
+        # One-hot inputs need two matmuls with `vocabulary_size` features, embedded ones three with
+        # `embedding_size`.
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
@@ -300,14 +301,13 @@ def make_model(
     The dtype "auto" is resolved by `choose_dtype`. For `stop_id`, see `LanguageModel`.
 
     Raises:
-      KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
+      KeyError: if the cell is in a file that was not loaded (`cells.load_cell`).
       UserError: if `recurrence` can't run this model here, or a user's own cell fails.
     """
+    cell = config.cell if config.cell in CELLS else LOADED[config.cell]
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     fields: dict[str, Any] = {name: getattr(config, name) for name in names}
-    fields["options"] = nn.FrozenDict(config.options)
-    if config.cell not in CELLS:
-        fields["cell"] = LOADED[config.cell]
+    fields |= {"cell": cell, "options": nn.FrozenDict(config.options)}
     model = LanguageModel(vocabulary_size, stop_id=stop_id, **fields)
     if config.dtype == "auto":
         cell_fields = {field.name for field in dataclasses.fields(model.cell_class)}

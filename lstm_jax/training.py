@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, budget
+from lstm_jax import batches, budget, cells
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -24,8 +25,8 @@ from lstm_jax.data import texts
 from lstm_jax.devices import mesh as mesh_lib
 from lstm_jax.devices import processes
 from lstm_jax.errors import NotFiniteError, UserError, make_command
-from lstm_jax.run import cell_file, distillation, messages, metrics, workdir
-from lstm_jax.run.checkpoints import CheckpointWriter, read_validation, restore_latest
+from lstm_jax.run import distillation, messages, metrics, workdir
+from lstm_jax.run.checkpoints import CheckpointWriter, restore_latest
 from lstm_jax.run.interrupts import Stopped, StopRequest
 from lstm_jax.run.run import GenerateOptions, Run, load
 from lstm_jax.train_step import TrainState, init_state, make_train_step
@@ -35,7 +36,7 @@ from lstm_jax.vocabulary import Vocabulary
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it, if
 # a step is dispatched while 32 computations are in flight on one of the devices.
 _STEPS_BETWEEN_WAITS = 16
-_SECONDS_TO_START = 3  # Imports take these of the minutes of a run.
+_SECONDS_TO_START = 3  # Of imports before `train`, which belong to the minutes of a run.
 _FEW_STEPS = 300  # With fewer, a model has hardly learned to spell.
 
 
@@ -66,19 +67,19 @@ def train(
       Stopped: a `KeyboardInterrupt`, after Ctrl-C or SIGTERM, with everything saved.
     """
     config, directory = config_lib.complete_config(config), workdir.expand_path(directory)
-    end = time.monotonic() + 60 * config.minutes - _SECONDS_TO_START
+    deadline = time.monotonic() + 60 * config.minutes - _SECONDS_TO_START
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))  # The caller may have enabled it.
         # An empty mesh, instead of one that the caller may have set.
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
-        cell_file.load_cell(config.model.cell)
+        cells.load_cell(config.model.cell)
         if config.open:
             config = budget.choose_tokens(config, directory)
 
         # The text, and the run or model that this one starts from.
         with processes.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
-            lock = stack.enter_context(workdir.hold_lock(directory))
+            holder = stack.enter_context(workdir.hold_lock(directory))
         config = dataclasses.replace(config, data=texts.resolve_text(config.data, splits))
         initial_params, notes = None, list[str]()
         if is_resumed := workdir.has_run(directory):
@@ -88,13 +89,13 @@ def train(
             vocabulary, initial_params, notes = load_initial(config, splits["train"])
         else:
             vocabulary = splits["train"].make_vocabulary(config.data)
-        processes.check_same(f"{lock} {is_resumed} {config.to_dict()}")
+        processes.check_same(f"{holder} {is_resumed} {config.to_dict()}")
         with processes.main_process_first("ids"):
             ids, sizes = texts.encode_splits(splits, vocabulary)
 
         # The model and its state.
         if config.open:
-            config, line = budget.choose_fields(config, vocabulary, ids, end)
+            config, line = budget.choose_fields(config, vocabulary, ids, deadline)
             notes.append(line)
         mesh = mesh_lib.make_mesh(config)
         steps_per_epoch = batches.count_steps(len(ids["train"]), config.batches)
@@ -107,18 +108,17 @@ def train(
         schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, total_steps))
         counts = None if is_resumed else texts.count_ids(ids["train"], len(vocabulary))
         state = init_state(model, optimizer, config, initial_params, counts).place(mesh)
-        step, is_validated, history = 0, False, dict[str, int]()
+        step, is_validated, file_sizes = 0, False, dict[str, int]()
         checkpoint_path = directory / workdir.CHECKPOINTS
         if is_resumed:
-            step, items = restore_latest(checkpoint_path, state.params, state.rest)
+            latest = restore_latest(checkpoint_path, state.params, state.rest)
+            step, items, is_validated, file_sizes = latest
             if step > total_steps:
                 raise UserError(
                     f"the run in {directory} has trained {step} steps already: raise "
                     "--config.num_epochs or --config.max_steps, or use another --workdir"
                 )
             state = TrainState(params=items.params, **items.state)
-            validation = read_validation(checkpoint_path, step)
-            is_validated, history = bool(validation), validation.get("history", items.history)
         # Training longer removes the test loss, and may have ended before its first step.
         is_over = step == total_steps or find_reason_to_stop(directory, config)
         is_finished = bool(is_over) and bool(read_losses(directory, "test"))
@@ -162,7 +162,7 @@ def train(
             progress = messages.Progress(total_steps, tokens_per_step, show)
             checkpoints = CheckpointWriter(checkpoint_path, config.checkpoint_every_seconds)
             if processes.is_first():  # After the last check of the input.
-                workdir.truncate_history(directory, history)
+                workdir.truncate_history(directory, file_sizes)
                 workdir.save_fields(directory, config, vocabulary)
                 writer = stack.enter_context(metrics.MetricsWriter(directory, step, watch))
 
@@ -208,7 +208,7 @@ def train(
                     reason = validate(state, step)
                 while step < total_steps and not reason:
                     batch = next(feed)
-                    # Any other transfer to the devices is an error.
+                    # The batch is on the devices already: any transfer here is a mistake.
                     with jax.transfer_guard("disallow"):
                         state = train_step(state, batch)
                     step += 1
@@ -218,7 +218,7 @@ def train(
                     if logs or validates or not step % _STEPS_BETWEEN_WAITS:
                         jax.block_until_ready(state.loss_sum)
                     elif jax.process_count() > 1:
-                        continue  # Processes are at one step, and agree, only where they wait.
+                        continue  # Processes may be at different steps, and could not agree.
                     stops = processes.max_over_processes(stop.code)
                     saves = validates or stops or checkpoints.is_due()
                     if logs or saves:
@@ -244,7 +244,7 @@ def train(
                     raise Stopped(code)
 
         # The test loss of the best checkpoint.
-        processes.wait_for_all("all is saved")
+        sync_global_devices("all is saved")
         run = load(directory)
         if not is_finished:
             record(run.step, "test", loss_lib.compute_loss(run.model, run.params, ids["test"]))
@@ -254,7 +254,7 @@ def train(
             sample = messages.make_printable(run.generate(**sampling))
             described = messages.describe_loss(loss, vocabulary, sizes["test"])
             cell = config.model.cell
-            own = ["--cell", cell] if config_lib.names_cell_file(cell) else []
+            own = ["--cell", cell] if cells.names_file(cell) else []
             command = make_command("sample", "--workdir", str(directory), *own)
             show(
                 f"\n{sample}\n\n"

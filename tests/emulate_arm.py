@@ -45,12 +45,14 @@ def emulate(program: Program) -> None:
         aliases: dict[int, int] | None = None,
         **attributes: int,
     ) -> Sequence[jax.Array]:
+        attributes["parts"] = native.count_threads()
+
         def run(*arrays: Any) -> list[np.ndarray]:
             inputs = [np.asarray(x) for x in arrays]
             outputs = [np.zeros(x.shape, x.dtype) for x in results]
             for argument, result in (aliases or {}).items():
                 outputs[result] = inputs[argument]
-            one = Call(name, {**attributes, "parts": 2}, inputs, outputs)
+            one = Call(name, attributes, inputs, outputs)
             [(message, found)] = program.run([one])
             assert not message, message
             return found

@@ -46,7 +46,7 @@ def load_final_state(directory: Path) -> list[Any]:
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     state = init_state(model, optimizer, config)
     saved = directory / workdir.CHECKPOINTS
-    _, items = checkpoints.restore_latest(saved, state.params, state.rest)
+    _, items, *_ = checkpoints.restore_latest(saved, state.params, state.rest)
     items.state["key"] = jax.random.key_data(items.state["key"])
     return [np.asarray(x) for x in jax.tree.leaves((items.params, items.state))]
 

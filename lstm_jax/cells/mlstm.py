@@ -50,6 +50,6 @@ class MLSTMCell(Cell):
         return ops.mlstm(params, inputs, carry, reset=reset, dtype=self.dtype)
 
     def initial_carry(self, batch_size: int) -> MLSTMCarry:
-        """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""
+        """Return the carry at the start of a text: zeros, and a stabilizer of `NEVER`."""
         size = count_per_head(self.hidden_size, self.heads)
         return MLSTMCarry.zeros(batch_size, self.heads, size)

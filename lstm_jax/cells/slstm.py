@@ -71,7 +71,7 @@ class SLSTMCell(Cell):
         return carry.cell / carry.normalizer
 
     def initial_carry(self, batch_size: int) -> SLSTMCarry:
-        """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""
+        """Return the carry at the start of a text: zeros, and a stabilizer of `NEVER`."""
         shape = batch_size, self.hidden_size
         return SLSTMCarry(
             jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), jnp.full(shape, NEVER)

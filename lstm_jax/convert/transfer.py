@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lstm_jax import cells
 from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.convert import torch_weights
@@ -83,7 +84,7 @@ def _load(directory: Path, *targets: Path) -> Run:
         if path.exists():
             raise UserError(f"{path} exists: remove it, or use another --to")
     model = workdir.load_config(workdir.find_model(directory)).model
-    if config_lib.names_cell_file(model.cell):
+    if cells.names_file(model.cell):
         raise UserError(f"{directory} can't be converted: its cell is in a file, {model.cell}")
     return load(directory)
 

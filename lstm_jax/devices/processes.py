@@ -88,11 +88,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Wait until every process has called this with the same name."""
-    multihost_utils.sync_global_devices(name)
-
-
 @contextlib.contextmanager
 def main_process_first(name: str) -> Iterator[None]:
     """Let process 0 run the block, which may take long, before all other processes do."""
@@ -100,12 +95,12 @@ def main_process_first(name: str) -> Iterator[None]:
         # On CPUs, processes connect when they first wait for each other, for at most 30 seconds;
         # later they wait for at most 30 minutes.
         _wait_for_devices()
-        wait_for_all(f"{name}, connected")
+        multihost_utils.sync_global_devices(f"{name}, connected")
     if not is_first():
-        wait_for_all(name)
+        multihost_utils.sync_global_devices(name)
     yield
     if is_first():
-        wait_for_all(name)
+        multihost_utils.sync_global_devices(name)
 
 
 def max_over_processes(value: int) -> int:

@@ -908,7 +908,7 @@ static XLA_FFI_Error *fail(XLA_FFI_CallFrame *frame, const char *message) {
   static int call_##name(XLA_FFI_CallFrame *, void **in, void **out);      \
   XLA_FFI_Error *lstm_##name(XLA_FFI_CallFrame *frame) {                   \
     if (is_query(frame)) return NULL;                                      \
-    if (frame->args.size == num_arguments && frame->rets.size == num_results &&\
+    if (frame->args.size == num_arguments && frame->rets.size == num_results && \
         get_attribute(frame, "parts") > 0 &&                               \
         call_##name(frame, frame->args.args, frame->rets.rets))            \
       return NULL;                                                         \

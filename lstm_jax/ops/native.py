@@ -64,15 +64,12 @@ def load_library() -> Library | None:
         path = build_library(flags)
         library = ctypes.CDLL(str(path))
     except (OSError, UserError) as error:
-        warn(f"LSTMs run without the library in C, which is faster: {error}")
+        warn(f"layers run without the library in C, which is faster: {error}")
         return None
     for name in ("matmul", "cross_entropy", "step", "forward", "backward"):
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
         jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
-    has_amx = "amx_bf16" in read_cpu_features()
-    return Library(
-        path.stem, library.lstm_count_lanes(), has_amx and bool(library.lstm_ask_for_amx())
-    )
+    return Library(path.stem, library.lstm_count_lanes(), bool(library.lstm_ask_for_amx()))
 
 
 def list_flags() -> list[str] | None:

@@ -51,8 +51,7 @@ def linear_scan(
         lengths=(lengths, Integer[Array, " batch"]),
     )
     (batch, time, features), (_, wide) = a.shape, choose_dtypes(None, a, b, first)
-    if first is None:
-        first = HiddenCarry.zeros(batch, features, wide)
+    first = HiddenCarry.zeros(batch, features, wide) if first is None else first
     if implementation not in ("auto", "scan", "parallel"):
         raise ValueError(f"implementation is {implementation!r}: choose auto, scan or parallel")
     if not time:
@@ -151,8 +150,7 @@ def mlstm(
         raise ValueError(f"{heads} heads can't share the {columns} columns of params.bias equally")
     size = columns // (4 * heads)
     low, wide = choose_dtypes(dtype, steps, params, first)
-    if first is None:
-        first = MLSTMCarry.zeros(batch, heads, size, wide)
+    first = MLSTMCarry.zeros(batch, heads, size, wide) if first is None else first
     if first.normalizer.shape[1:] != (heads, size):
         raise ValueError(f"carry.normalizer must be [batch, {heads}, {size}]")
     if not time:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
 
 from lstm_jax.data import files
 from lstm_jax.devices import mesh, processes
@@ -50,7 +51,7 @@ class CheckpointWriter:
             self._directory.mkdir(exist_ok=True)
             for path in self._directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
-        processes.wait_for_all("checkpoints")
+        sync_global_devices("checkpoints")
         self.last_step = max(list_steps(self._directory), default=-1)  # Also of earlier processes.
         self._last_time = time.monotonic()  # Of the start, or of the last save.
 
@@ -141,12 +142,15 @@ def find_damage(checkpoint: Path) -> str | None:
     return None if lines else f"{SEAL} is empty"
 
 
-def restore_latest(directory: Path, params: Params, state: Mapping[str, object]) -> tuple[int, Any]:
-    """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
+def restore_latest(
+    directory: Path, params: Params, state: Mapping[str, object]
+) -> tuple[int, Any, bool, dict[str, int]]:
+    """Restore the latest undamaged checkpoint; rename later ones, each with a warning.
 
-    Later ones, which are damaged, are renamed, each with a warning. `params` and `state` have the
-    expected shapes and dtypes, as arrays or `jax.ShapeDtypeStruct`s. Raise `UserError` if there is
-    no checkpoint, all are damaged, or one does not hold such arrays.
+    Return its step; its `params` and `state`; whether it has a validation loss; and the sizes of
+    the files that the run appends to. `params` and `state` have the expected shapes and dtypes, as
+    arrays or `jax.ShapeDtypeStruct`s. Raise `UserError` if there is no checkpoint, all are damaged,
+    or one does not hold such arrays.
     """
     step, restored, damaged = _restore_first(
         directory,
@@ -160,7 +164,8 @@ def restore_latest(directory: Path, params: Params, state: Mapping[str, object])
         shutil.rmtree(aside, ignore_errors=True)  # That of an earlier time.
         path.rename(aside)
         warn(f"{path} is damaged ({damage}): it is now {aside.name}")
-    return step, restored
+    validation = _read_validation(directory, step)
+    return step, restored, bool(validation), validation.get("history", restored.history)
 
 
 def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
@@ -180,11 +185,11 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
 
 def _rank(directory: Path, step: int) -> tuple[float, int]:
     """Rank by validation loss; without one, by step."""
-    loss = read_validation(directory, step).get("loss")
+    loss = _read_validation(directory, step).get("loss")
     return (-np.inf, step) if loss is None else (-loss, 0)
 
 
-def read_validation(directory: Path, step: int) -> dict[str, Any]:
+def _read_validation(directory: Path, step: int) -> dict[str, Any]:
     """Return the validation `loss` of a checkpoint, and the `history` after it, if it has these.
 
     Return {} if the loss is not finite or there is no valid file.

@@ -13,7 +13,7 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from lstm_jax import config
+from lstm_jax import cells, config
 from lstm_jax.errors import UserError, make_visible, one_line, show_log
 from lstm_jax.run import interrupts
 
@@ -155,16 +155,15 @@ def define_run_flags() -> Callable[[], list[Path]]:
     """
     workdir = flags.DEFINE_multi_string("workdir", None, f"{TRAINED}; several are an ensemble.")
     flags.DEFINE_alias("model", "workdir")
-    cells = flags.DEFINE_multi_string("cell", [], "FILE.py:CLASS of a cell of your own.")
+    own = flags.DEFINE_multi_string("cell", [], "FILE.py:CLASS of a cell of your own.")
 
     def read() -> list[Path]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
-        from lstm_jax.run import cell_file
         from lstm_jax.run.workdir import expand_path
 
-        for name in cells.value:
-            cell_file.load_cell(name)
+        for name in own.value:
+            cells.load_cell(name)
         return [*map(expand_path, workdir.value)]
 
     return read

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import jax
 import numpy as np
 
-from lstm_jax import generation
+from lstm_jax import cells, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config, complete_config
 from lstm_jax.ensemble import Ensemble
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import cell_file, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Vocabulary
 
 
@@ -43,8 +43,8 @@ class Scores(NamedTuple):
 class Run:
     """A trained model, or an ensemble of several, whose config is that of the first.
 
-    Texts that contain tokens that the model does not know are read with [UNK] in their place; all
-    methods but `score` and `hidden_states` warn.
+    Texts that contain tokens that the model does not know are read with [UNK] in their place;
+    `generate`, `stream` and `next` warn.
     """
 
     config: Config
@@ -52,10 +52,10 @@ class Run:
     model: Any  # A `LanguageModel` or an `Ensemble`.
     params: Any  # Of the checkpoint with the best validation loss, to read only.
     step: Any  # The training step of this checkpoint; of an ensemble, a list of its models' steps.
-    directory: Path | None = None  # None for an ensemble.
+    directory: Path | None = None  # None for an ensemble, and in training.
 
     @functools.cached_property
-    def _arrays(self) -> Any:
+    def _prepared(self) -> Any:
         return generation.prepare_params(self.model, self.params)
 
     @property
@@ -130,8 +130,8 @@ class Run:
         if ids.ndim != 2 or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
             raise UserError(f"ids must be [batch, time], from 0 to {len(self.vocabulary) - 1}")
         if state is None:
-            state = generation.initial_state(self.model, self._arrays, len(ids))
-        return generation.read_tokens(self.model, self._arrays, state, ids)
+            state = generation.initial_state(self.model, self._prepared, len(ids))
+        return generation.read_tokens(self.model, self._prepared, state, ids)
 
     def score(self, text: str, prompt: str = "") -> Scores:
         """Compute the log-probability of each token of a text, given all before it.
@@ -145,7 +145,7 @@ class Run:
         return Scores(tokens[first:], -losses[first - 1 :])
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
-        """Return the hidden states after each token, for each layer float32 [tokens, hidden].
+        """Return the outputs of each layer after each token, a list of float32 [tokens, hidden].
 
         Raise `UserError` if this is an ensemble.
         """
@@ -191,7 +191,7 @@ def load(
         trained on different texts.
     """
     for name in [cell] if isinstance(cell, str) else cell:
-        cell_file.load_cell(name)
+        cells.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
     with jax.enable_x64(False):  # Parameters are float32.
         members = [_load_one(path, dtype) for path in paths]
@@ -215,7 +215,7 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
     directory = workdir.find_model(directory)
     config, vocabulary = workdir.load_config(directory), workdir.load_vocabulary(directory)
     # The run may have used another kind of device, and the file of its cell may have moved.
-    changes = {"recurrence": "auto", "cell": cell_file.find_cell(config.model.cell, directory)}
+    changes = {"recurrence": "auto", "cell": cells.find_cell(config.model.cell, directory)}
     changes["dtype"] = dtype or config.model.dtype
     config = complete_config(config, {"model": changes})
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)

@@ -27,7 +27,7 @@ from lstm_jax.cells.block import Block
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.matmul import matmul
-from lstm_jax.run import cell_file, workdir
+from lstm_jax.run import workdir
 from pages import find_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -188,11 +188,11 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     for name in ("one", "two"):
         trained = lstm_jax.load(tmp_path / name)
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
-    cell_file.load_cell(f"{tmp_path}/one.py:Mine")
+    cells.load_cell(f"{tmp_path}/one.py:Mine")
     assert [*cells.LOADED][-1] == f"{tmp_path}/one.py:Mine"
     # A mistake in a file that has changed is one line, too.
     path.write_text(SOURCE.replace(RETURNED, "carry, inputs"))
-    cell_file.load_cell(f"{path}:Mine")
+    cells.load_cell(f"{path}:Mine")
     with pytest.raises(UserError, match=r"the cell Mine \(.*two.py\): "):
         lstm_jax.load(tmp_path / "two")
 
@@ -231,7 +231,7 @@ def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
 @pytest.mark.slow
 def test_cells_in_files_follow_the_protocol(own_file: Path) -> None:
     for name in (f"{own_file}:CoupledLSTM", f"{FOREIGN}:DeltaCell"):
-        cell_file.load_cell(name)
+        cells.load_cell(name)
         lstm_jax.check_cell(cells.LOADED[name])
     lstm_jax.check_cell(Sum(5, 8, "bfloat16"))
 
@@ -324,7 +324,7 @@ def test_auto_is_float32_for_a_cell_without_a_dtype(
     own_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"{own_file}:CoupledLSTM"
-    cell_file.load_cell(name)
+    cells.load_cell(name)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     model = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
     assert model.dtype == "float32" and model.make_cells()

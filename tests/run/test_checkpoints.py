@@ -51,8 +51,8 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(tmp_path: Path) -> No
     params, step = checkpoints.restore_best_params(directory, PARAMS)
     assert step == 2
     np.testing.assert_array_equal(params["w"], np.full(3, 2.0))
-    step, items = checkpoints.restore_latest(directory, PARAMS, STATE)
-    assert step == 6 and items.history == {"metrics.jsonl": 6}
+    step, items, is_validated, sizes = checkpoints.restore_latest(directory, PARAMS, STATE)
+    assert (step, is_validated, sizes) == (6, True, {"metrics.jsonl": 6})
     np.testing.assert_array_equal(items.params["w"], np.full(3, 6.0))
     assert int(items.state["count"]) == 6
     np.testing.assert_array_equal(
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
         assert f"{directory / '2'} is damaged" in errors and len(errors.splitlines()) == 1
         assert snapshot(directory) == before
 
-        step, items = checkpoints.restore_latest(directory, PARAMS, STATE)
+        step, items, *_ = checkpoints.restore_latest(directory, PARAMS, STATE)
         assert step == 1 and float(items.params["w"][0]) == 1
         errors = capsys.readouterr().err
         assert "it is now 2.damaged" in errors and len(errors.splitlines()) == 1

@@ -19,14 +19,14 @@ import sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices.mesh import get_local_copy, make_mesh
-from lstm_jax.run import cell_file
+from lstm_jax import cells
 
 jax.config.update("jax_num_cpu_devices", 8)
 settings, cell = config.default(), sys.argv[1]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
 settings.model.cell = cell
-cell_file.load_cell(cell)
+cells.load_cell(cell)
 settings.optimizer.learning_rate = 0.01
 settings.optimizer.microbatches = 2
 settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.
