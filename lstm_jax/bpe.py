@@ -87,6 +87,6 @@ def _import_tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise UserError(
-            "--config.data.units=bpe needs the package tokenizers: pip install 'lstm-jax[bpe]'"
+            "--config.data.units=bpe needs the package tokenizers: pip install tokenizers"
         ) from None
     return tokenizers

@@ -85,8 +85,8 @@ def choose_tokens(config: Config, directory: Path) -> Config:
     Raise `UserError` if something takes time that `choose_fields` does not know.
     """
     if workdir.has_run(directory):
-        saved = dict(flatten(workdir.load_config(directory)))
-        return complete_config(config, {name: saved[name] for name in config.open})
+        fields = dict(flatten(workdir.load_config(directory)))
+        return complete_config(config, {name: fields[name] for name in config.open})
     if config.init_from or config.distill.teachers:
         raise UserError(
             "config.minutes chooses the sizes of a new model, without teachers: leave out "
@@ -96,11 +96,11 @@ def choose_tokens(config: Config, directory: Path) -> Config:
 
 
 def choose_fields(
-    config: Config, vocabulary: Vocabulary, ids: Mapping[str, Ids], end: float
+    config: Config, vocabulary: Vocabulary, ids: Mapping[str, Ids], deadline: float
 ) -> tuple[Config, str]:
     """Choose all open fields, and return the config with a line that says what was chosen and why.
 
-    `ids` are those of train, validation and test, and `end` is a time of `time.monotonic`.
+    `ids` are those of train, validation and test, and `deadline` is a time of `time.monotonic`.
     """
     length, validation, test = map(len, ids.values())
     window = config.batches.window_length
@@ -119,14 +119,14 @@ def choose_fields(
         return tokens / length * count_weights(size) / length
 
     def set_size(size: int, tokens: float) -> Config:
-        chosen: dict[str, Any] = {"model.hidden_size": size}
-        chosen["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
+        values: dict[str, Any] = {"model.hidden_size": size}
+        values["model.embedding_size"] = min(size, _LARGEST_EMBEDDING)
         position = np.log(max(measure_repetition(size, tokens), 1))
         for kind, rates in _DROPOUT.items():
             applies = kind != "hidden" or config.model.num_layers > 1  # It is between layers.
             rate = float(np.interp(position, np.log(_REPETITION), rates)) if applies else 0.0
-            chosen[f"regularization.{kind}_dropout"] = round(rate, 2)
-        return _fill(config, chosen)
+            values[f"regularization.{kind}_dropout"] = round(rate, 2)
+        return _fill(config, values)
 
     def predict(size: int) -> float:
         """Return the tokens that a model of this size reads in the time."""
@@ -137,8 +137,8 @@ def choose_fields(
         rate = tokens_per_step / (speed.step_seconds * ratio**_GROWTH)
         left = _SHARE * last.seconds_left - speed.compile_seconds - _SECONDS_OF_EVALUATION
         tokens = left * rate
-        evaluated = validation + test + count_validations(tokens) * validation
-        return max(tokens - evaluated / _EVALUATION, 0.0)
+        evaluation_tokens = validation + test + count_validations(tokens) * validation
+        return max(tokens - evaluation_tokens / _EVALUATION, 0.0)
 
     def count_validations(tokens: float) -> int:
         most = _SHARE_OF_VALIDATIONS * tokens * _EVALUATION / validation
@@ -150,7 +150,7 @@ def choose_fields(
     size, tokens = _FIRST_SIZE if _FIRST_SIZE in sizes else sizes[0], _FIRST_TOKENS
     while (key := (size, measure_repetition(size, tokens) > _REPETITION[0])) not in speeds:
         # Dropout takes time.
-        speeds[key] = measure_speed(set_size(size, tokens), vocabulary, ids["train"], end)
+        speeds[key] = measure_speed(set_size(size, tokens), vocabulary, ids["train"], deadline)
         size = max(filter(has_enough, sizes), default=sizes[0])
         tokens = predict(size)
     steps = config.max_steps or max(int(tokens / tokens_per_step), 1)
@@ -182,7 +182,7 @@ def choose_fields(
     return config, line
 
 
-def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) -> Speed:
+def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, deadline: float) -> Speed:
     """Measure a training step, for a second or a small share of the time.
 
     All processes return the numbers of the slowest, so that they choose the same.
@@ -195,11 +195,11 @@ def measure_speed(config: Config, vocabulary: Vocabulary, ids: Ids, end: float) 
     feed = mesh_lib.feed_batches(ids, config, mesh)
     times, seconds = list[float](), max(1.0, _SHARE_OF_MEASURING * 60 * config.minutes)
     while len(times) < 4 or sum(times[2:]) < seconds:
-        began = time.monotonic()
+        start = time.monotonic()
         state = train_step(state, next(feed))
         jax.block_until_ready(state.loss_sum)
-        times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - began))) / 1e6)
-    left = -processes.max_over_processes(-int(end - time.monotonic()))
+        times.append(processes.max_over_processes(int(1e6 * (time.monotonic() - start))) / 1e6)
+    left = -processes.max_over_processes(-int(deadline - time.monotonic()))
     return Speed(statistics.median(times[2:]), times[0], left)
 
 

@@ -226,8 +226,8 @@ class Config:
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
-    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: one "
-        "after each step.", _AMOUNT, resume=True)
+    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: as "
+        "often as possible.", _AMOUNT, resume=True)
     data: DataConfig = DataConfig()
     batches: BatchesConfig = BatchesConfig()
     model: ModelConfig = ModelConfig()
@@ -345,11 +345,11 @@ def complete_config(fields: object, changes: Mapping[str, object] = MappingProxy
     return config
 
 
-def list_changes(before: Config, config: Config) -> list[tuple[str, object, object]]:
+def list_changes(old_config: Config, config: Config) -> list[tuple[str, object, object]]:
     """Return name, value before and value now of each changed field; a cell's file may move."""
     old, new = (
         dict(flatten(one)) | {"model.cell": one.model.cell.rpartition(":")[2]}
-        for one in (before, config)
+        for one in (old_config, config)
     )
     return [(field, old[field], value) for field, value in new.items() if value != old[field]]
 
@@ -384,8 +384,8 @@ def check_number(name: str, value: Any, kind: type, condition: str) -> Any:
     with contextlib.suppress(TypeError):  # Elements of a tuple may have any type.
         if _is_met(condition, {"x": value}):
             return value
-    shown = re.sub(r"\bx\b", name.rpartition(".")[2], condition)
-    raise UserError(f"{name} is {value!r:.99}: it needs {shown}")
+    rule = re.sub(r"\bx\b", name.rpartition(".")[2], condition)
+    raise UserError(f"{name} is {value!r:.99}: it needs {rule}")
 
 
 def _list_allowed(words: tuple[str, ...]) -> str:
@@ -422,8 +422,8 @@ if __name__ == "__main__":
         "# Config fields\n\nGenerated from config.py. Numbers are written as in Python: 1_000 is "
         "1000. A run may change the fields marked\n[resume] when it resumes."
     )
-    listed = [field for field in FIELDS.values() if field.is_flag]
-    for section, fields in itertools.groupby(listed, lambda field: field.name.rpartition(".")[0]):
+    flags = [field for field in FIELDS.values() if field.is_flag]
+    for section, fields in itertools.groupby(flags, lambda field: field.name.rpartition(".")[0]):
         print(f"\n## {section or 'run'}\n")
         for one in fields:
             mark = " [resume]" * one.resume

@@ -108,7 +108,7 @@ def compute_dynamic_losses(
 @jax.jit(static_argnames="model")
 def _read_segments(
     model: LanguageModel,
-    trained: Params,
+    initial_params: Params,
     sizes: Params,
     state: tuple[Params, Carry],
     segments: Chunk,
@@ -127,7 +127,7 @@ def _read_segments(
         # Else the mean over a segment that is all padding, after the last token, would be NaN.
         counted = counted | ~counted.any()
         grads, (losses, carry) = _compute_grads(model, params, carry, (inputs, targets, counted))
-        return (jax.tree.map(adapt, params, grads, trained, sizes), carry), losses
+        return (jax.tree.map(adapt, params, grads, initial_params, sizes), carry), losses
 
     return jax.lax.scan(step, state, segments)
 
@@ -139,7 +139,7 @@ def _compute_grads(
     inputs, targets, counted = segment
 
     def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
-        losses, after = model.measure(params, inputs[None], targets[None], carry)
-        return jnp.mean(losses[0], where=counted), (losses[0], after)
+        losses, new_carry = model.measure(params, inputs[None], targets[None], carry)
+        return jnp.mean(losses[0], where=counted), (losses[0], new_carry)
 
     return jax.grad(loss_fn, has_aux=True)(params)

@@ -37,15 +37,15 @@ class Ensemble:
     ) -> tuple[jax.Array, Carry]:
         """Run the members over ids [batch, time]; see `LanguageModel.__call__`."""
         parts = zip(self.members, variables["params"], carry, strict=True)
-        return _mix(member.apply({"params": part}, ids, before) for member, part, before in parts)
+        return _mix(member.apply({"params": part}, ids, old) for member, part, old in parts)
 
     def measure(
         self, params: tuple[Params, ...], inputs: jax.Array, targets: jax.Array, carry: Carry
     ) -> tuple[jax.Array, Carry]:
         """Compute the loss of each target, [batch, time]; see `LanguageModel.measure`."""
         parts = zip(self.members, params, carry, strict=True)
-        measured = [member.measure(part, inputs, targets, old) for member, part, old in parts]
-        losses, carries = zip(*measured, strict=True)
+        results = [member.measure(part, inputs, targets, old) for member, part, old in parts]
+        losses, carries = zip(*results, strict=True)
         return mix_losses(losses), carries
 
     def prepare_step(self, params: tuple[Params, ...]) -> tuple[Prepared, ...]:
@@ -58,7 +58,7 @@ class Ensemble:
     ) -> tuple[jax.Array, Carry]:
         """Run the members over one token of each text, ids [batch]."""
         parts = zip(self.members, prepared, carry, strict=True)
-        return _mix(member.apply_step(part, ids, before) for member, part, before in parts)
+        return _mix(member.apply_step(part, ids, old) for member, part, old in parts)
 
 
 def list_members(model: Any, params: Any) -> list[tuple[LanguageModel, Params]]:

@@ -85,19 +85,19 @@ def adjust_logits(logits: jax.Array, controls: Controls) -> jax.Array:
 
     def find_largest_gap() -> jax.Array:
         """Return the largest gap of the tokens that top-k and then top-p keep, [batch, 1]."""
-        ordered, size = jnp.sort(gaps, axis=-1), gaps.shape[-1]
+        ascending, size = jnp.sort(gaps, axis=-1), gaps.shape[-1]
         top_k = jnp.where(controls.top_k > 0, jnp.minimum(controls.top_k, size), size)
-        keep = ordered <= ordered[:, top_k - 1][:, None]
-        weights = jnp.where(keep, jnp.exp(-ordered), 0)
+        keep = ascending <= ascending[:, top_k - 1][:, None]
+        weights = jnp.where(keep, jnp.exp(-ascending), 0)
         sums = jnp.cumsum(weights, axis=-1)  # Of each token and those before it.
         is_nucleus = sums - weights < controls.top_p * weights.sum(axis=-1, keepdims=True)
         keep &= is_nucleus | (controls.top_p == 1)
-        return ordered.max(axis=-1, keepdims=True, where=keep, initial=0)
+        return ascending.max(axis=-1, keepdims=True, where=keep, initial=0)
 
-    filtered = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
+    has_filter = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
     unlimited = jnp.full_like(gaps[:, :1], jnp.inf)
     # Sorting takes time.
-    keep = gaps <= jax.lax.cond(filtered, find_largest_gap, lambda: unlimited)
+    keep = gaps <= jax.lax.cond(has_filter, find_largest_gap, lambda: unlimited)
     keep &= gaps <= -jnp.log(controls.min_p)
     first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)
     return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
@@ -159,15 +159,15 @@ def read_tokens(model: LanguageModel, prepared: Prepared, state: State, ids: Pro
     All lengths up to the same power of two share one compiled function.
     """
     time = ids.shape[1]
-    padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
-    return _read(model, prepared, state, padded, np.int32(time))
+    ids = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
+    return _read(model, prepared, state, ids, np.int32(time))
 
 
 @jax.jit(static_argnames="model")
 def _read(model: LanguageModel, prepared: Prepared, state: State, ids: Any, count: Any) -> State:
     """Read the first `count` of ids [batch, time]."""
-    read = functools.partial(_read_one, model, prepared)
-    return jax.lax.fori_loop(0, count, lambda t, state: read(state, ids[:, t]), state)
+    read_one = functools.partial(_read_one, model, prepared)
+    return jax.lax.fori_loop(0, count, lambda t, state: read_one(state, ids[:, t]), state)
 
 
 def _read_one(model: LanguageModel, prepared: Prepared, state: State, ids: Tokens) -> State:

@@ -75,7 +75,7 @@ class Stack:
             raise ValueError(f"initial_carry holds {len(carries)} carries: it must hold {count}")
         first, last, outputs = iter(carries), [], inputs
         for i in range(self.num_layers):
-            joined = []
+            parts = []
             for suffix, backward in directions:
                 params = self._get_params(f"l{i}{suffix}", outputs.shape[-1])
                 carry, one = ops.run(
@@ -89,8 +89,8 @@ class Stack:
                     implementation=self.implementation,
                 )
                 last.append(tuple(carry) if len(carry) > 1 else carry.hidden)
-                joined.append(one)
-            outputs = jnp.concatenate(joined, axis=-1)
+                parts.append(one)
+            outputs = jnp.concatenate(parts, axis=-1)
         return (last[0] if count == 1 else tuple(last), outputs) if return_carry else outputs
 
 
@@ -152,8 +152,8 @@ class LSTM(Stack, nn.Module):
 
     def _get_params(self, name: str, features: int) -> Any:
         def init(key: jax.Array) -> dict[str, jax.Array]:
-            drawn = self.params_type.init(key, features, self.features, self.param_dtype)
-            return dict(drawn._asdict())
+            params = self.params_type.init(key, features, self.features, self.param_dtype)
+            return dict(params._asdict())
 
         return self.params_type(**self.param(name, init))
 

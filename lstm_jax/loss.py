@@ -55,8 +55,10 @@ def compute_token_losses(
     return np.concatenate(parts)
 
 
-def read_chunks(read: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]) -> Any:
-    """Return the results of `read`, such as `compute_chunk_losses`, for the targets that count.
+def read_chunks(
+    reader: Reader, model: LanguageModel, params: Params, chunks: Iterable[Chunk]
+) -> Any:
+    """Return the results of `reader`, such as `compute_chunk_losses`, for the targets that count.
 
     They are arrays [n, ...] in the order of the text, or a tree of them. The carry is kept from
     chunk to chunk.
@@ -65,7 +67,7 @@ def read_chunks(read: Reader, model: LanguageModel, params: Params, chunks: Iter
     for chunk in chunks:
         if carry is None:
             carry = first_carry(model, params, len(chunk[0]))
-        result, carry = read(model, params, chunk, carry)
+        result, carry = reader(model, params, chunk, carry)
         results.append(jax.tree.map(np.asarray, result))
         counted.append(chunk[2])
     mask = np.concatenate(counted, axis=1)  # Stream by stream.

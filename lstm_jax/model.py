@@ -66,11 +66,11 @@ class Dense(nn.Module):
 
     input_size: int
     output_size: int
-    tied: bool
+    is_tied: bool
 
     def setup(self) -> None:
         """Declare the parameters."""
-        if not self.tied:
+        if not self.is_tied:
             shape = self.input_size, self.output_size
             self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
@@ -179,17 +179,17 @@ class LanguageModel(nn.Module):
         # One-hot inputs need two matmuls with `vocabulary_size` features, embedded ones three with
         # `embedding_size`.
         is_small = self.vocabulary_size <= 1.5 * self.embedding_size
-        for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
+        for i, (cell, state) in enumerate(zip(self.layers, carry, strict=True)):
             mask = masks[i] if masks else None
             if i == 0 and mask is None and self.uses_ops and is_small:
                 inputs = jax.nn.one_hot(ids, self.vocabulary_size, dtype=below.dtype)
                 options: Any = {"dtype": self.dtype, "implementation": self.recurrence}
                 params = self.fold_embedding()
-                after, outputs = ops.run(params, inputs, before, reset=reset, **options)
+                state, outputs = ops.run(params, inputs, state, reset=reset, **options)
             else:
                 inputs = apply_mask(below, mask)
-                after, outputs = base.run_cell(cell, before, inputs, reset, self.recurrence)
-            carries.append(after)
+                state, outputs = base.run_cell(cell, state, inputs, reset, self.recurrence)
+            carries.append(state)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
 
@@ -214,14 +214,14 @@ class LanguageModel(nn.Module):
         """
         below, carries, records = self.embedding.embedding[ids], [], []
         reset = self.find_resets(ids)
-        for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
+        for i, (cell, state) in enumerate(zip(self.layers, carry, strict=True)):
             if layers:
-                after, outputs = layers[i].step(below if i else ids, before, reset)
+                state, outputs = layers[i].step(below if i else ids, state, reset)
             else:
-                before = base.reset_carry(cell, before, reset)
-                after, outputs = cell(before, below)
-                records.append((base.get_activation(cell, after, outputs), outputs))
-            carries.append(after)
+                state = base.reset_carry(cell, state, reset)
+                state, outputs = cell(state, below)
+                records.append((base.get_activation(cell, state, outputs), outputs))
+            carries.append(state)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries), records
 

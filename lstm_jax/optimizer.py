@@ -47,13 +47,13 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`."""
     peak, warmup_steps = config.learning_rate, config.warmup_steps
     decay_steps = max(total_steps - warmup_steps, 1)
-    after: dict[Schedule, optax.Schedule] = {
+    schedules: dict[Schedule, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
     }
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.join_schedules([warmup, after[config.schedule]], [warmup_steps])
+    return optax.join_schedules([warmup, schedules[config.schedule]], [warmup_steps])
 
 
 def _is_matrix(path: Any, array: jax.Array) -> bool:

@@ -49,8 +49,8 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
-        everywhere, divided = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, DIVIDED)
-        shardings: Any = dict.fromkeys(self._fields, everywhere) | {"carry": divided}
+        everywhere, rows = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, DIVIDED)
+        shardings: Any = dict.fromkeys(self._fields, everywhere) | {"carry": rows}
         return jax.jit(lambda state: state, out_shardings=TrainState(**shardings))(self)
 
 
@@ -61,14 +61,14 @@ def init_state(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
-    trained: model_lib.Params | None = None,
+    initial_params: model_lib.Params | None = None,
     counts: Integer[np.ndarray, " vocabulary"] | None = None,
 ) -> TrainState:
     """Return the state before the first step, on the default device.
 
-    `trained` holds parameters to start from; `model` may have more tokens than they have, whose
-    parameters are then drawn. For `counts`, see `model.init_params`. Raise `UserError` for a rate
-    of dropout that can't apply to the parameters; warn of one that has no effect.
+    `initial_params` are those to start from; `model` may have more tokens, whose parameters are
+    drawn. For `counts`, see `model.init_params`. Raise `UserError` for a rate of dropout that can't
+    apply to the parameters; warn of one that has no effect.
     """
     init_key, key = jax.random.split(jax.random.key(config.seed))
     params = model_lib.init_params(model, init_key, counts)
@@ -78,12 +78,12 @@ def init_state(
             "config.regularization.hidden_dropout is between layers: with one, use "
             "--config.regularization.output_dropout"
         )
-    if trained is not None:
+    if initial_params is not None:
         params = jax.tree.map(
             # `old` is committed to a device, and `place` would refuse it.
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(np.asarray(old)),
             params,
-            trained,
+            initial_params,
         )
     # Separate arrays, because a step donates each of them.
     return TrainState(
@@ -126,11 +126,11 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        before = reset_carry(model, state.carry, batch.reset)
+        carry = reset_carry(model, state.carry, batch.reset)
         key, mask_key, parameter_key = jax.random.split(state.key, 3)
         masks = draw_masks(rates, model, mask_key, len(batch.inputs))
         data = batch.inputs, batch.targets, batch.soft_targets
-        (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
+        (grads, loss), carry = compute(state.params, parameter_key, data, carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(
             params=optax.apply_updates(state.params, updates),
@@ -158,37 +158,37 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         params: model_lib.Params, key: Array, batch: Any, carry: Any, masks: model_lib.Masks
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], model_lib.Carry]]:
         """Return the objective to minimize; and (the loss of the text, to log, and the carry)."""
-        read = drop_parameters(rates, params, key)
+        masked_params = drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
-        outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
-        dropped = model_lib.apply_mask(outputs, masks[-1])
+        outputs, carry = model.bind({"params": masked_params}).run(inputs, carry, masks)
+        features = model_lib.apply_mask(outputs, masks[-1])
         # A tied embedding is dropped where it is read, not where it predicts.
         bound = model.bind({"params": params})
-        loss = objective = bound.compute_losses(dropped, targets).mean()
+        loss = objective = bound.compute_losses(features, targets).mean()
         if soft_targets is not None:
-            soft_losses = optax.softmax_cross_entropy(bound.predict(dropped), soft_targets)
+            soft_losses = optax.softmax_cross_entropy(bound.predict(features), soft_targets)
             objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
         # Activation regularization (AR after dropout, TAR before it; Merity et al. 2017).
         if rates.activation:
-            objective += rates.activation * jnp.square(dropped).mean()
+            objective += rates.activation * jnp.square(features).mean()
         if rates.temporal_activation:
             changes = jnp.square(jnp.diff(outputs, axis=1))
             objective += rates.temporal_activation * changes.sum() / outputs.size
         return objective, (loss, carry)
 
-    def compute_grads(params: model_lib.Params, key: Array, *divided: Any) -> Any:
+    def compute_grads(params: model_lib.Params, key: Array, *batch_arrays: Any) -> Any:
         def compute_part(*part: Any) -> Any:
             grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, key, *part)
             return (grads, loss), carry
 
         if microbatches == 1:
-            return compute_part(*divided)
+            return compute_part(*batch_arrays)
 
         def add(sums: Any, part: Any) -> Any:
             more, carry = compute_part(*part)
             return jax.tree.map(jnp.add, sums, more), carry
 
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), divided)
+        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch_arrays)
         zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
         sums, carry = jax.lax.scan(add, zeros, parts)
         means = jax.tree.map(lambda x: x / microbatches, sums)
@@ -226,13 +226,13 @@ def drop_parameters(
     Ghahramani 2016). `recurrent_dropout` drops individual weights of the recurrent kernels
     (DropConnect, Wan et al. 2013), in all layers; raise `UserError` if there are none.
     """
-    dropped = dict(params)
+    new_params = dict(params)
     if rates.embedding_dropout:
         table = params["embedding"]["embedding"]
         mask = _draw_mask(jax.random.fold_in(key, 0), rates.embedding_dropout, (len(table), 1))
-        dropped["embedding"] = {"embedding": table * mask}
+        new_params["embedding"] = {"embedding": table * mask}
     if rates.recurrent_dropout:
-        arrays = flatten_dict(dropped)
+        arrays = flatten_dict(new_params)
         kernels = sorted(path for path in arrays if path[-1] == "recurrent_kernel")
         if not kernels:
             raise UserError(
@@ -243,8 +243,8 @@ def drop_parameters(
             layer_key = jax.random.fold_in(key, number)
             mask = _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[path].shape)
             arrays[path] *= mask
-        dropped = unflatten_dict(arrays)
-    return dropped
+        new_params = unflatten_dict(arrays)
+    return new_params
 
 
 def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -260,5 +260,5 @@ def _draw_large_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax
     """
     words = jax.random.bits(key, (-(-shape[0] // 2), *shape[1:]), "uint32")
     bits = jnp.concatenate([words >> 16, words & 0xFFFF])[: shape[0]]
-    kept = jnp.maximum(jnp.round((1 - rate) * 2**16), 1)
-    return (bits < kept) * (2**16 / kept)
+    limit = jnp.maximum(jnp.round((1 - rate) * 2**16), 1)
+    return (bits < limit) * (2**16 / limit)

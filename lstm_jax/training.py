@@ -195,8 +195,8 @@ def train(
                     workdir.append_sample(directory, step, config.sample.temperature, sample)
                     checkpoints.record_validation(step, loss)
                     rows, epochs = workdir.read_metrics(directory), total_steps / steps_per_epoch
-                    described = messages.describe_loss(loss, vocabulary, sizes["validation"])
-                    title = messages.describe_validation(rows, epochs, described)
+                    loss_text = messages.describe_loss(loss, vocabulary, sizes["validation"])
+                    title = messages.describe_validation(rows, epochs, loss_text)
                     show(f"\n=== {title}\n{sample}\n")
                 return find_reason_to_stop(directory, config)
 
@@ -252,14 +252,14 @@ def train(
             metrics.plot_metrics(directory)
             step, loss = read_losses(directory, "test").popitem()
             sample = messages.make_printable(run.generate(**sampling))
-            described = messages.describe_loss(loss, vocabulary, sizes["test"])
+            loss_text = messages.describe_loss(loss, vocabulary, sizes["test"])
             cell = config.model.cell
             own = ["--cell", cell] if cells.names_file(cell) else []
             command = make_command("sample", "--workdir", str(directory), *own)
             show(
                 f"\n{sample}\n\n"
                 f"Test loss at step {step}, the step with the best validation loss: "
-                f"{described}\n"
+                f"{loss_text}\n"
                 f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
                 f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
                 f"Generate text: {command}"
@@ -272,9 +272,9 @@ def change_config(config: Config, directory: Path) -> tuple[Config, list[str]]:
 
     Raise `UserError` if a field that is not in `CHANGEABLE` has.
     """
-    saved = workdir.load_config(directory)
-    config = dataclasses.replace(config, init_from=config.init_from or saved.init_from)
-    changes = config_lib.list_changes(saved, config)
+    previous = workdir.load_config(directory)
+    config = dataclasses.replace(config, init_from=config.init_from or previous.init_from)
+    changes = config_lib.list_changes(previous, config)
     if any(name not in CHANGEABLE for name, _, _ in changes):
         differences = "; ".join(
             f"{name} was {was!r} and is {now!r}"

@@ -193,8 +193,8 @@ class Vocabulary:
 
     def name_unknown(self, text: str) -> str:
         """Return the first ten tokens that are not in the vocabulary, for a message, or ""."""
-        unknown = sorted(set(self.split(text)) - set(self._ids))
-        return ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+        tokens = sorted(set(self.split(text)) - set(self._ids))
+        return ", ".join(map(repr, tokens[:10])) + (", ..." if len(tokens) > 10 else "")
 
 
 class TextSize(NamedTuple):

@@ -86,7 +86,7 @@ def find_cell(name: str, workdir: Path) -> str:
     if name in CELLS or name in LOADED:
         return name
     class_name = name.rpartition(":")[2]
-    names = [loaded for loaded in LOADED if loaded.endswith(f":{class_name}")]
+    names = [key for key in LOADED if key.endswith(f":{class_name}")]
     if not names:
         raise UserError(
             f"the model in {workdir} has the cell {name}, whose code runs only if you name it: "

@@ -121,7 +121,7 @@ def reset_carry(cell: Any, carry: Any, reset: Bool[Array, " batch"] | None) -> A
 
 
 _scan = nn.scan(
-    lambda cell, carry, read: cell(reset_carry(cell, carry, read[1]), read[0]),
+    lambda cell, carry, xs: cell(reset_carry(cell, carry, xs[1]), xs[0]),
     variable_broadcast="params",
     split_rngs={"params": False},
     in_axes=1,

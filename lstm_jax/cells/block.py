@@ -56,9 +56,9 @@ class Block(nn.Module):
         self.output_kernel = self.param("output_kernel", glorot, (_EXPANSION * size, size))
 
     def __call__(self, carry: BlockCarry, inputs: Inputs) -> tuple[BlockCarry, Outputs]:
-        x, before, u = self._convolve(carry, inputs[:, None])
+        x, tail, u = self._convolve(carry, inputs[:, None])
         cell, outputs = self.cell(carry.cell, u[:, 0])
-        return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
+        return BlockCarry(tail, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(
         self, carry: BlockCarry, inputs: Inputs, reset: Reset | None
@@ -67,9 +67,9 @@ class Block(nn.Module):
 
         Only a cell without a parallel form runs step by step.
         """
-        x, before, u = self._convolve(carry, inputs, reset)
+        x, tail, u = self._convolve(carry, inputs, reset)
         cell, outputs = run_cell(self.cell, carry.cell, u, reset=reset)
-        return BlockCarry(before, cell), self._add_mlp(x + outputs)
+        return BlockCarry(tail, cell), self._add_mlp(x + outputs)
 
     def _convolve(
         self, carry: BlockCarry, inputs: Inputs, reset: Reset | None = None
@@ -78,18 +78,18 @@ class Block(nn.Module):
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:
             x = matmul(inputs, self.input_kernel, self.dtype)
-        read = jnp.concatenate([carry.before, normalize_rms(x, self.cell_scale)], axis=1)
-        parts, after = [read[:, j : j + time] for j in range(_WIDTH)], read[:, time:]
+        signal = jnp.concatenate([carry.before, normalize_rms(x, self.cell_scale)], axis=1)
+        parts, tail = [signal[:, j : j + time] for j in range(_WIDTH)], signal[:, time:]
         if reset is not None:  # A step reads inputs of its document, and the rest is zero.
             document = jnp.cumsum(reset, axis=1)
-            of_read = jnp.pad(document, ((0, 0), (_WIDTH - 1, 0)))
+            documents = jnp.pad(document, ((0, 0), (_WIDTH - 1, 0)))
             parts = [
-                jnp.where((of_read[:, j : j + time] == document)[..., None], part, 0)
+                jnp.where((documents[:, j : j + time] == document)[..., None], part, 0)
                 for j, part in enumerate(parts)
             ]
-            after = jnp.where((of_read[:, time:] == document[:, -1:])[..., None], after, 0)
+            tail = jnp.where((documents[:, time:] == document[:, -1:])[..., None], tail, 0)
         taps = [part * self.convolution[j, None, None] for j, part in enumerate(parts)]
-        return x, after, sum(taps, self.convolution_bias[None, None])
+        return x, tail, sum(taps, self.convolution_bias[None, None])
 
     def _add_mlp(self, y: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """Return y with the gated MLP added, of one or all steps."""
@@ -99,8 +99,8 @@ class Block(nn.Module):
 
     def initial_carry(self, batch_size: int) -> BlockCarry:
         """Return the carry at the start of a text: zeros, and the first carry of the cell."""
-        before = jnp.zeros((batch_size, _WIDTH - 1, self.hidden_size))
-        return BlockCarry(before, self.cell.initial_carry(batch_size))
+        zeros = jnp.zeros((batch_size, _WIDTH - 1, self.hidden_size))
+        return BlockCarry(zeros, self.cell.initial_carry(batch_size))
 
 
 def normalize_rms(

@@ -55,8 +55,8 @@ def _check_shapes(cell: Any, variables: Any, carry: Any, inputs: np.ndarray) -> 
         raise ValueError("the first axis of every array of initial_carry must be the batch")
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        after, outputs = cell(carry, inputs)
-        return outputs, base.get_activation(cell, after, outputs)
+        carry, outputs = cell(carry, inputs)
+        return outputs, base.get_activation(cell, carry, outputs)
 
     results = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs)
     for name, x in zip(("outputs", "activation"), results, strict=True):

@@ -101,8 +101,8 @@ def make_folder(
     with name_failure(f"can't write to {directory}"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as unfinished:
-            made = Path(unfinished, directory.name)
-            made.mkdir()
-            workdir.save_fields(made, config, vocabulary)
-            workdir.write_params(made / workdir.MODEL, params, step, dtype)
-            made.rename(directory)
+            folder = Path(unfinished, directory.name)
+            folder.mkdir()
+            workdir.save_fields(folder, config, vocabulary)
+            workdir.write_params(folder / workdir.MODEL, params, step, dtype)
+            folder.rename(directory)

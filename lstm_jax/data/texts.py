@@ -86,7 +86,7 @@ class Text(NamedTuple):
         for source, place, content in _read_bytes(self.sources, self.begin, self.end):
             try:
                 # No source ends within a character, unless any byte is allowed.
-                added = decoder.decode(content, errors == "strict" and place == source.stop)
+                piece = decoder.decode(content, errors == "strict" and place == source.stop)
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{source.name} is not UTF-8 at byte {place - len(error.object) + error.start}:"
@@ -94,8 +94,8 @@ class Text(NamedTuple):
                     "where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another), or train on "
                     "its bytes with --config.data.units=bytes"
                 ) from None
-            rest += added
-            if cut := pattern.search(rest, max(len(rest) - len(added) - 2, 0)):
+            rest += piece
+            if cut := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
                 yield rest[: cut.start()]
                 rest = rest[cut.start() :]
         if rest := rest + decoder.decode(b"", True):

@@ -62,8 +62,8 @@ def _wait_for_devices() -> None:
     `sync_global_devices` waits for the first device of each process only. If another one is behind,
     it may wait for a process that has left, and then Python can't end.
     """
-    divided = NamedSharding(Mesh(jax.devices(), "all"), PartitionSpec("all"))
-    ones = jax.make_array_from_process_local_data(divided, np.ones(jax.local_device_count()))
+    sharding = NamedSharding(Mesh(jax.devices(), "all"), PartitionSpec("all"))
+    ones = jax.make_array_from_process_local_data(sharding, np.ones(jax.local_device_count()))
     jax.block_until_ready(jax.jit(jax.numpy.sum)(ones))
 
 

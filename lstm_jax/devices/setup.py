@@ -47,9 +47,9 @@ def use_cores(config: Config) -> None:
 
     Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    given = jax.config.values["jax_num_cpu_devices"]  # The caller may have set it.
+    num_devices = jax.config.values["jax_num_cpu_devices"]  # The caller may have set it.
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
-        jax.config.update("jax_num_cpu_devices", max(count_cores(), config.mesh.data, given))
+        jax.config.update("jax_num_cpu_devices", max(count_cores(), config.mesh.data, num_devices))
     if config.model.hidden_size > LARGEST_HIDDEN_IN_C:
         # Steps on one device then run in the main thread, for which `keep_freed_memory` keeps
         # arrays of any size; smaller models gain more from steps that run while Python prepares the

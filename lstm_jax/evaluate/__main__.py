@@ -42,9 +42,9 @@ def main() -> None:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
     if _TEXT.value and _SPLIT.present:
         raise UserError("--text and --split can't be combined: use only one of them")
-    given = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT, _EPSILON) if flag.present]
-    if given and not _DYNAMIC.value:
-        raise UserError(f"{given[0]} is a setting of dynamic evaluation: add --dynamic")
+    names = [f"--{flag.name}" for flag in (_RATE, _DECAY, _SEGMENT, _EPSILON) if flag.present]
+    if names and not _DYNAMIC.value:
+        raise UserError(f"{names[0]} is a setting of dynamic evaluation: add --dynamic")
     # Here, because they import JAX.
     from lstm_jax import dynamic
     from lstm_jax import loss as loss_lib
@@ -53,10 +53,10 @@ def main() -> None:
     from lstm_jax.run.run import load
     from lstm_jax.vocabulary import UNKNOWN_ID
 
-    trained = load(directories, _DTYPE.value)
-    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    run = load(directories, _DTYPE.value)
+    model, params, vocabulary = run.model, run.params, run.vocabulary
     if not _TEXT.value or _DYNAMIC.value:
-        splits = texts.load_texts_of_run(trained.config.data, _TEXT_OF_RUN.value)
+        splits = texts.load_texts_of_run(run.config.data, _TEXT_OF_RUN.value)
     if _TEXT.value:  # It is read as a run with this vocabulary reads its own text.
         text = texts.read_argument(_TEXT.value, "--text", vocabulary.kind, vocabulary.stop)
         ids = text.encode(vocabulary)
@@ -91,7 +91,7 @@ def main() -> None:
         "bits_per_character": loss_lib.compute_bits_per_character(loss, size),
         "perplexity": None if perplexity == math.inf else perplexity,  # JSON has no infinity.
         "tokens": len(ids) - 1,
-        "step": trained.step,
+        "step": run.step,
     }
     print(json.dumps(result))
 

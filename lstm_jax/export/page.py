@@ -70,47 +70,47 @@ def write_page(directory: Path, text: str, target: Path | None = None) -> None:
     if target is None:  # Nothing is written into the package.
         is_here = workdir.find_model(directory) == directory
         target = Path(directory if is_here else ".") / "page.html"
-    trained = load(directory)
-    note(f"The model of {directory}, step {trained.step}, reads {len(text):,} characters")
-    page = make_page(trained, directory.resolve().name, text)
+    run = load(directory)
+    note(f"The model of {directory}, step {run.step}, reads {len(text):,} characters")
+    page = make_page(run, directory.resolve().name, text)
     with name_failure(f"can't write {target} (--to)"):
         files.write_file(target, page)
     note(f"Wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
-def make_page(trained: Run, name: str, text: str) -> bytes:
+def make_page(run: Run, name: str, text: str) -> bytes:
     """Return the page of a model called `name` that has read a text.
 
     Raise `UserError` if the text is shorter than two tokens, or predictions are not finite.
     """
-    model, vocabulary = trained.model, trained.vocabulary
+    model, vocabulary = run.model, run.vocabulary
     ids = vocabulary.encode(text)
     if len(ids) < 2:
         raise UserError("the text is too short: --text must name a file of two tokens or more")
-    reading = record_activations(model, trained.params, ids)
+    reading = record_activations(model, run.params, ids)
     if not np.isfinite(reading.bits).all():
         raise UserError(
-            f"the predictions of the model of step {trained.step} are not finite: its training "
+            f"the predictions of the model of step {run.step} are not finite: its training "
             "diverged; train again with a lower --config.optimizer.learning_rate"
         )
-    computed = features.compute_features(text, vocabulary)
-    matrix = np.stack([*computed.values()])
+    series = features.compute_features(text, vocabulary)
+    matrix = np.stack([*series.values()])
     followers, correlations = features.find_followers(reading.activations.T, matrix, _FOLLOWERS)
     runs_in_page = model.cell in CELLS and model.block == "none"
     data = {
         "name": name,
         "cell": model.cell_name if model.block == "none" else f"{model.cell_name} in blocks",
         "sizes": model.sizes[1:],
-        "parameters": sum(array.size for array in jax.tree.leaves(trained.params)),
+        "parameters": sum(array.size for array in jax.tree.leaves(run.params)),
         "tokens": vocabulary.tokens,
         "kind": vocabulary.kind,
         "tokenName": vocabulary.token_name,
         "stop": vocabulary.stop,
         "lineBreak": "\r\n" if "\r\n" in text else "\n",
-        "features": list(computed),
+        "features": list(series),
         "followers": followers,
         "correlations": pack(correlations, "f4"),
-        "model": pack_model(trained) if runs_in_page else None,
+        "model": pack_model(run) if runs_in_page else None,
         "text": text[:_EXCERPT],
         "record": None if runs_in_page else _pack_record(vocabulary, text, ids, reading),
     }
@@ -156,9 +156,9 @@ def _read(
     return (quantized, guesses, probabilities, bits), carry
 
 
-def pack_model(trained: Run) -> dict[str, Any]:
+def pack_model(run: Run) -> dict[str, Any]:
     """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
-    model, params = trained.model, trained.params
+    model, params = run.model, run.params
     layers = [params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
     return {
         "skipConnections": model.skip_connections,

@@ -181,8 +181,8 @@ def run(
 def get_gating(params: Any) -> Gating:
     """Return the recurrence with such parameters; raise ValueError if there is none."""
     if type(params) not in GATINGS:
-        listed = ", ".join(kind.__name__ for kind in GATINGS)
-        raise ValueError(f"params is a {type(params).__name__}: it must be one of {listed}")
+        names = ", ".join(kind.__name__ for kind in GATINGS)
+        raise ValueError(f"params is a {type(params).__name__}: it must be one of {names}")
     return GATINGS[type(params)]
 
 
@@ -294,9 +294,9 @@ class PreparedLayer:
         else:
             factors, terms = jnp.concatenate([x, state.hidden], axis=1), self.terms
         run = _run_in_c if self.runs_in_c else _run_in_xla
-        after = run(self, factors, terms, state)
-        after = jax.tree.map(lambda x, y: x.astype(y.dtype), after, first)
-        return after, after.hidden
+        next_carry = run(self, factors, terms, state)
+        next_carry = jax.tree.map(lambda x, y: x.astype(y.dtype), next_carry, first)
+        return next_carry, next_carry.hidden
 
 
 def prepare(
@@ -344,8 +344,8 @@ def _run_in_xla(layer: PreparedLayer, factors: Array, terms: Array, carry: Any) 
     sums = multiply_columns(layer.kernel, round_factor(factors.T, layer.dtype)) + terms.T
     weights = None if peepholes is None else peepholes[:, :, None]
     state = jax.tree.map(jnp.transpose, carry)
-    after, _ = gating.activate(tuple(jnp.split(sums, gating.num_sums)), state, weights)
-    return jax.tree.map(jnp.transpose, after)
+    next_carry, _ = gating.activate(tuple(jnp.split(sums, gating.num_sums)), state, weights)
+    return jax.tree.map(jnp.transpose, next_carry)
 
 
 @jax.custom_jvp

@@ -208,10 +208,10 @@ def _activate_lstm(
 
 
 def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCarry]:
-    by_i, by_f, by_g, by_o, by_cell, kept = factors
+    by_i, by_f, by_g, by_o, by_cell, by_old_cell = factors
     d_cell, d_hidden = d_after.cell + d_after.hidden * by_cell, d_after.hidden
     d_sums = d_cell * by_i, d_cell * by_f, d_cell * by_g, d_hidden * by_o
-    return d_sums, LSTMCarry(d_cell * kept, _NOTHING)
+    return d_sums, LSTMCarry(d_cell * by_old_cell, _NOTHING)
 
 
 def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[HiddenCarry, Arrays]:
@@ -225,8 +225,8 @@ def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[HiddenCarr
 
 
 def _pull_back_gru(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
-    *d_sums, kept = (d_after.hidden * factor for factor in factors)
-    return tuple(d_sums), HiddenCarry(kept)
+    *d_sums, d_hidden = (d_after.hidden * factor for factor in factors)
+    return tuple(d_sums), HiddenCarry(d_hidden)
 
 
 def _activate_rnn(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[HiddenCarry, Arrays]:
@@ -271,9 +271,9 @@ class Layer(NamedTuple):
         """Return the cotangent of the peephole weights, if there are any, from all cell states."""
         if self.params.peepholes is None or not len(self.params.peepholes):
             return self.params.peepholes
-        before = clear(jnp.concatenate([self.carry.cell[None], cells[:-1]]), self.marks.reset)
+        old_cells = clear(jnp.concatenate([self.carry.cell[None], cells[:-1]]), self.marks.reset)
         d_i, d_f, _, d_o = jnp.split(d_sums.astype(cells.dtype), 4, axis=2)
-        terms = d_i * before, d_f * before, d_o * cells
+        terms = d_i * old_cells, d_f * old_cells, d_o * cells
         return jnp.stack([term.sum(axis=(0, 1)) for term in terms])
 
 

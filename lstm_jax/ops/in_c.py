@@ -26,7 +26,7 @@ _NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2}  # Of 32 bits.
 _LARGEST = 3e38  # Finite in bfloat16: infinity times a zero of a kernel would be NaN.
 
 # Gates, cell states, what the kernel multiplies, rounded, and outputs, [time, batch, n] each.
-Saved = tuple[Array, Array, Array, Array]
+Residuals = tuple[Array, Array, Array, Array]
 
 
 def count_lanes() -> int:
@@ -36,7 +36,7 @@ def count_lanes() -> int:
     return library.lanes
 
 
-def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Saved]:
+def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Residuals]:
     """Return the last carry and the outputs, and what the derivatives need.
 
     The derivatives need `rows` [time, batch, depth], by which the loop multiplies, in `dtype`: the
@@ -46,10 +46,10 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
     """
     gating, dtype, _, params, inputs, carry, marks = layer
     (time, batch, features), input_kernel = inputs.shape, params.input_kernel
-    added = jnp.zeros((time, batch, 0))
+    terms = jnp.zeros((time, batch, 0))
     if dtype == "float32":
-        added = matmul(inputs.reshape(time * batch, features), input_kernel)
-        added = added.reshape(time, batch, input_kernel.shape[1])
+        terms = matmul(inputs.reshape(time * batch, features), input_kernel)
+        terms = terms.reshape(time, batch, input_kernel.shape[1])
         inputs, input_kernel = inputs[..., :0], input_kernel[:0]
     inputs = jnp.clip(inputs, -_LARGEST, _LARGEST)
     recurrent_kernel = gating.spread(params.recurrent_kernel, gating.of_hidden)
@@ -58,24 +58,26 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
     width = 0 if gating.num_sums == 1 else len(params.bias)
     gates, cells, outputs, rows = _call(
         "forward",
-        (inputs, packed, *carry, params.peepholes, _join_marks(marks, batch), added),
+        (inputs, packed, *carry, params.peepholes, _join_marks(marks, batch), terms),
         _floats(time, batch, width),
         *(_floats(time, *x.shape) for x in carry),
         _floats(time, batch, packed.shape[1] * _NUMBERS_IN_WORD[dtype], dtype=dtype),
-        aliases={6: 0} if added.shape[2] == width else None,
+        aliases={6: 0} if terms.shape[2] == width else None,
         kind=_KINDS.index(gating.name),
         features=inputs.shape[2],
     )
     return (LSTMCarry(cells[-1], outputs[-1]), outputs), (gates, cells, rows, outputs)
 
 
-def backward(layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs) -> tuple[Sums, Any]:
+def backward(
+    layer: Layer, residuals: Residuals, d_last: Any, d_outputs: Outputs
+) -> tuple[Sums, Any]:
     """Return the cotangents of the sums, [time, batch, num_sums * hidden], and of the first carry.
 
     `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
     gating, dtype, _, params, _, carry, marks = layer
-    gates, cells, _, outputs = saved
+    gates, cells, _, outputs = residuals
     (time, batch, hidden), width = outputs.shape, len(params.bias)
     # The transposed kernel in tiles: [tiles, words, columns of a tile, in a word].
     numbers, tile = _NUMBERS_IN_WORD[dtype], _VECTORS * count_lanes()
@@ -98,14 +100,14 @@ def backward(layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs) -> tup
 
 
 def differentiate_params(
-    layer: Layer, saved: Saved, d_sums: Sums
+    layer: Layer, residuals: Residuals, d_sums: Sums
 ) -> tuple[GatedParams, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and of the inputs, from those of the sums."""
     gating, dtype, _, params, inputs, *_ = layer
-    _, cells, rows, outputs = saved
+    _, cells, rows, outputs = residuals
     (time, batch, hidden), features = outputs.shape, inputs.shape[2]
-    flat, read, x = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows, inputs))
-    d_kernel = matmul(read, flat, transpose_a=True)
+    flat, factors, x = (x.reshape(time * batch, x.shape[2]) for x in (d_sums, rows, inputs))
+    d_kernel = matmul(factors, flat, transpose_a=True)
     by_inputs = gating.take(flat, gating.of_inputs)
     if dtype == "float32":
         d_input_kernel, bias = matmul(x, by_inputs, transpose_a=True), hidden
@@ -137,8 +139,8 @@ def run(layer: Layer) -> tuple[Any, Outputs]:
     kernel, rows = (pad_units(x, hidden, 1e-20) for x in (params.input_kernel, rows))
     *carry, peepholes = _pad_state(layer.carry, params.peepholes)
     params = GatedParams(kernel, rows, pad_units(params.bias, hidden), peepholes)
-    padded = layer._replace(axis=1, params=params, carry=LSTMCarry(*carry))
-    last, outputs = vjp.run(_IMPLEMENTATION, padded)
+    wide_layer = layer._replace(axis=1, params=params, carry=LSTMCarry(*carry))
+    last, outputs = vjp.run(_IMPLEMENTATION, wide_layer)
     return _make_carry(layer.gating, last, hidden), outputs[..., :hidden]
 
 
@@ -189,20 +191,20 @@ def pack_gates(gating: Gating, kernel: Array) -> Array:
 
 
 def run_step(
-    gating: Gating, packed: Array, rows: Array, added: Array, carry: Any, peepholes: Array | None
+    gating: Gating, packed: Array, rows: Array, terms: Array, carry: Any, peepholes: Array | None
 ) -> Any:
     """Run one step of a layer and return the next carry.
 
     The kernel is from `pack_gates`, for any hidden size, and multiplies the rows [batch, depth].
-    `added` [batch or 1, num_sums * hidden] is added to the sums.
+    `terms` [batch or 1, num_sums * hidden] are added to the sums.
     """
     size, rows = carry.hidden.shape[1], jnp.clip(rows, -_LARGEST, _LARGEST).astype(packed.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % packed.shape[-1])))
     *state, peepholes = _pad_state(carry, peepholes)
-    arguments = rows, packed, pad_units(added, size), *state, peepholes
+    arguments = rows, packed, pad_units(terms, size), *state, peepholes
     results = [_floats(*x.shape) for x in state]
-    after = _call("step", arguments, *results, kind=_KINDS.index(gating.name))
-    return _make_carry(gating, after, size)
+    next_state = _call("step", arguments, *results, kind=_KINDS.index(gating.name))
+    return _make_carry(gating, next_state, size)
 
 
 def matmul(a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> Array:
@@ -276,6 +278,6 @@ def _call(
     options: Any = {"vmap_method": "sequential", "input_output_aliases": aliases}
     attributes["parts"] = native.count_threads()
     call = jax.ffi.ffi_call(target, results, **options)
-    found = call(*arguments, **{key: np.int64(value) for key, value in attributes.items()})
-    aligned: Sequence[Array] = align([*arguments, *found])[len(arguments) :]
+    outputs = call(*arguments, **{key: np.int64(value) for key, value in attributes.items()})
+    aligned: Sequence[Array] = align([*arguments, *outputs])[len(arguments) :]
     return aligned

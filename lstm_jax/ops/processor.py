@@ -32,9 +32,9 @@ def read_cpu_features() -> frozenset[str]:
     features = set[str]()
     with contextlib.suppress(OSError):
         if sys.platform == "darwin":
-            listed = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True)
+            sysctl = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True)
             features = {"asimd"} if platform.machine() == "arm64" else set()
-            features |= {"bf16"} if "FEAT_BF16: 1" in listed.stdout else set()
+            features |= {"bf16"} if "FEAT_BF16: 1" in sysctl.stdout else set()
         else:
             features = set(Path("/proc/cpuinfo").read_text().split())
     if os.environ.get("LSTM_JAX_CPU") == "avx2":

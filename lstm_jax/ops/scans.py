@@ -60,20 +60,20 @@ def linear_scan(
     is_scan = (choice if implementation == "auto" else implementation) == "scan"
 
     def run(_: tuple[()], inputs: Any, first: Any, marks: Marks) -> tuple[HiddenCarry, Array]:
-        (a, b), (before,), marks = align((inputs, first, marks))
+        (a, b), (first_hidden,), marks = align((inputs, first, marks))
         if marks.reset is not None:
             a = jnp.where(marks.reset[..., None], 0, a)
         if marks.frozen is not None:
             a = jnp.where(marks.frozen[..., None], 1, a)
-        outputs = (_scan if is_scan else _compose)(a, b, before, marks.reset)
+        outputs = (_scan if is_scan else _compose)(a, b, first_hidden, marks.reset)
         return HiddenCarry(outputs[:, -1]), outputs
 
     return run_in_order(run, wide, reverse, (), (a, b), first, reset, lengths)
 
 
 def _scan(a: Array, b: Array, first: Array, reset: Array | None) -> Array:
-    def step(hidden: Array, read: tuple[Any, ...]) -> tuple[Array, Array]:
-        a, b, mark = read
+    def step(hidden: Array, xs: tuple[Any, ...]) -> tuple[Array, Array]:
+        a, b, mark = xs
         hidden = a * clear(hidden, mark) + b
         return hidden, hidden
 
@@ -227,14 +227,14 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, A
     log_d = jnp.where(past, since[..., :, None] + (i - since)[..., None, :], NEVER)
     stabilizer = jnp.maximum(log_kept, log_d.max(axis=-1))
     weights = jnp.exp(log_d - stabilizer[..., None]) * (q @ k.swapaxes(-1, -2))
-    kept = jnp.exp(log_kept - stabilizer)
-    size = weights.sum(-1) + kept * (q @ carry.normalizer[..., None])[..., 0]
-    values = _divide(weights @ v + kept[..., None] * (q @ carry.memory), size, stabilizer)
+    carry_weights = jnp.exp(log_kept - stabilizer)
+    size = weights.sum(-1) + carry_weights * (q @ carry.normalizer[..., None])[..., 0]
+    values = _divide(weights @ v + carry_weights[..., None] * (q @ carry.memory), size, stabilizer)
 
-    last, after = stabilizer[..., -1], kept[..., -1]
-    written = jnp.exp(log_written - last[..., None])[..., None] * k
-    memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
-    normalizer = after[..., None] * carry.normalizer + written.sum(-2)
+    last, decay = stabilizer[..., -1], carry_weights[..., -1]
+    writes = jnp.exp(log_written - last[..., None])[..., None] * k
+    memory = decay[..., None, None] * carry.memory + writes.swapaxes(-1, -2) @ v
+    normalizer = decay[..., None] * carry.normalizer + writes.sum(-2)
     if reset is not None:
         values = jnp.where((reads_bad | ends_bad)[..., None], jnp.nan, values)
         normalizer = jnp.where(ends_bad[..., -1:], jnp.nan, normalizer)

@@ -26,11 +26,11 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
     Raises:
       ValueError: if a shape, a dtype or the type of a NamedTuple does not fit.
     """
-    checked: list[Any] = []
+    results: list[Any] = []
     with jaxtyped("context"):
         for name, (value, kind) in arguments.items():
             if value is None:
-                checked.append(None)
+                results.append(None)
                 continue
             fields = getattr(kind, "_fields", ())
             if fields and not isinstance(value, kind):
@@ -49,8 +49,8 @@ def check(**arguments: tuple[Any, Any]) -> list[Any]:
                         f"{name}{field and '.'}{field} is {array.dtype} {list(array.shape)}: it "
                         f"must be {dtype.lower()} [{shape}], with the sizes of the other arrays"
                     )
-            checked.append(kind(**parts) if fields else parts[""])
-    return checked
+            results.append(kind(**parts) if fields else parts[""])
+    return results
 
 
 def choose_dtypes(dtype: DTypeLike | None, inputs: Array, *others: Any) -> tuple[str, Any]:

@@ -50,21 +50,21 @@ def _run_forward(
         return implementation.forward(layer, differentiable=differentiable)
 
     merged = _merge(forward, (None, 1, 0, 1), ((0, 1), 2 - axis))
-    results, saved = merged(*arrays)
-    return results, (arrays, saved)
+    results, residuals = merged(*arrays)
+    return results, (arrays, residuals)
 
 
 def _run_backward(static: tuple[Any, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     implementation, gating, dtype, axis = static
-    (arrays, saved), cotangents = _forbid(gating.name, (residuals, cotangents))
+    (arrays, residuals), cotangents = _forbid(gating.name, (residuals, cotangents))
 
     def backward(*arrays: Any) -> Any:
         return implementation.backward(Layer(gating, dtype, axis, *arrays[:4]), *arrays[4:])
 
     merged = _merge(backward, (None, 1, 0, 1, 2 - axis, 0, 1), (1, 0))
-    d_sums, d_carry = merged(*arrays, saved, *cotangents)
+    d_sums, d_carry = merged(*arrays, residuals, *cotangents)
     layer = Layer(gating, dtype, axis, *arrays)
-    grads = *implementation.differentiate_params(layer, saved, d_sums), d_carry
+    grads = *implementation.differentiate_params(layer, residuals, d_sums), d_carry
     return *jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, arrays[:3]), None
 
 
@@ -109,8 +109,8 @@ def _merge(
             results = jax.vmap(function, axes)(*arguments)
         else:
             others = zip(in_axes[1:], arguments[1:], in_batched[1:], strict=True)
-            joined = [jax.tree.map(functools.partial(join, axis), *x) for axis, *x in others]
-            results = merged(arguments[0], *joined)
+            batches = [jax.tree.map(functools.partial(join, axis), *x) for axis, *x in others]
+            results = merged(arguments[0], *batches)
             results = jax.tree.map(divide, jax.tree.broadcast(out_axes, results), results)
         return results, jax.tree.map(lambda _: True, results)
 

@@ -26,9 +26,9 @@ def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: s
     """
     *kernels, bias, recurrent_bias = _name_arrays(layer, prefix)
     if missing := [name for name in kernels if name not in state_dict]:
-        found = [key for key in state_dict if "weight_ih_" in key] or state_dict
+        keys = [key for key in state_dict if "weight_ih_" in key] or state_dict
         raise ValueError(
-            f"the state_dict has no {missing[0]}, but {', '.join(found) or 'nothing'}: pass as "
+            f"the state_dict has no {missing[0]}, but {', '.join(keys) or 'nothing'}: pass as "
             "prefix= what is before weight_ih, and as layer= what is after it, such as 'l0'"
         )
     input_kernel, recurrent_kernel = (np.asarray(state_dict[name]).T for name in kernels)

@@ -25,7 +25,7 @@ from lstm_jax.ops import vjp
 from lstm_jax.ops.gates import Arrays, GatedParams, Layer, Marks, Outputs, Sums, align, clear
 from lstm_jax.ops.processor import is_faster_in_bfloat16
 
-Saved = Array | list[Array]  # By `forward`, of all steps or of one.
+Residuals = Array | list[Array]  # By `forward`, of all steps or of one.
 _DEPTH = 256  # XLA pads the depth of some matmuls on GPUs to a multiple of it.
 
 
@@ -37,19 +37,19 @@ def scan(layer: Layer) -> tuple[Any, Outputs]:
     by_inputs = matmul(inputs, params.input_kernel, dtype, bias)
     peepholes = jax.tree.map(lambda x: x[:, None], params.peepholes)  # There may be none.
 
-    def step(carry: Any, read: tuple[Array, Marks]) -> tuple[Any, Array]:
-        by_inputs, mark = read
-        before = clear(carry, mark.reset)
-        by_hidden = matmul(before.hidden, params.recurrent_kernel, dtype)
+    def step(carry: Any, xs: tuple[Array, Marks]) -> tuple[Any, Array]:
+        by_inputs, mark = xs
+        state = clear(carry, mark.reset)
+        by_hidden = matmul(state.hidden, params.recurrent_kernel, dtype)
         sums = gating.add_sums(params.bias, by_inputs, by_hidden, 1)
-        after, _ = gating.activate(sums, before, peepholes)
-        after = _keep(carry, after, mark.frozen)
-        return after, after.hidden
+        state, _ = gating.activate(sums, state, peepholes)
+        state = _keep(carry, state, mark.frozen)
+        return state, state.hidden
 
     return lax.scan(step, carry, (by_inputs, marks))
 
 
-def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Saved]:
+def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outputs], Residuals]:
     """Return the last carry and the outputs, and what each step saves for the backward pass.
 
     That is the derivatives if `differentiable`, the cell state if gates see it, and the hidden
@@ -57,10 +57,10 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
     """
     gating, dtype, axis, params, inputs, carry, marks = layer
     rounded = [_round(layer, x) for x in (*params[:2], inputs)]
-    input_kernel, kernel, added = _swap_layout(layer, rounded)
+    input_kernel, kernel, terms = _swap_layout(layer, rounded)
     bias = gating.take(params.bias, gating.of_inputs)
     if axis:
-        added = matmul_rounded(added, input_kernel) + bias[None, None]
+        terms = matmul_rounded(terms, input_kernel) + bias[None, None]
     else:  # The loop multiplies, which is faster on CPUs. XLA would transpose in each step.
         kernel, input_kernel = lax.optimization_barrier((kernel, input_kernel))
     peepholes = jax.tree.map(lambda x: jnp.expand_dims(x, 2 - axis), params.peepholes)
@@ -69,53 +69,55 @@ def forward(layer: Layer, differentiable: bool = True) -> tuple[tuple[Any, Outpu
         """Return the factor of the next matmul, if it is not the hidden state itself."""
         return None if dtype == "float32" else _round(layer, state.hidden)
 
-    def step(before: tuple[Any, Array | None], read: tuple[Array, Marks]) -> tuple[Any, Saved]:
-        (state, rounded), (added, mark) = before, read
+    def step(carry: tuple[Any, Array | None], xs: tuple[Array, Marks]) -> tuple[Any, Residuals]:
+        (state, rounded), (terms, mark) = carry, xs
         if not axis:
-            added = multiply_columns(input_kernel, added) + bias[:, None]
+            terms = multiply_columns(input_kernel, terms) + bias[:, None]
         factor = state.hidden if rounded is None else rounded
         product = matmul_rounded(factor, kernel) if axis else multiply_columns(kernel, factor)
-        sums = gating.add_sums(params.bias, added, clear(product, mark.reset, axis), axis)
-        after, factors = gating.activate(sums, clear(state, mark.reset, axis), peepholes)
-        after = _keep(state, after, mark.frozen, axis)
-        cell = [] if peepholes is None else [after.cell]
-        saved = [*(factors if differentiable else ()), *cell, after.hidden]
+        sums = gating.add_sums(params.bias, terms, clear(product, mark.reset, axis), axis)
+        new, factors = gating.activate(sums, clear(state, mark.reset, axis), peepholes)
+        new = _keep(state, new, mark.frozen, axis)
+        cell = [] if peepholes is None else [new.cell]
+        residuals = [*(factors if differentiable else ()), *cell, new.hidden]
         # XLA's CPU backend would compute all of them twice to concatenate them.
-        return (after, round_hidden(after)), jnp.concatenate(saved, axis) if axis else saved
+        return (new, round_hidden(new)), jnp.concatenate(residuals, axis) if axis else residuals
 
     first = _swap_layout(layer, carry)
-    (last, _), saved = lax.scan(step, (first, round_hidden(first)), (added, marks))
-    last, outputs = _swap_layout(layer, (last, _split(layer, saved)[1][-1]))
-    return (last._replace(hidden=outputs[-1]), outputs), saved
+    (last, _), residuals = lax.scan(step, (first, round_hidden(first)), (terms, marks))
+    last, outputs = _swap_layout(layer, (last, _split(layer, residuals)[1][-1]))
+    return (last._replace(hidden=outputs[-1]), outputs), residuals
 
 
-def backward(layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs) -> tuple[Sums, Any]:
+def backward(
+    layer: Layer, residuals: Residuals, d_last: Any, d_outputs: Outputs
+) -> tuple[Sums, Any]:
     """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
 
     `d_last` and `d_outputs` are those of the last carry and of the outputs.
     """
     if layer.axis:
-        return _run_back_in_rows(layer, saved, d_last, d_outputs)
+        return _run_back_in_rows(layer, residuals, d_last, d_outputs)
     kernel = _round(layer, layer.params.recurrent_kernel)
     d_last, d_outputs = _swap_layout(layer, (d_last, d_outputs))
 
-    def step(d_after: Any, read: tuple[Any, Marks, Array]) -> tuple[Any, Array]:
-        saved, mark, d_output = read
+    def step(d_after: Any, xs: tuple[Any, Marks, Array]) -> tuple[Any, Array]:
+        residuals, mark, d_output = xs
         d_after = _add_hidden(d_after, d_output)
-        d_sums, d_before = _pull_back(layer, saved, mark, d_after)
+        d_sums, d_before = _pull_back(layer, residuals, mark, d_after)
         row = jnp.concatenate(d_sums)  # Not in bfloat16, which XLA's CPU backend stores slowly.
         product = multiply_columns(kernel, _round(layer, row[: kernel.shape[1]]))
         product = clear(product.astype(row.dtype), mark.reset, layer.axis)
         return _add_hidden(d_before, product), row
 
-    d_first, rows = lax.scan(step, d_last, (saved, layer.marks, d_outputs), reverse=True)
+    d_first, rows = lax.scan(step, d_last, (residuals, layer.marks, d_outputs), reverse=True)
     rows, d_first = _swap_layout(layer, (rows, d_first))
     return rows, d_first
 
 
-def _pull_back(layer: Layer, saved: Saved, mark: Marks, d_after: Any) -> tuple[Arrays, Any]:
+def _pull_back(layer: Layer, residuals: Residuals, mark: Marks, d_after: Any) -> tuple[Arrays, Any]:
     """Return the cotangents of a step's sums, and of its carry without the part through h U."""
-    factors, _ = _split(layer, saved)
+    factors, _ = _split(layer, residuals)
     d_sums, d_before = layer.gating.pull_back(tuple(factors), d_after)
     if mark.frozen is not None:
         d_before = _add_hidden(d_before, jnp.zeros_like(d_after.hidden))
@@ -124,7 +126,7 @@ def _pull_back(layer: Layer, saved: Saved, mark: Marks, d_after: Any) -> tuple[A
 
 
 def _run_back_in_rows(
-    layer: Layer, saved: Saved, d_last: Any, d_outputs: Outputs
+    layer: Layer, residuals: Residuals, d_last: Any, d_outputs: Outputs
 ) -> tuple[Sums, Any]:
     """Run backwards on GPUs and TPUs, whose steps make one array each."""
     gating, marks = layer.gating, layer.marks
@@ -133,62 +135,62 @@ def _run_back_in_rows(
     width, zeros = gating.num_sums * hidden, jnp.zeros_like(d_last.hidden)
     # Which parts of the carry's cotangent do not come from the matmul of a step.
     keeps_hidden = marks.frozen is not None or gating.keeps_hidden
-    kept = d_last._replace(hidden=zeros if keeps_hidden else None)
-    leaves, structure = jax.tree.flatten(kept)
+    d_direct = d_last._replace(hidden=zeros if keeps_hidden else None)
+    leaves, structure = jax.tree.flatten(d_direct)
     parts = len(split_number(zeros, kernel.dtype))
     tail = len(leaves) * parts * hidden
     # The matmul of a step reads a whole row [batch, depth]; zeros skip what is not added to h U.
     depth = -(-(width + tail) // _DEPTH) * _DEPTH
-    padded = jnp.pad(kernel.T, ((0, depth - kernel.shape[1]), (0, 0)))
+    wide_kernel = jnp.pad(kernel.T, ((0, depth - kernel.shape[1]), (0, 0)))
 
-    def make_row(d_sums: Arrays, kept: Any) -> Array:
+    def make_row(d_sums: Arrays, d_direct: Any) -> Array:
         """Return the rounded cotangents of the sums, and those of the carry by `split_number`."""
         row = [d.astype(kernel.dtype) for d in d_sums]
-        row += [part for d in jax.tree.leaves(kept) for part in split_number(d, kernel.dtype)]
+        row += [part for d in jax.tree.leaves(d_direct) for part in split_number(d, kernel.dtype)]
         filler = jnp.zeros((batch, depth - width - tail), kernel.dtype)
         return jnp.concatenate([*row, filler], axis=1)
 
-    def read_kept(row: Array) -> Any:
+    def read_direct(row: Array) -> Any:
         halves = row[:, width : width + tail].astype(zeros.dtype)
         sums = halves.reshape(batch, len(leaves), parts, hidden).sum(axis=2)
         return jax.tree.unflatten(structure, [sums[:, i] for i in range(len(leaves))])
 
-    def step(carry: tuple[Array, Array], read: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
+    def step(carry: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
         rows, product = carry
-        t, saved, mark, d_output = read
-        # Not from the carry: that would launch one more GPU kernel.
-        kept = read_kept(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
-        d_after = _add_hidden(kept, product + d_output)
-        row = make_row(*_pull_back(layer, saved, mark, d_after))
+        t, residuals, mark, d_output = xs
+        # Not from the scan's carry: that would launch one more GPU kernel.
+        d_direct = read_direct(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
+        d_after = _add_hidden(d_direct, product + d_output)
+        row = make_row(*_pull_back(layer, residuals, mark, d_after))
         row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
-        product = matmul_rounded(row, padded).astype(zeros.dtype)
+        product = matmul_rounded(row, wide_kernel).astype(zeros.dtype)
         return (rows, clear(product, mark.reset)), None
 
-    last = make_row((zeros,) * gating.num_sums, kept)
+    last = make_row((zeros,) * gating.num_sums, d_direct)
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
-    read = jnp.arange(steps), saved, marks, d_outputs
-    (rows, product), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
-    return rows[:-1, :, :width], _add_hidden(read_kept(rows[0]), product)
+    xs = jnp.arange(steps), residuals, marks, d_outputs
+    (rows, product), _ = lax.scan(step, (rows, d_last.hidden), xs, reverse=True)
+    return rows[:-1, :, :width], _add_hidden(read_direct(rows[0]), product)
 
 
 def differentiate_params(
-    layer: Layer, saved: Saved, d_sums: Sums
+    layer: Layer, residuals: Residuals, d_sums: Sums
 ) -> tuple[GatedParams, Float[Array, "time batch features"]]:
     """Return the cotangents of the parameters and inputs, from those of the sums."""
     gating, _, axis, params, inputs, carry, marks = layer
-    _, states = _split(layer, saved)
+    _, states = _split(layer, residuals)
     first = _swap_layout(layer, carry.hidden)[None]
-    before = clear(jnp.concatenate([first, states[-1][:-1]]), marks.reset, axis + 1)
+    previous = clear(jnp.concatenate([first, states[-1][:-1]]), marks.reset, axis + 1)
     rows = _round(layer, d_sums.reshape(-1, d_sums.shape[2]))
     by_inputs, by_hidden = (gating.take(rows, x) for x in (gating.of_inputs, gating.of_hidden))
     # Features first, before they are rounded: otherwise XLA's CPU backend multiplies in float32.
     columns = [
         _round(layer, jnp.moveaxis(x, axis + 1, 0).reshape(x.shape[axis + 1], len(rows)))
-        for x in (_swap_layout(layer, inputs), before)
+        for x in (_swap_layout(layer, inputs), previous)
     ]
     d_kernels = [*map(matmul_rounded, columns, (by_inputs, by_hidden))]
-    d_bias = d_sums.sum(axis=(0, 1), dtype=before.dtype)
+    d_bias = d_sums.sum(axis=(0, 1), dtype=previous.dtype)
     d_peepholes = layer.differentiate_peepholes(d_sums, _swap_layout(layer, states[0]))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
     d_inputs = matmul_rounded(by_inputs, _round(layer, params.input_kernel.T))
@@ -196,12 +198,12 @@ def differentiate_params(
     return d_params, d_inputs.reshape(inputs.shape)
 
 
-def _keep(before: Any, after: Any, frozen: Bool[Array, "..."] | None, axis: int = -1) -> Any:
-    """Return `before` where `frozen` is true, otherwise `after`."""
+def _keep(old: Any, new: Any, frozen: Bool[Array, "..."] | None, axis: int = -1) -> Any:
+    """Return `old` where `frozen` is true, otherwise `new`."""
     if frozen is None:
-        return after
+        return new
     mask = jnp.expand_dims(frozen, axis)
-    return jax.tree.map(lambda x, y: jnp.where(mask, x, y), before, after)
+    return jax.tree.map(lambda x, y: jnp.where(mask, x, y), old, new)
 
 
 def _add_hidden(carry: Any, term: Float[Array, "..."]) -> Any:
@@ -214,13 +216,13 @@ def _swap_layout(layer: Layer, tree: Any) -> Any:
     return tree if layer.axis else jax.tree.map(lambda x: x.swapaxes(-1, -2), tree)
 
 
-def _split(layer: Layer, saved: Saved) -> tuple[list[Array], list[Array]]:
+def _split(layer: Layer, residuals: Residuals) -> tuple[list[Array], list[Array]]:
     """Return the derivatives and the states, c if gates see it and h, of all steps or of one."""
-    if not isinstance(saved, list):
-        number = saved.shape[-1] // len(layer.params.recurrent_kernel)
-        saved = jnp.split(saved, number, axis=-1)
+    if not isinstance(residuals, list):
+        number = residuals.shape[-1] // len(layer.params.recurrent_kernel)
+        residuals = jnp.split(residuals, number, axis=-1)
     states = 1 if layer.params.peepholes is None else 2
-    return saved[:-states], saved[-states:]
+    return residuals[:-states], residuals[-states:]
 
 
 def _round(layer: Layer, x: Array) -> Array:

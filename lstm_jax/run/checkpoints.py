@@ -152,7 +152,7 @@ def restore_latest(
     arrays or `jax.ShapeDtypeStruct`s. Raise `UserError` if there is no checkpoint, all are damaged,
     or one does not hold such arrays.
     """
-    step, restored, damaged = _restore_first(
+    step, items, damaged = _restore_first(
         directory,
         lambda step: (step, 0),  # The latest one has the highest rank.
         params=ocp.args.StandardRestore(_abstract(params)),
@@ -165,7 +165,7 @@ def restore_latest(
         path.rename(aside)
         warn(f"{path} is damaged ({damage}): it is now {aside.name}")
     validation = _read_validation(directory, step)
-    return step, restored, bool(validation), validation.get("history", restored.history)
+    return step, items, bool(validation), validation.get("history", items.history)
 
 
 def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
@@ -177,10 +177,10 @@ def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
     """
     rank = functools.partial(_rank, directory)
     arguments = ocp.args.StandardRestore(_abstract(params))
-    step, restored, damaged = _restore_first(directory, rank, params=arguments)
+    step, items, damaged = _restore_first(directory, rank, params=arguments)
     for path, damage in damaged.items():
         warn(f"{path} is damaged ({damage}): another checkpoint is read")
-    return restored.params, step
+    return items.params, step
 
 
 def _rank(directory: Path, step: int) -> tuple[float, int]:

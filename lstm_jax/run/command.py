@@ -91,8 +91,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         fields = config.find_fields(name) if "config" in flags.FLAGS else []
         if not fields:
             _fail(str(error))  # It names similar flags.
-        meant = " or ".join(f"--config.{field}" for field in fields)
-        _fail(f"there is no flag --{error.flagname}: did you mean {meant}?")
+        names = " or ".join(f"--config.{field}" for field in fields)
+        _fail(f"there is no flag --{error.flagname}: did you mean {names}?")
     except (flags.Error, ValueError) as error:
         _fail(str(error))
     except SystemExit:  # absl has printed the help, and exits with code 1.
@@ -155,14 +155,14 @@ def define_run_flags() -> Callable[[], list[Path]]:
     """
     workdir = flags.DEFINE_multi_string("workdir", None, f"{TRAINED}; several are an ensemble.")
     flags.DEFINE_alias("model", "workdir")
-    own = flags.DEFINE_multi_string("cell", [], "FILE.py:CLASS of a cell of your own.")
+    cell_names = flags.DEFINE_multi_string("cell", [], "FILE.py:CLASS of a cell of your own.")
 
     def read() -> list[Path]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
         from lstm_jax.run.workdir import expand_path
 
-        for name in own.value:
+        for name in cell_names.value:
             cells.load_cell(name)
         return [*map(expand_path, workdir.value)]
 

@@ -70,15 +70,15 @@ def describe_setup(
     )
 
 
-def describe_validation(rows: Sequence[Row], epochs: float, described: str) -> str:
+def describe_validation(rows: Sequence[Row], epochs: float, loss_text: str) -> str:
     """Return a line about the last validation in a training of a number of epochs.
 
-    `described` is its loss, as `describe_loss` returns it. Where the loss begins to rise, another
+    `loss_text` is its loss, as `describe_loss` returns it. Where the loss begins to rise, another
     line says what to change.
     """
     validations = [row for row in rows if row["split"] == "validation"]
     best = min(validations, key=lambda row: row["loss"])
-    line = f"epoch {validations[-1]['epoch']:.4g} of {epochs:.4g}: validation loss {described}"
+    line = f"epoch {validations[-1]['epoch']:.4g} of {epochs:.4g}: validation loss {loss_text}"
     if train := [row for row in rows if row["split"] == "train"]:
         line += (
             f"; best {best['loss']:.4f} at step {best['step']}; training loss "

@@ -75,12 +75,12 @@ class MetricsWriter(contextlib.ExitStack[None]):
         row: Any = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": now}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(step=step, summary=Summary(value=values))
-        shown = row.copy()  # `watch` may change it.
+        copy = row.copy()  # `watch` may change it.
         if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(step=step, summary=text(f"{split}/sample", quoted))
-            shown["sample"] = sample
-        self._watch(shown)
+            copy["sample"] = sample
+        self._watch(copy)
         self._lines.write(f"{json.dumps(row)}\n".encode())
         self._lines.flush()
 

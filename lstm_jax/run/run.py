@@ -167,8 +167,8 @@ class Run:
 
     def warn_of_unknown(self, text: str) -> None:
         """Warn of the tokens of a text that are not in the vocabulary."""
-        if unknown := self.vocabulary.name_unknown(text):
-            warn(f"the model does not know {unknown} and reads [UNK] instead")
+        if names := self.vocabulary.name_unknown(text):
+            warn(f"the model does not know {names} and reads [UNK] instead")
 
 
 def load(
@@ -235,7 +235,7 @@ def _load_one(directory: Path | str, dtype: str | None) -> Run:
 def _compute_hidden(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: jax.Array
 ) -> list[jax.Array]:
-    """Return the hidden states of each layer after each of ids [time]: [time, hidden]."""
+    """Return the outputs of each layer after each of ids [time]: [time, hidden]."""
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:

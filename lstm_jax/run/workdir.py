@@ -160,7 +160,7 @@ def read_params(path: Path, params: model_lib.Params) -> tuple[model_lib.Params,
 
     Raise `UserError` if the file is damaged, or does not hold such arrays.
     """
-    expected = _name_leaves(params)
+    leaves_by_name = _name_leaves(params)
     try:
         with (
             name_failure(f"can't read {path}"),
@@ -169,12 +169,12 @@ def read_params(path: Path, params: model_lib.Params) -> tuple[model_lib.Params,
             metadata = file.metadata()
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(array.get_shape()) for name, array in slices.items()}
-            if shapes != {name: leaf.shape for name, leaf in expected.items()}:
+            if shapes != {name: leaf.shape for name, leaf in leaves_by_name.items()}:
                 raise UserError(f"{path} does not hold the model that the config describes")
             # The checksum does not cover the dtypes; `write_params` writes these two, of two sizes.
             if not {array.get_dtype() for array in slices.values()} <= {"F32", "BF16"}:
                 raise ValueError
-            arrays = [file.get_tensor(name) for name in expected]
+            arrays = [file.get_tensor(name) for name in leaves_by_name]
         if metadata["sha256"] != _checksum(metadata["step"], arrays):
             raise ValueError
         step, leaves = int(metadata["step"]), [jnp.asarray(array, jnp.float32) for array in arrays]
@@ -182,10 +182,10 @@ def read_params(path: Path, params: model_lib.Params) -> tuple[model_lib.Params,
         raise UserError(
             f"{path} is damaged, or not a model of lstm_jax.convert: restore it from a copy"
         ) from None
-    restored: model_lib.Params = jax.tree.unflatten(jax.tree.structure(params), leaves)
-    if not model_lib.is_finite(restored):
+    new_params: model_lib.Params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    if not model_lib.is_finite(new_params):
         raise UserError(f"the parameters in {path} are not finite")
-    return restored, step
+    return new_params, step
 
 
 def write_params(path: Path, params: model_lib.Params, step: int, dtype: str) -> None:

@@ -36,16 +36,16 @@ def main() -> None:
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
 
-    trained, prompt = load(directories, _DTYPE.value), _PROMPT.value
-    trained.warn_of_unknown(prompt)
+    run, prompt = load(directories, _DTYPE.value), _PROMPT.value
+    run.warn_of_unknown(prompt)
 
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    generated: list[list[str]] = []
+    chunks: list[list[str]] = []
     print(make_printable(prompt), end="", flush=True)
     for pieces in generation.stream_texts(
-        trained.model,
-        trained.params,
-        trained.vocabulary,
+        run.model,
+        run.params,
+        run.vocabulary,
         jax.random.key(_SEED.value),
         prompt=prompt,
         length=_LENGTH.value,
@@ -55,9 +55,9 @@ def main() -> None:
     ):
         # Print the first text as it is generated, the others at the end.
         print(make_printable(pieces[0]), end="", flush=True)
-        generated.append(pieces)
+        chunks.append(pieces)
     print()
-    samples = ["".join(text) for text in zip(*generated, strict=True)]
+    samples = ["".join(text) for text in zip(*chunks, strict=True)]
     for text in samples[1:]:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
 

@@ -50,7 +50,7 @@ def main() -> int:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UserError("sweeps need Optuna: pip install 'lstm-jax[sweep]'") from None
+        raise UserError("sweeps need Optuna: pip install optuna") from None
     from lstm_jax.devices import setup
     from lstm_jax.sweep import search
 
@@ -73,8 +73,8 @@ def main() -> int:
         grid=bool(seeds) or _SAMPLER.value == "grid",
         prune=not seeds and _PRUNER.value == "hyperband",
     )
-    given = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
-    fields = [f"--{flag.name}={flag.value}" for flag in given if flag.value is not None]
+    config_flags = [flags.FLAGS[x] for x in flags.FLAGS if x == "config" or x.startswith("config.")]
+    fields = [f"--{flag.name}={flag.value}" for flag in config_flags if flag.value is not None]
     try:
         return 1 if search.run_worker(sweep) else 0
     finally:

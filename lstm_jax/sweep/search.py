@@ -109,8 +109,8 @@ def open_sweep(
     study = open_study(directory.name, location, sampler=sampler, pruner=pruner)
     fields = {"grid": points} | dict(flatten(experiment))
     fields = {name: repr(value) for name, value in fields.items()}
-    before = {"grid": "None"} | study.user_attrs.get(EXPERIMENT, fields)
-    if changed := [name for name, value in before.items() if fields.get(name, value) != value]:
+    previous = {"grid": "None"} | study.user_attrs.get(EXPERIMENT, fields)
+    if changed := [name for name, value in previous.items() if fields.get(name, value) != value]:
         raise UserError(
             f"{directory} holds a sweep with another {changed[0]}: use another --workdir"
         )

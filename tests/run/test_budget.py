@@ -39,7 +39,7 @@ def choose(config: Config, length: int, ms: float = 35, power: float = 1.65) -> 
     ids = {name: np.broadcast_to(0, n) for name, n in lengths.items()}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(budget, "measure_speed", measure)
-        chosen, line = budget.choose_fields(config, Vocabulary.from_text("a"), ids, end=0)
+        chosen, line = budget.choose_fields(config, Vocabulary.from_text("a"), ids, deadline=0)
     assert not chosen.open and str(chosen.model.hidden_size) in line
     if chosen.num_epochs == 64:  # It ends before the time.
         return chosen
